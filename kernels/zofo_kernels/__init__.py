@@ -1,0 +1,28 @@
+"""Noise, perturbation and update of weights: one definition, several backends.
+
+``reference`` is the maths in plain torch, ``cpu`` is numba; both give the same integers, and
+bit-identical weights with Rademacher noise.
+"""
+
+from .direction import DISTRIBUTIONS, NOISE_VERSION, Direction, Shift
+from .dispatch import BACKENDS, backend_for, unavailable_reason
+from .interrupt import uninterrupted
+from .ops import DTYPES, ROUNDINGS, check_weight, noise, perturb_, perturbed, update_
+
+__all__ = [
+    "BACKENDS",
+    "DISTRIBUTIONS",
+    "DTYPES",
+    "NOISE_VERSION",
+    "ROUNDINGS",
+    "Direction",
+    "Shift",
+    "backend_for",
+    "check_weight",
+    "noise",
+    "perturb_",
+    "perturbed",
+    "unavailable_reason",
+    "uninterrupted",
+    "update_",
+]

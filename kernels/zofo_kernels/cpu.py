@@ -1,0 +1,137 @@
+"""CPU backend: numba kernels over a table of tensors, on as many threads as torch uses."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import cpu_kernels as kernels
+from .direction import Direction, Shift
+from .table import Slot
+
+if sys.byteorder != "little":
+    raise ImportError("the numba kernels need a little-endian host")
+
+_MIN_PER_THREAD = 32768  # elements; below that a thread costs more than it saves
+_STORAGE = {
+    torch.float32: (kernels.FP32, np.float32),
+    torch.bfloat16: (kernels.BF16, np.uint16),
+    torch.float16: (kernels.FP16, np.uint16),
+    torch.float64: (kernels.FP64, np.float64),
+}
+_DISTRIBUTION = {"gaussian": kernels.GAUSSIAN, "rademacher": kernels.RADEMACHER}
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+
+
+def _forget_pool() -> None:
+    """A forked child has none of the parent's threads."""
+    global _pool, _pool_size
+    _pool, _pool_size = None, 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _get_pool(threads: int) -> ThreadPoolExecutor:
+    # Our own threads rather than numba's: its portable layer aborts the process when two
+    # Python threads enter it at once. An outgrown pool finishes its work and goes.
+    global _pool, _pool_size
+    if _pool is None or _pool_size < threads:
+        _pool, _pool_size = ThreadPoolExecutor(threads, "zofo-kernels"), threads
+    return _pool
+
+
+def _key_rows(directions: Sequence[Direction]) -> NDArray[np.int64]:
+    rows = [(*d.key(), _DISTRIBUTION[d.distribution]) for d in directions]
+    return np.array(rows, dtype=np.int64).reshape(len(rows), 3)
+
+
+def _run(
+    slots: Sequence[Slot],
+    shifts: Sequence[Shift],
+    directions: Sequence[Direction] = (),
+    coefficients: Tensor | None = None,
+    lr: Tensor | None = None,
+    weight_decay: float = 0.0,
+    stochastic: bool = False,
+) -> None:
+    """One pass: shifts, then the update where directions are given."""
+    shift_keys, update_keys = _key_rows([s.direction for s in shifts]), _key_rows(directions)
+    for dtype, (code, storage) in _STORAGE.items():
+        chosen = [slot for slot in slots if slot.tensor.dtype == dtype]
+        if not chosen:
+            continue
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        scales = torch.tensor([s.scale for s in shifts], dtype=compute).numpy()
+        steps, decay = torch.empty(0, dtype=compute), torch.zeros(1, dtype=compute)
+        if coefficients is not None and lr is not None:
+            rate = lr.to(compute)
+            steps = rate * coefficients.to(compute)
+            decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1)
+        sizes = [slot.tensor.numel() for slot in chosen]
+        table = (
+            np.empty(0, dtype=storage),
+            code,
+            np.array([slot.tensor.data_ptr() for slot in chosen], dtype=np.int64),
+            np.array(sizes, dtype=np.int64),
+            np.array([slot.parameter for slot in chosen], dtype=np.int64),
+            np.array([slot.offset for slot in chosen], dtype=np.uint64),
+        )
+        program = (shift_keys, scales, update_keys, steps.numpy(), decay.numpy()[0], stochastic)
+        _in_threads(sum(sizes), table, program)
+
+
+def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) -> None:
+    """Split elements [0, total) over the threads; returns when all are done."""
+    threads = max(1, min(torch.get_num_threads(), total // _MIN_PER_THREAD))
+    # whole chunks a thread, so that no chunk's noise is drawn twice
+    inner = [total * t // threads // kernels.CHUNK * kernels.CHUNK for t in range(1, threads)]
+    cuts = [0, *inner, total]
+
+    def work(low: int, high: int) -> None:
+        kernels.run_pass(*table, low, high, *program)
+
+    futures: list[Future[None]] = []
+    if threads > 1:
+        pool = _get_pool(threads - 1)
+        futures = [pool.submit(work, low, high) for low, high in pairwise(cuts[1:])]
+    work(cuts[0], cuts[1])
+    for future in futures:
+        future.result()
+
+
+def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
+    """See :func:`zofo_kernels.reference.perturb`."""
+    _run(slots, shifts)
+
+
+def update(
+    slots: Sequence[Slot],
+    directions: Sequence[Direction],
+    coefficients: Tensor,
+    lr: Tensor,
+    weight_decay: float,
+    recover: Shift | None,
+    stochastic: bool,
+) -> None:
+    """See :func:`zofo_kernels.reference.update`."""
+    shifts = () if recover is None else (Shift(recover.direction, -recover.scale),)
+    _run(slots, shifts, directions, coefficients, lr, weight_decay, stochastic)
+
+
+def fill_noise(out: Slot, direction: Direction) -> None:
+    """See :func:`zofo_kernels.reference.fill_noise`."""
+    out.tensor.zero_()
+    _run([out], [Shift(direction, 1.0)])

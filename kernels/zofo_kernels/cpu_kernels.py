@@ -1,0 +1,327 @@
+"""The CPU backend's pass over the weights, compiled by numba.
+
+A pass runs over a table of tensors (addresses, sizes, parameter indices, offsets) in chunks
+that stay in the first-level cache: noise into a buffer, weights decoded to the compute dtype,
+shifts and update applied, result rounded and encoded. Threads get disjoint element ranges.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from .cpu_random import (
+    FAST,
+    add_signs,
+    bits_from_float,
+    float_from_bits,
+    gaussian,
+    philox,
+    rademacher,
+)
+
+CHUNK = 2048  # elements: a multiple of 128, so that chunks start at Philox blocks
+FP32, BF16, FP16, FP64 = 0, 1, 2, 3
+GAUSSIAN, RADEMACHER = 0, 1
+_F, _U = np.float32, np.uint32
+
+# The order and number of roundings is part of the definition: no fused multiply-add.
+EXACT = {**FAST, "fastmath": False}
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    """An integer address as a void pointer."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), generate
+
+
+@njit(**EXACT)
+def _round_bf16(bits):
+    """Nearest-even; bits of an fp32, returned as fp32 bits with the low half clear."""
+    rounded = _U(bits + _U(0x7FFF) + ((bits >> _U(16)) & _U(1))) & _U(0xFFFF0000)
+    return bits if (bits & _U(0x7FFFFFFF)) > _U(0x7F800000) else rounded
+
+
+@njit(**EXACT)
+def _round_fp16(bits):
+    """Nearest-even to fp16's grid; fp32 bits in, fp32 bits out."""
+    sign, size = bits & _U(0x80000000), bits & _U(0x7FFFFFFF)
+    normal = _U(size + _U(0xFFF) + ((size >> _U(13)) & _U(1))) & _U(0xFFFFE000)
+    normal = _U(0x7F800000) if normal >= _U(0x47800000) else normal  # 2^16 and above
+    # below 2^-14: adding 0.75 = 1.5 * 2^-1 makes one fp32 ulp 2^-24
+    tiny = bits_from_float((float_from_bits(size) + _F(0.75)) - _F(0.75))
+    result = tiny if size < _U(0x38800000) else normal
+    return bits if size > _U(0x7F800000) else sign | result
+
+
+@njit(**EXACT)
+def _round_up_bf16(bits, random):
+    rounded = _U(bits + random) & _U(0xFFFF0000)
+    return bits if (bits & _U(0x7FFFFFFF)) >= _U(0x7F800000) else rounded
+
+
+@njit(**EXACT)
+def _round_up_fp16(bits, random):
+    sign, size = bits & _U(0x80000000), bits & _U(0x7FFFFFFF)
+    normal = _U(size + (random >> _U(3))) & _U(0xFFFFE000)
+    normal = _U(0x7F800000) if normal >= _U(0x47800000) else normal
+    units = float_from_bits(size) * _F(16777216.0)
+    whole = np.floor(units)
+    up = (units - whole) * _F(65536.0) >= _F(np.int32(65536) - np.int32(random))
+    tiny = bits_from_float((whole + (_F(1) if up else _F(0))) * _F(2.0**-24))
+    result = tiny if size < _U(0x38800000) else normal
+    return bits if size >= _U(0x7F800000) else sign | result
+
+
+@njit(**EXACT)
+def _decode(code, memory, x, count):
+    """Storage to fp32."""
+    if code == BF16:
+        for i in range(count):
+            x[i] = float_from_bits(_U(memory[i]) << _U(16))
+    else:
+        for i in range(count):
+            h = _U(memory[i])
+            sign, size = (h & _U(0x8000)) << _U(16), (h & _U(0x7FFF)) << _U(13)
+            # the exponent bias differs by 112; the product is exact and handles subnormals
+            value = bits_from_float(float_from_bits(size) * _F(2.0**112))
+            special = size | _U(0x7F800000)
+            x[i] = float_from_bits(sign | (special if size >= _U(0x0F800000) else value))
+
+
+@njit(**EXACT)
+def _encode(code, x, memory, count):
+    """fp32 already on the storage grid, to storage."""
+    if code == BF16:
+        for i in range(count):
+            bits = bits_from_float(x[i])
+            nan = (bits & _U(0x7FFFFFFF)) > _U(0x7F800000)
+            memory[i] = np.uint16((bits >> _U(16)) | (_U(0x40) if nan else _U(0)))
+    else:
+        for i in range(count):
+            bits = bits_from_float(x[i])
+            sign, size = (bits >> _U(16)) & _U(0x8000), bits & _U(0x7FFFFFFF)
+            normal = _U(size - _U(0x38000000)) >> _U(13)
+            tiny = _U(np.int32(float_from_bits(size) * _F(16777216.0)))
+            result = tiny if size < _U(0x38800000) else normal
+            result = _U(0x7C00) if size >= _U(0x47800000) else result
+            result = _U(0x7E00) if size > _U(0x7F800000) else result
+            memory[i] = np.uint16(sign | result)
+
+
+@njit(**EXACT)
+def _round_nearest(code, x, count):
+    if code == BF16:
+        for i in range(count):
+            x[i] = float_from_bits(_round_bf16(bits_from_float(x[i])))
+    elif code == FP16:
+        for i in range(count):
+            x[i] = float_from_bits(_round_fp16(bits_from_float(x[i])))
+
+
+@njit(**EXACT)
+def _round_stochastic(code, x, halves, count):
+    if code == BF16:
+        for i in range(count):
+            random = _U(halves[i])
+            x[i] = float_from_bits(_round_up_bf16(bits_from_float(x[i]), random))
+    else:
+        for i in range(count):
+            random = _U(halves[i])
+            x[i] = float_from_bits(_round_up_fp16(bits_from_float(x[i]), random))
+
+
+@njit(**FAST)
+def _noise(distribution, words, z, start, count, index, key0, key1):
+    """Noise of elements from start on, into z; returns where start lies in z."""
+    per_call = 8 if distribution == GAUSSIAN else 128
+    first = start // np.uint64(per_call)
+    lead = np.int64(start - first * np.uint64(per_call))
+    blocks = (lead + count + per_call - 1) // per_call
+    philox(words, blocks, first, index, 0, key0, key1)
+    if distribution == GAUSSIAN:
+        gaussian(words, 4 * blocks, z)
+    else:
+        rademacher(words, 4 * blocks, z)
+    return lead
+
+
+@njit(**FAST)
+def _add_scaled(x, scale, z, count):
+    for i in range(count):
+        x[i] += scale * z[i]
+
+
+@njit(**EXACT)
+def _accumulate(total, step, z, count):
+    for i in range(count):
+        total[i] = total[i] + step * z[i]
+
+
+@njit(**EXACT)
+def _subtract(x, total, decay, count):
+    if decay == 0:
+        for i in range(count):
+            x[i] = x[i] - total[i]
+    else:
+        for i in range(count):
+            x[i] = x[i] - (total[i] + decay * x[i])
+
+
+@njit(**FAST)
+def _shift_by_signs(x, words, start, count, index, shifts, scales):
+    """fp32 x += +-scale straight from the bits; start must be a multiple of 128."""
+    scale = _F(scales[0])
+    blocks = (count + 127) // 128
+    philox(words, blocks, start // np.uint64(128), index, 0, shifts[0, 0], shifts[0, 1])
+    whole = count // 32
+    for k in range(whole):
+        add_signs(x, 32 * k, words[k], scale)
+    for i in range(32 * whole, count):
+        bit = (words[i >> 5] >> _U(i & 31)) & _U(1)
+        x[i] += -scale if bit else scale
+
+
+@njit(**FAST)
+def _process(
+    code,
+    memory,
+    x,
+    start,
+    count,
+    index,
+    shifts,
+    scales,
+    keys,
+    steps,
+    decay,
+    stochastic,
+    words,
+    z,
+    total,
+):
+    """One chunk: memory is the storage; x a buffer, or memory itself where no decoding is."""
+    coded = code in (BF16, FP16)
+    if coded:
+        _decode(code, memory, x, count)
+    lead = np.int64(-1)
+    for k in range(shifts.shape[0]):
+        fresh = k == 0 or shifts[k, 0] != shifts[k - 1, 0] or shifts[k, 1] != shifts[k - 1, 1]
+        if fresh:
+            lead = _noise(shifts[k, 2], words, z, start, count, index, shifts[k, 0], shifts[k, 1])
+        _add_scaled(x, scales[k], z[lead : lead + count], count)
+        if coded:
+            _round_nearest(code, x, count)
+    if steps.shape[0] > 0:
+        total[:count] = 0
+        for s in range(steps.shape[0]):
+            same = (
+                s == 0
+                and shifts.shape[0] > 0
+                and steps.shape[0] == 1
+                and keys[0, 0] == shifts[-1, 0]
+                and keys[0, 1] == shifts[-1, 1]
+            )
+            if not same:
+                lead = _noise(keys[s, 2], words, z, start, count, index, keys[s, 0], keys[s, 1])
+            _accumulate(total, steps[s], z[lead : lead + count], count)
+        _subtract(x, total, decay, count)
+        if coded:
+            if stochastic:
+                first = start // np.uint64(8)
+                lead = np.int64(start - first * np.uint64(8))
+                philox(words, (lead + count + 7) // 8, first, index, 1, keys[0, 0], keys[0, 1])
+                # low half first: little-endian hosts only, see cpu.py
+                halves = words.view(np.uint16)[lead : lead + count]
+                _round_stochastic(code, x, halves, count)
+            else:
+                _round_nearest(code, x, count)
+    if coded:
+        _encode(code, x, memory, count)
+
+
+def _workspace(memory, buffer):
+    """Where a chunk is computed: in place for floats, in the buffer for 16-bit storage."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_workspace, inline="always")
+def _workspace_overload(memory, buffer):
+    if memory.dtype == types.uint16:
+        return lambda memory, buffer: buffer
+    return lambda memory, buffer: memory
+
+
+@njit(**FAST)
+def run_pass(
+    example,
+    code,
+    addresses,
+    sizes,
+    indices,
+    offsets,
+    begin,
+    end,
+    shifts,
+    scales,
+    keys,
+    steps,
+    decay,
+    stochastic,
+):
+    """Apply shifts, then (where steps is not empty) the update, to elements [begin, end).
+
+    Args:
+        example: an empty array of the storage type: float32, float64 or uint16.
+        code: FP32, BF16, FP16 or FP64.
+        addresses, sizes, indices, offsets: the table, one row a tensor.
+        begin, end: range in the concatenation of the tensors; threads get disjoint ranges.
+        shifts: int64 (k, 3): key low, key high, distribution of each shift; scales: (k,).
+        keys: int64 (S, 3) likewise for the update's directions; steps: (S,), lr times c_s.
+        decay: lr times weight decay. stochastic: round 16-bit updates stochastically.
+    """
+    words = np.empty(CHUNK // 2, np.uint32)
+    z = np.empty(CHUNK, np.float32)
+    total = np.empty(CHUNK, scales.dtype)
+    buffer = np.empty(CHUNK, np.float32)
+    signs_only = (
+        code == FP32 and steps.shape[0] == 0 and shifts.shape[0] == 1 and shifts[0, 2] == RADEMACHER
+    )
+    base = 0
+    for t in range(sizes.shape[0]):
+        low, high = max(begin - base, 0), min(end - base, sizes[t])
+        base += sizes[t]
+        tensor = carray(_pointer(addresses[t]), sizes[t], example.dtype)
+        while low < high:
+            start = np.uint64(offsets[t]) + np.uint64(low)
+            lead = np.int64(start % np.uint64(128))
+            count = min(high - low, CHUNK - lead)
+            memory = tensor[low : low + count]
+            if signs_only and lead == 0:
+                _shift_by_signs(memory, words, start, count, indices[t], shifts, scales)
+            else:
+                _process(
+                    code,
+                    memory,
+                    _workspace(memory, buffer),
+                    start,
+                    count,
+                    indices[t],
+                    shifts,
+                    scales,
+                    keys,
+                    steps,
+                    decay,
+                    stochastic,
+                    words,
+                    z,
+                    total,
+                )
+            low += count

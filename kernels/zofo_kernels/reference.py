@@ -1,0 +1,221 @@
+"""Reference backend: the definition of noise, perturbation and update in plain torch.
+
+This file is the maths. It runs on any device, allocates temporaries, and is slow; every other
+backend is tested against it. Integers are carried in int64 tensors, whose products wrap modulo
+2^64 and so keep the 64 bits that Philox needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .direction import (
+    ELEMENTS_PER_CALL,
+    ROUNDING_ELEMENTS_PER_CALL,
+    STREAM_DIRECTION,
+    STREAM_ROUNDING,
+    Direction,
+    Shift,
+)
+from .table import Slot
+
+CHUNK = 1 << 18  # elements at a time: bounds the temporaries; a multiple of 128
+_MASK = 0xFFFFFFFF
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011).
+
+    Args:
+        counter: four int64 tensors of one shape, values in [0, 2^32).
+        key: two 32-bit words.
+
+    Returns:
+        four int64 tensors of that shape, values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def random_words(
+    direction: Direction,
+    index: int,
+    stream: int,
+    first_block: int,
+    blocks: int,
+    device: torch.device,
+) -> Tensor:
+    """Philox words of consecutive counters: int64, shape (blocks, 4)."""
+    block = torch.arange(blocks, dtype=torch.int64, device=device) + first_block
+    fixed = torch.zeros_like(block)
+    counter = (block & _MASK, (block >> 32) & _MASK, fixed + index, fixed + stream)
+    return torch.stack(philox(counter, direction.key()), dim=1)
+
+
+def gaussian_from_words(words: Tensor) -> Tensor:
+    """Box-Muller, two normals a word: (n, 4) int64 -> (n, 8) float32.
+
+    The low 23 bits k give the radius, u = (2k + 1) / 2^24 in (0, 1); the high 9 bits, signed,
+    give the angle (a + 1/2) pi / 256. Element 2w is the cosine and 2w + 1 the sine of word w.
+    """
+    exact = torch.float64 if words.device.type != "mps" else torch.float32
+    k = (words & 0x7FFFFF).to(exact)
+    a = (words >> 23) - ((words >> 31) << 9)
+    radius = torch.sqrt(-2.0 * torch.log((2.0 * k + 1.0) * 2.0**-24))
+    angle = (a.to(exact) + 0.5) * (math.pi / 256)
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return pairs.flatten(1).to(torch.float32)
+
+
+def rademacher_from_words(words: Tensor) -> Tensor:
+    """One bit an element, low bit first, set means -1: (n, 4) int64 -> (n, 128) float32."""
+    bit = torch.arange(32, dtype=torch.int64, device=words.device)
+    return (1 - 2 * ((words.unsqueeze(-1) >> bit) & 1)).flatten(1).to(torch.float32)
+
+
+def rounding_bits_from_words(words: Tensor) -> Tensor:
+    """Two 16-bit integers a word, low half first: (n, 4) int64 -> (n, 8) int64."""
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)
+
+
+def _window(per_call: int, start: int, count: int) -> tuple[int, int, int]:
+    """The Philox blocks that cover elements [start, start + count): first, number, lead."""
+    first, lead = divmod(start, per_call)
+    return first, -(-(lead + count) // per_call), lead
+
+
+def direction_values(
+    direction: Direction, index: int, start: int, count: int, device: torch.device
+) -> Tensor:
+    """z of elements [start, start + count) of parameter ``index``: float32, shape (count,)."""
+    first, blocks, lead = _window(ELEMENTS_PER_CALL[direction.distribution], start, count)
+    words = random_words(direction, index, STREAM_DIRECTION, first, blocks, device)
+    make = gaussian_from_words if direction.distribution == "gaussian" else rademacher_from_words
+    return make(words).flatten()[lead : lead + count]
+
+
+def rounding_values(
+    direction: Direction, index: int, start: int, count: int, device: torch.device
+) -> Tensor:
+    """16 random bits an element for stochastic rounding: int64, shape (count,)."""
+    first, blocks, lead = _window(ROUNDING_ELEMENTS_PER_CALL, start, count)
+    words = random_words(direction, index, STREAM_ROUNDING, first, blocks, device)
+    return rounding_bits_from_words(words).flatten()[lead : lead + count]
+
+
+def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 to bf16 or fp16, up with probability equal to the fraction of an ulp.
+
+    Args:
+        x: float32, shape (n,).
+        bits: uniform integers in [0, 2^16), int64, shape (n,).
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+
+    Returns:
+        shape (n,), ``dtype``. NaN and infinities pass through; values that fit are exact.
+    """
+    pattern = x.view(torch.int32).to(torch.int64)
+    if dtype == torch.bfloat16:
+        rounded = (pattern + bits) & ~0xFFFF
+        y = rounded.to(torch.int32).view(torch.float32)
+    else:
+        rounded = (pattern + (bits >> 3)) & ~0x1FFF
+        y = rounded.to(torch.int32).view(torch.float32)
+        # Below 2^-14 fp16 is fixed point with steps of 2^-24.
+        units = x.abs() * 2.0**24
+        whole = units.floor()
+        up = (units - whole) * 65536.0 >= (65536 - bits).to(torch.float32)
+        tiny = (whole + up.to(torch.float32)) * 2.0**-24
+        y = torch.where(x.abs() < 2.0**-14, torch.copysign(tiny, x), y)
+    return torch.where(x.isfinite(), y, x).to(dtype)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 weights, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(slot: Slot) -> Iterator[tuple[Tensor, int]]:
+    """Pieces of a slot's contiguous tensor as flat views, with their global start."""
+    flat = slot.tensor.view(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        yield flat[start : start + CHUNK], slot.offset + start
+
+
+def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
+    """RN(w + scale z), computed in the compute dtype, returned in w's dtype."""
+    compute = compute_dtype(w.dtype)
+    z = direction_values(shift.direction, index, start, w.numel(), w.device).to(compute)
+    scale = torch.tensor(shift.scale, dtype=compute, device=w.device)
+    return (w.to(compute) + scale * z).to(w.dtype)
+
+
+def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
+    """w <- RN(w + scale z) for each shift in turn, in place."""
+    for slot in slots:
+        for w, start in _chunks(slot):
+            value = w
+            for shift in shifts:
+                value = _shifted(value, shift, slot.parameter, start)
+            w.copy_(value)
+
+
+def update(
+    slots: Sequence[Slot],
+    directions: Sequence[Direction],
+    coefficients: Tensor,
+    lr: Tensor,
+    weight_decay: float,
+    recover: Shift | None,
+    stochastic: bool,
+) -> None:
+    """w <- round(w0 - (sum_s (lr c_s) z_s + (lr weight_decay) w0)), w0 the recovered weight.
+
+    The order of the roundings is part of the definition: products lr c_s and lr weight_decay
+    in the compute dtype, the sum over s from the left, then the decay, then the subtraction.
+    """
+    for slot in slots:
+        compute = compute_dtype(slot.tensor.dtype)
+        rate = lr.to(compute)
+        steps = rate * coefficients.to(compute)
+        decay = rate * torch.tensor(weight_decay, dtype=compute, device=rate.device)
+        for w, start in _chunks(slot):
+            if recover is None:
+                value = w.to(compute)
+            else:
+                back = Shift(recover.direction, -recover.scale)
+                value = _shifted(w, back, slot.parameter, start).to(compute)
+            delta = torch.zeros_like(value)
+            for direction, step in zip(directions, steps.unbind(), strict=True):
+                z = direction_values(direction, slot.parameter, start, w.numel(), w.device)
+                delta = delta + step * z.to(compute)
+            if weight_decay != 0:
+                delta = delta + decay * value
+            value = value - delta
+            if stochastic and w.dtype in (torch.bfloat16, torch.float16):
+                bits = rounding_values(directions[0], slot.parameter, start, w.numel(), w.device)
+                w.copy_(round_stochastic(value, bits, w.dtype))
+            else:
+                w.copy_(value)
+
+
+def fill_noise(out: Slot, direction: Direction) -> None:
+    """out <- z."""
+    for w, start in _chunks(out):
+        w.copy_(direction_values(direction, out.parameter, start, w.numel(), w.device))

@@ -1,0 +1,19 @@
+"""What one pass over the weights works on: contiguous tensors with their place in the noise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Slot(NamedTuple):
+    """A contiguous, non-empty tensor and the noise that belongs to it.
+
+    ``parameter`` is the parameter's index among the zeroth-order parameters, ``offset`` the index
+    of the tensor's first element in the full, unsharded, row-major parameter.
+    """
+
+    tensor: Tensor
+    parameter: int
+    offset: int

@@ -1,0 +1,127 @@
+"""Evaluating a loss closure: gradients or none, replayed randomness, a checked result."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Closure = Callable[[], Any]
+
+
+class GlobalRandomState:
+    """The state of every global generator that a closure may draw from.
+
+    Covers torch's CPU generator, the generators of the accelerators in ``devices``, Python's
+    ``random`` and ``numpy.random``.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._accelerators = [
+            (device, torch.get_device_module(device).get_rng_state(device))
+            for device in sorted(set(devices), key=str)
+            if device.type not in ("cpu", "meta")
+        ]
+        self._python = random.getstate()
+        # the legacy generator is the global one
+        self._numpy = np.random.get_state()  # noqa: NPY002
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._accelerators:
+            torch.get_device_module(device).set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+
+
+class _BackwardWatch(TorchFunctionMode):
+    """Notices, or swallows, the closure's own calls of backward."""
+
+    def __init__(self, swallow: bool) -> None:
+        super().__init__()
+        self.swallow = swallow
+        self.called = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.backward or func is torch.autograd.backward:
+            self.called = True
+            if self.swallow:
+                return None
+        return func(*args, **(kwargs or {}))
+
+
+class Evaluation(NamedTuple):
+    """One run of the closure."""
+
+    returned: Any
+    """What the closure returned."""
+    loss: Tensor
+    """The same as a detached 0-dim tensor of at least fp32."""
+    backpropagated: bool
+    """Whether gradients were taken, by the closure or by us."""
+
+
+def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
+    """Run the closure once.
+
+    Args:
+        closure: returns the loss, as a one-element tensor or a Python number; it may call
+            ``backward`` itself, or leave that to us.
+        gradients: True for the evaluation that leaves first-order gradients; False runs under
+            ``no_grad`` with the closure's own backward calls swallowed.
+
+    Raises:
+        TypeError, ValueError: the closure did not return a real scalar.
+    """
+    watch = _BackwardWatch(swallow=not gradients)
+    with torch.set_grad_enabled(gradients), watch:
+        returned = closure()
+    loss = scalar_loss(returned)
+    backpropagated = watch.called
+    if gradients and not watch.called and loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+        backpropagated = True
+    loss = loss.detach().reshape(())
+    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+    return Evaluation(returned, loss, backpropagated)
+
+
+def scalar_loss(returned: Any) -> Tensor:
+    """The closure's result as a one-element tensor; see :func:`evaluate` for what it raises."""
+    if isinstance(returned, Tensor):
+        if returned.numel() != 1:
+            raise ValueError(
+                "closure must return a scalar loss (one element), got shape "
+                f"{tuple(returned.shape)}; reduce it, for example with .mean()"
+            )
+        if returned.is_complex():
+            raise TypeError(f"closure must return a real loss, got dtype {returned.dtype}")
+        return returned
+    if isinstance(returned, (bool, int, float, np.number, np.bool_)):
+        return torch.tensor(float(returned), dtype=torch.float64)
+    raise TypeError(
+        "closure must return the loss as a tensor or a number, got "
+        f"{type(returned).__name__}; does it end in 'return loss'?"
+    )
+
+
+@contextmanager
+def gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Detach ``.grad`` for the block, so that nothing a closure does can change or clear it."""
+    kept = [(p, p.grad) for p in parameters if p.grad is not None]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in kept:
+            p.grad = grad

@@ -1,0 +1,95 @@
+"""The first-order side: a real torch optimizer that shares our groups and state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def first_order_options(
+    factory: Callable[..., Optimizer], shared: dict[str, Any], further: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for ``factory`` and the group defaults that it makes of them.
+
+    Args:
+        factory: the optimizer class.
+        shared: our own arguments (lr, momentum, ...); passed on where the class has them.
+        further: options of the class only.
+
+    Raises:
+        TypeError: an option that the class does not have, or a class that needs a closure.
+        ValueError: whatever the class itself rejects.
+    """
+    if not callable(factory):
+        raise TypeError(f"fo_optimizer must be a torch optimizer class, got {factory!r}")
+    name = getattr(factory, "__name__", repr(factory))
+    accepted = inspect.signature(factory).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    options = dict(further)
+    for option in further:
+        if option not in accepted and not anything:
+            raise TypeError(f"{option!r} is no option of HybridZOFO or of fo_optimizer={name}")
+    for option, value in shared.items():
+        if option in accepted:
+            options[option] = value
+        elif option not in ("lr", "maximize", "weight_decay") and value:
+            raise TypeError(f"{option}={value!r} is no option of fo_optimizer={name}")
+    # A trial instance checks the values, with the class's own messages, and fills defaults.
+    trial = factory([torch.zeros(1, 1)], **options)
+    if not isinstance(trial, Optimizer):
+        raise TypeError(f"fo_optimizer must make a torch Optimizer, got {type(trial).__name__}")
+    closure = inspect.signature(type(trial).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(f"fo_optimizer must step without a closure, got {name}, which needs one")
+    return options, trial.defaults
+
+
+class FirstOrder:
+    """Steps the groups with ``mode="fo"``; holds nothing that a state dict would miss."""
+
+    def __init__(self, factory: Callable[..., Optimizer], options: dict[str, Any]) -> None:
+        self._factory = factory
+        self._options = options
+        self._inner: Optimizer | None = None
+
+    @property
+    def name(self) -> str:
+        return getattr(self._factory, "__name__", repr(self._factory))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inner": None}
+
+    def rebuild(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+        """Make the optimizer anew over our own group dictionaries and state."""
+        self._inner = None
+        for group in groups:
+            if group["mode"] == "fo":
+                self.add(group, state)
+
+    def add(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+        """Add one group; the dictionary itself is shared."""
+        if self._inner is None:
+            self._inner = self._factory([group], **self._options)
+        else:
+            self._inner.add_param_group(group)
+        self._share(self._inner, state)
+
+    @staticmethod
+    def _share(inner: Optimizer, state: dict[Tensor, Any]) -> None:
+        if inner.state is not state:
+            for parameter, made in inner.state.items():  # Adagrad fills it at once
+                state.setdefault(parameter, made)
+            inner.state = state  # type: ignore[assignment]
+
+    def step(self) -> None:
+        """One step, without the hooks that torch wraps around ``step``: ours have fired."""
+        if self._inner is not None:
+            plain = type(self._inner).step
+            if getattr(plain, "hooked", False):
+                plain = plain.__wrapped__  # type: ignore[attr-defined]
+            plain(self._inner)

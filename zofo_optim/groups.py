@@ -1,0 +1,175 @@
+"""Splitting a model into zeroth-order (frozen base) and first-order (adapter) groups."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zofo_kernels import DTYPES
+
+
+def hybrid_param_groups(
+    model: nn.Module,
+    zo: Mapping[str, Any] | None = None,
+    fo: Mapping[str, Any] | None = None,
+    *,
+    exclude: str | Sequence[str] = (),
+    verbose: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameter groups for :class:`HybridZOFO`: what trains goes to FO, what is frozen to ZO.
+
+    ``requires_grad`` decides, so any peft model works as it is: the adapter and
+    ``modules_to_save`` are first-order, the frozen base model is zeroth-order. A model without
+    trainable parameters gives one ZO group (plain MeZO), one without frozen ones one FO group.
+    Tied weights count once. Left out of the ZO group, since they do not reach the loss or
+    cannot be perturbed: frozen originals that ``modules_to_save`` replaces, weights of inactive
+    adapters, and tensors that are not float32, float64, bfloat16 or float16.
+
+    Args:
+        model: any module; call this after peft has wrapped it.
+        zo: options of the ZO group, such as ``dict(lr=1e-6, mu=1e-3)``.
+        fo: options of the FO group, such as ``dict(lr=1e-3, momentum=0.9)``.
+        exclude: frozen parameters to keep as they are: regular expressions searched in the
+            parameter's name (``"embed"``, ``r"norm\\.weight$"``); shell patterns such as
+            ``"*norm*"`` are understood too. First-order parameters are never excluded.
+        verbose: print a one-line summary.
+
+    Returns:
+        Plain dictionaries with ``params``, ``param_names``, ``mode`` and the given options, ZO
+        first; a group without parameters is left out.
+
+    Raises:
+        TypeError: ``model`` is no module, or options are no mapping.
+        ValueError: an option may not be set here, a pattern matches no frozen parameter, or no
+            parameter is left.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    options = {"zo": _options("zo", zo), "fo": _options("fo", fo)}
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+
+    unreached = _unreached(model)
+    groups: dict[str, dict[str, Tensor]] = {"zo": {}, "fo": {}}
+    left_out: dict[str, list[Tensor]] = {}
+    hits = dict.fromkeys(patterns, 0)
+    for names, parameter in _parameters_with_all_names(model):
+        if parameter.requires_grad:
+            groups["fo"][names[0]] = parameter
+            continue
+        matching = [p for p in patterns if any(_matches(p, name) for name in names)]
+        for pattern in matching:
+            hits[pattern] += 1
+        if all(name in unreached for name in names):
+            reason = "unused"
+        elif parameter.dtype not in DTYPES:
+            reason = str(parameter.dtype).removeprefix("torch.")
+        elif matching:
+            reason = "excluded"
+        else:
+            groups["zo"][names[0]] = parameter
+            continue
+        left_out.setdefault(reason, []).append(parameter)
+
+    missed = [pattern for pattern, count in hits.items() if count == 0]
+    if missed:
+        raise ValueError(
+            f"exclude must match names of frozen parameters, got {missed[0]!r}, which matches none"
+        )
+    if not groups["zo"] and not groups["fo"]:
+        raise ValueError("model must have at least one parameter to train, got none")
+    if verbose:
+        print(_summary(groups, left_out))
+    return [
+        {
+            "params": list(chosen.values()),
+            "param_names": list(chosen),
+            "mode": mode,
+            **options[mode],
+        }
+        for mode, chosen in groups.items()
+        if chosen
+    ]
+
+
+def _options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"{name} must be a mapping of group options, got {options!r}")
+    for reserved in ("params", "param_names", "mode"):
+        if reserved in options:
+            raise ValueError(f"{name} must not set {reserved!r}: hybrid_param_groups does")
+    return dict(options)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:
+        return fnmatch.fnmatchcase(name, pattern)
+
+
+def _parameters_with_all_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Each parameter once, with every name under which the model knows it."""
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+def _unreached(model: nn.Module) -> set[str]:
+    """Names of peft parameters that no forward pass uses, or that are not the base model's.
+
+    Recognised by peft's own attributes, so that peft need not be installed.
+    """
+    names: set[str] = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = [
+            *getattr(module, "adapter_layer_names", ()),
+            *getattr(module, "other_param_names", ()),
+        ]
+        replaced = getattr(module, "modules_to_save", None)
+        if isinstance(replaced, nn.ModuleDict) and hasattr(module, "original_module"):
+            active = set(getattr(module, "active_adapters", replaced.keys()))
+            if active & set(replaced.keys()):
+                own.append("original_module")
+        for child in own:
+            start = f"{prefix}.{child}" if prefix else child
+            part = getattr(module, child, None)
+            if isinstance(part, nn.Parameter):
+                names.add(start)
+            elif isinstance(part, nn.Module | nn.ParameterDict):
+                inside = part.named_parameters(remove_duplicate=False)
+                names.update(f"{start}.{name}" for name, _ in inside)
+    return names
+
+
+def _size(parameters: Sequence[Tensor]) -> str:
+    count = sum(p.numel() for p in parameters)
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{len(parameters)} tensors, {count / scale:.1f} {unit}"
+    return f"{len(parameters)} tensors, {count}"
+
+
+def _summary(groups: dict[str, dict[str, Tensor]], left_out: dict[str, list[Tensor]]) -> str:
+    parts = [
+        f"zeroth-order: {_size(list(groups['zo'].values()))} parameters",
+        f"first-order: {_size(list(groups['fo'].values()))}",
+    ]
+    for reason, parameters in left_out.items():
+        parts.append(f"left out ({reason}): {_size(parameters)}")
+    return "hybrid_param_groups: " + "; ".join(parts)
+
+
+def parameter_names(group: Mapping[str, Any], first: int = 0) -> list[str]:
+    """Names of a group's parameters for messages; numbered from ``first`` where unnamed."""
+    params: Sequence[torch.Tensor] = group["params"]
+    if "param_names" in group:
+        return list(group["param_names"])
+    return [f"parameter {first + i} {tuple(p.shape)}" for i, p in enumerate(params)]

@@ -1,0 +1,479 @@
+"""HybridZOFO: one torch optimizer for a zeroth-order base model and a first-order adapter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zofo_kernels import check_weight, uninterrupted
+
+from .estimators import ESTIMATORS
+from .evaluation import Closure, Evaluation, GlobalRandomState, evaluate, gradients_aside
+from .first_order import FirstOrder, first_order_options
+from .groups import parameter_names
+from .monitor import Monitor
+from .pending import Pending
+from .perturbation import InPlacePerturbation, ZOGroup
+from .settings import Settings
+
+MODES = ("zo", "fo")
+
+
+class HybridZOFO(Optimizer):
+    r"""Hybrid zeroth- and first-order optimisation (Ma, Yu, Huang, ICLR 2026, Algorithm 1).
+
+    Groups with ``mode="fo"`` are stepped by ``fo_optimizer``, ``torch.optim.SGD`` by default.
+    Groups with ``mode="zo"`` follow
+
+    .. math:: x \leftarrow x - \eta \Big(\frac1q \sum_s \hat c_s v_s + \lambda x\Big)
+
+    with random directions :math:`v_s` regenerated from a seed and projected gradients
+    :math:`\hat c_s` from evaluations of the closure under ``no_grad``: no backward, no
+    gradients and no optimizer state for x. Both estimates are taken at the same (x, y).
+
+    With FO groups only this is ``fo_optimizer`` itself, bit for bit (a closure is required);
+    with ZO groups only it is MeZO (Malladi et al. 2023).
+
+    A closure is evaluated 1 (FO) + ``num_samples`` x 1 (one-sided) or 2 (two-sided) times a
+    step, on the same batch and with the same random draws (dropout); the global random state
+    is then as after one evaluation. It may call ``zero_grad()`` and ``loss.backward()`` itself,
+    or only return the loss. Buffers that it changes, such as batch-norm statistics, change with
+    every evaluation.
+
+    Args:
+        params: tensors, named tensors or groups; see :func:`hybrid_param_groups`.
+        lr: learning rate of groups that set none; number or one-element tensor.
+        mode: "fo" or "zo", for groups that set none.
+        momentum, dampening, nesterov: for FO groups, where ``fo_optimizer`` has them.
+        weight_decay: L2 coefficient, both modes.
+        maximize: ascend instead, both modes.
+        mu: perturbation step size, the paper's :math:`\mu`; ZO groups.
+        estimator: "one_sided" (shares the FO evaluation, error O(mu)) or "two_sided" (central,
+            error O(mu^2)).
+        num_samples: number q of directions averaged in a step.
+        distribution: "gaussian" or "rademacher".
+        perturbation: "in_place".
+        rounding: "stochastic" or "nearest", for updates of bf16 and fp16 ZO weights.
+        nonfinite: "skip" turns a non-finite projected gradient into 0, without waiting for the
+            device, and counts it in :attr:`skipped_steps`; where the first evaluation's loss is
+            not finite the FO step is skipped too. "raise" restores the weights and raises
+            ``FloatingPointError``.
+        seed: of the directions, in [0, 2**64).
+        backend: "auto", "triton", "cpu" or "reference"; see ``zofo_kernels``.
+        fo_optimizer: a torch optimizer class (or a callable like one) for the FO groups.
+        **fo_options: further options of ``fo_optimizer``, such as ``betas``.
+
+    Raises:
+        TypeError, ValueError: an argument, option or parameter that cannot be used.
+
+    Example:
+        >>> optimizer = HybridZOFO(hybrid_param_groups(
+        ...     model, zo=dict(lr=1e-6, mu=1e-3), fo=dict(lr=1e-3, momentum=0.9)))
+        >>> for batch in loader:
+        ...     optimizer.zero_grad()
+        ...     loss = optimizer.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        mode: str = "fo",
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        mu: float = 1e-3,
+        estimator: str = "two_sided",
+        num_samples: int = 1,
+        distribution: str = "gaussian",
+        perturbation: str = "in_place",
+        rounding: str = "stochastic",
+        nonfinite: str = "skip",
+        seed: int = 0,
+        backend: str = "auto",
+        fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
+        **fo_options: Any,
+    ) -> None:
+        self._settings = Settings(
+            estimator, num_samples, distribution, perturbation, rounding, nonfinite, backend
+        )
+        shared = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        options, fo_defaults = first_order_options(fo_optimizer, shared, fo_options)
+        self._fo = FirstOrder(fo_optimizer, options)
+        self._pending: Pending | None = None
+        self._monitor = Monitor()
+        self._warned: set[str] = set()
+        self._reset()
+        _check_seed(seed)
+        always = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
+        zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
+        super().__init__(params, {**always, **fo_defaults, **zo_defaults})
+
+    def _reset(self) -> None:
+        """What a fresh or unpickled optimizer starts with; nothing here affects the path."""
+        self._evaluating: str | None = None
+        self._last_loss: Tensor | None = None
+        self._projected_grads: Tensor | None = None
+
+    # ---- groups and state -------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; as in torch, with ``mode``, ``mu`` and ``seed`` among its options.
+
+        A new ZO group joins at the current step. Later ZO parameters get later noise indices.
+
+        Raises:
+            TypeError, ValueError: as in the constructor; nothing is added.
+        """
+        given = dict(param_group) if isinstance(param_group, dict) else {}
+        super().add_param_group(param_group)
+        try:
+            if param_group["mode"] not in MODES:
+                raise ValueError(f"mode must be one of {MODES}, got {param_group['mode']!r}")
+            if param_group["mode"] == "zo":
+                self._check_zo_group(param_group, given)
+            else:
+                self._fo.add(param_group, self.state)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        earlier = [g for g in self.param_groups[:-1] if g["mode"] == "zo"]
+        if earlier and "zo_step" not in given:
+            param_group["zo_step"] = earlier[0]["zo_step"]
+
+    def _check_zo_group(self, group: dict[str, Any], given: dict[str, Any]) -> None:
+        lr, mu = group["lr"], group["mu"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if not 0.0 <= float(lr) < math.inf:
+            raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
+        if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0.0 < mu < math.inf:
+            raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
+        decay = group["weight_decay"]
+        if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
+            raise ValueError(f"Invalid weight_decay value: {decay!r} (must be finite and >= 0)")
+        for option in ("momentum", "dampening", "nesterov"):
+            if given.get(option) and given[option] != self.defaults.get(option):
+                raise ValueError(
+                    f"{option} must not be set in a group with mode='zo', which keeps no state, "
+                    f"got {given[option]!r}"
+                )
+        _check_seed(group["seed"])
+        names = parameter_names(group)
+        owners = {
+            (p.device, p.data_ptr()): name
+            for other in self.zo_groups()
+            for p, name in zip(other.params, other.names, strict=True)
+            if other.options is not group and p.numel()
+        }
+        seen: set[int] = set()
+        for parameter, name in zip(group["params"], names, strict=True):
+            check_weight(parameter, f"zeroth-order parameter {name!r}")
+            if parameter.numel() == 0 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            owner = owners.setdefault((parameter.device, parameter.data_ptr()), name)
+            if owner is not name:
+                raise ValueError(
+                    f"zeroth-order parameters {owner!r} and {name!r} share memory and would be "
+                    "perturbed twice; pass one of them"
+                )
+
+    def zo_groups(self) -> list[ZOGroup]:
+        """The zeroth-order groups with their noise indices, duplicates counted once."""
+        result: list[ZOGroup] = []
+        index = 0
+        for group in self.param_groups:
+            if group.get("mode") != "zo":
+                continue
+            names = parameter_names(group, index)
+            unique = {id(p): (p, n) for p, n in zip(group["params"], names, strict=True)}
+            indices = list(range(index, index + len(unique)))
+            index += len(unique)
+            params = [p for p, _ in unique.values()]
+            result.append(ZOGroup(params, indices, [n for _, n in unique.values()], group))
+        return result
+
+    def _fo_parameters(self) -> list[Tensor]:
+        return [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; seed and step of the directions are restored, so the path continues.
+
+        Raises:
+            ValueError: the groups' number, sizes or modes differ.
+        """
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_settings", "_fo", "_pending", "_monitor", "_warned")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        current = self.__dict__.get("param_groups")
+        if current is not None:
+            _check_same_modes(current, state["param_groups"])
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        if "_evaluating" not in self.__dict__:
+            self._reset()
+        self._fo.rebuild(self.param_groups, self.state)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}{self._settings}\nfo_optimizer: {self._fo.name}\n)"
+
+    # ---- what a person logs -----------------------------------------------------------------
+
+    @property
+    def last_loss(self) -> Tensor | None:
+        """Loss of the last evaluation of the unperturbed model, a detached 0-dim tensor.
+
+        With ZO groups only and the two-sided estimator there is none; then the mean of the
+        perturbed losses, which is the clean loss up to O(mu^2).
+        """
+        return self._last_loss
+
+    @property
+    def projected_grads(self) -> Tensor | None:
+        """Projected gradients of the last estimate, shape (ZO groups, num_samples).
+
+        Entry (g, s) is the slope along direction s as group g sees it; non-finite ones are 0.
+        """
+        return self._projected_grads
+
+    @property
+    def skipped_steps(self) -> int:
+        """Estimates so far with a non-finite projected gradient. Waits for the device."""
+        return self._monitor.skipped
+
+    # ---- stepping ---------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""
+        if self._evaluating == "repeat":
+            return
+        self._pending = None
+        super().zero_grad(set_to_none)
+
+    def backward(self, closure: Closure) -> Any:
+        """Evaluate the closure, leave gradients in ``.grad`` and coefficients in the optimizer.
+
+        Repeated calls accumulate, along the same directions; ``step()`` then applies the sum
+        and ``zero_grad()`` clears it. Weights are as before when this returns or raises.
+
+        Returns:
+            What the closure returned in its first, unperturbed evaluation (``last_loss`` where
+            there was none).
+
+        Raises:
+            TypeError, ValueError: the closure's result is no real scalar.
+            FloatingPointError: ``nonfinite="raise"`` and a loss is not finite.
+            RuntimeError: called from inside a closure.
+        """
+        with self._perturber() as perturber:
+            return self._estimate(closure, perturber)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """``backward(closure)``, then update all groups; without closure, only the update.
+
+        Returns:
+            As :meth:`backward`; None without closure.
+
+        Raises:
+            RuntimeError: no closure, and no ``backward(closure)`` since the last step.
+            As :meth:`backward`; then no weight has changed.
+        """
+        returned = None
+        with self._perturber() as perturber:
+            if closure is not None:
+                returned = self._estimate(closure, perturber)
+            elif self._pending is None:
+                raise RuntimeError(
+                    "step() needs a closure that returns the loss: call step(closure), or "
+                    "backward(closure) before step()"
+                )
+            self._apply(perturber)
+        return returned
+
+    def _perturber(self) -> InPlacePerturbation:
+        if self._evaluating is not None:
+            raise RuntimeError("a closure must not step the optimizer that is evaluating it")
+        settings = self._settings
+        return InPlacePerturbation(self.zo_groups(), settings.distribution, settings.backend)
+
+    def _estimate(self, closure: Closure, perturber: InPlacePerturbation) -> Any:
+        """Evaluate at all points and add to what is pending; leaves the weights displaced."""
+        if not callable(closure):
+            raise TypeError(f"closure must be callable, got {type(closure).__name__}")
+        groups = perturber.groups
+        estimator = ESTIMATORS[self._settings.estimator]
+        first_order = self._fo_parameters()
+        self._warn_unused_gradients(groups, first_order)
+        devices = {p.device for g in self.param_groups for p in g["params"]}
+        before, after = GlobalRandomState(devices), None
+
+        def run(gradients: bool) -> Evaluation:
+            nonlocal after
+            self._evaluating = "first" if after is None else "repeat"
+            if after is not None:
+                before.restore()
+            try:
+                result = evaluate(closure, gradients=gradients)
+            finally:
+                self._evaluating = None
+            after = after or GlobalRandomState(devices)
+            return result
+
+        clean: Evaluation | None = None
+        slopes: list[Tensor] = []
+        points: list[Evaluation] = []
+        try:
+            if first_order or estimator.needs_clean or not groups:
+                clean = run(gradients=bool(first_order))
+            with gradients_aside(first_order):
+                for sample in range(self._settings.num_samples if groups else 0):
+                    for sign in estimator.signs:
+                        perturber.move(sample, sign)
+                        points.append(run(gradients=False))
+                    losses = [point.loss for point in points[-len(estimator.signs) :]]
+                    slopes.append(estimator.slope(losses, clean.loss if clean else None))
+        finally:
+            if after is not None:
+                after.restore()
+        self._warn_about_losses([clean, *points], groups, first_order)
+        if groups:
+            self._collect(groups, slopes, clean.loss if clean else None)
+        else:
+            self._pending = self._pending or Pending()
+        if clean is not None:
+            self._last_loss = clean.loss
+            return clean.returned
+        self._last_loss = torch.stack([point.loss for point in points]).mean()
+        number = not isinstance(points[0].returned, Tensor)
+        return self._last_loss.item() if number else self._last_loss
+
+    def _collect(self, groups: list[ZOGroup], slopes: list[Tensor], clean: Tensor | None) -> None:
+        """Turn slopes into coefficients per group, drop non-finite ones, accumulate.
+
+        A clean loss that is not finite voids the whole estimate.
+        """
+        slope = torch.stack(slopes)
+        estimates = torch.stack([slope / group.mu for group in groups])
+        finite = estimates.isfinite()
+        clean_finite = None if clean is None else clean.isfinite()
+        if clean_finite is not None:
+            finite = finite & clean_finite
+        if self._settings.nonfinite == "raise" and not finite.all():
+            raise FloatingPointError(
+                "closure must return finite losses (nonfinite='raise'), got clean loss "
+                f"{None if clean is None else clean.item()} and differences {slope.tolist()}"
+            )
+        self._projected_grads = torch.where(finite, estimates, 0.0)
+        self._monitor.record(finite.all(), (slope == 0).all())
+        self._monitor.warn_if_flat([name for group in groups for name in group.names])
+        self._pending = self._pending or Pending()
+        self._pending.add(
+            self._projected_grads / self._settings.num_samples, finite.any(), clean_finite
+        )
+
+    def _apply(self, perturber: InPlacePerturbation) -> None:
+        """FO step first: if it raises, the perturber still restores the ZO weights."""
+        pending = self._pending
+        assert pending is not None
+        with uninterrupted():
+            if pending.first_order_is_healthy(self._fo_parameters()):
+                self._fo.step()
+            for position, group in enumerate(perturber.groups):
+                if pending.coefficients is None:  # a ZO group added after backward()
+                    break
+                if position < len(pending.coefficients):
+                    perturber.update(
+                        position,
+                        pending.coefficients[position],
+                        pending.gate(group.options["lr"]),
+                        self._settings.rounding,
+                    )
+                group.options["zo_step"] += 1
+            self._pending = None
+
+    # ---- warnings ---------------------------------------------------------------------------
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, stacklevel=6)
+
+    def _warn_about_losses(
+        self,
+        evaluations: list[Evaluation | None],
+        groups: list[ZOGroup],
+        first_order: list[Tensor],
+    ) -> None:
+        first = evaluations[0]
+        if first is not None and not first.backpropagated:
+            if any(p.requires_grad for p in first_order):
+                self._warn_once(
+                    "no backward",
+                    "closure returned a loss without a graph and did not call backward, so the "
+                    "first-order groups got no gradients; return the loss tensor itself",
+                )
+        for evaluation in evaluations:
+            dtype = getattr(evaluation and evaluation.returned, "dtype", None)
+            if groups and dtype in (torch.float16, torch.bfloat16):
+                self._warn_once(
+                    "16-bit loss",
+                    f"closure returned a loss of dtype {dtype}: differences of 16-bit losses "
+                    "cancel, and the zeroth-order estimate is mostly noise; compute the loss in "
+                    "float32, for example loss_fn(logits.float(), labels)",
+                )
+
+    def _warn_unused_gradients(self, groups: list[ZOGroup], first_order: list[Tensor]) -> None:
+        names = [
+            name
+            for group in groups
+            for p, name in zip(group.params, group.names, strict=True)
+            if p.requires_grad
+        ]
+        if names and first_order:
+            self._warn_once(
+                "requires_grad",
+                f"{len(names)} zeroth-order parameters have requires_grad=True, so the "
+                "first-order backward computes gradients for them that nothing uses; freeze "
+                "them with requires_grad_(False): " + ", ".join(names),
+            )
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+
+
+def _check_same_modes(current: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    for position, (ours, theirs) in enumerate(zip(current, loaded, strict=False)):
+        mode = theirs.get("mode", "fo")  # a torch.optim state dict has no modes
+        if mode != ours["mode"]:
+            raise ValueError(
+                f"state_dict must have the same modes, got mode={mode!r} for parameter group "
+                f"{position}, which has mode={ours['mode']!r}"
+            )
