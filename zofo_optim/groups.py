@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zofo_kernels import DTYPES
@@ -165,11 +164,3 @@ def _summary(groups: dict[str, dict[str, Tensor]], left_out: dict[str, list[Tens
     for reason, parameters in left_out.items():
         parts.append(f"left out ({reason}): {_size(parameters)}")
     return "hybrid_param_groups: " + "; ".join(parts)
-
-
-def parameter_names(group: Mapping[str, Any], first: int = 0) -> list[str]:
-    """Names of a group's parameters for messages; numbered from ``first`` where unnamed."""
-    params: Sequence[torch.Tensor] = group["params"]
-    if "param_names" in group:
-        return list(group["param_names"])
-    return [f"parameter {first + i} {tuple(p.shape)}" for i, p in enumerate(params)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Monitor:
 
         Args:
             finite: 0-dim bool, all coefficients of the step are finite.
-            flat: 0-dim bool, all loss differences of the step are exactly 0.
+            flat: 0-dim bool, all losses of the step are bit-identical.
         """
         if self._counts is None or self._mirror is None or self._counts.device != finite.device:
             old = self._counts
@@ -42,8 +43,8 @@ class Monitor:
         self._counts[1] = (self._counts[1] + 1) * flat.to(torch.int64)
         self._mirror.copy_(self._counts, non_blocking=True)
 
-    def warn_if_flat(self, names: list[str]) -> None:
-        """Warn, once, that perturbing the parameters ``names`` does not change the loss."""
+    def warn_if_flat(self, names: Callable[[], list[str]]) -> None:
+        """Warn, once, that perturbing the parameters ``names()`` does not change the loss."""
         if self._warned or self._mirror is None or int(self._mirror[1]) < FLAT_STEPS:
             return
         self._warned = True
@@ -51,6 +52,6 @@ class Monitor:
             f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: the "
             "zeroth-order parameters do not reach the loss (an unused module, a closure that "
             "does not run the model, a constant loss, or FSDP2 without "
-            "fully_shard(model, reshard_after_forward=True)). Parameters: " + ", ".join(names),
+            "fully_shard(model, reshard_after_forward=True)). Parameters: " + ", ".join(names()),
             stacklevel=4,
         )

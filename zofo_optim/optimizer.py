@@ -16,7 +16,6 @@ from zofo_kernels import check_weight, uninterrupted
 from .estimators import ESTIMATORS
 from .evaluation import Closure, Evaluation, GlobalRandomState, evaluate, gradients_aside
 from .first_order import FirstOrder, first_order_options
-from .groups import parameter_names
 from .monitor import Monitor
 from .pending import Pending
 from .perturbation import InPlacePerturbation, ZOGroup
@@ -175,25 +174,17 @@ class HybridZOFO(Optimizer):
                     f"got {given[option]!r}"
                 )
         _check_seed(group["seed"])
-        names = parameter_names(group)
-        owners = {
-            (p.device, p.data_ptr()): name
-            for other in self.zo_groups()
-            for p, name in zip(other.params, other.names, strict=True)
-            if other.options is not group and p.numel()
-        }
-        seen: set[int] = set()
-        for parameter, name in zip(group["params"], names, strict=True):
-            check_weight(parameter, f"zeroth-order parameter {name!r}")
-            if parameter.numel() == 0 or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            owner = owners.setdefault((parameter.device, parameter.data_ptr()), name)
-            if owner is not name:
-                raise ValueError(
-                    f"zeroth-order parameters {owner!r} and {name!r} share memory and would be "
-                    "perturbed twice; pass one of them"
-                )
+        owners: dict[tuple[torch.device, int], str] = {}
+        for checked in self.zo_groups():
+            for parameter, name in zip(checked.params, checked.names, strict=True):
+                check_weight(parameter, f"zeroth-order parameter {name!r}")
+                where = (parameter.device, parameter.data_ptr())
+                if parameter.numel() and where in owners:
+                    raise ValueError(
+                        f"zeroth-order parameters {owners[where]!r} and {name!r} share memory "
+                        "and would be perturbed twice; pass one of them"
+                    )
+                owners[where] = name
 
     def zo_groups(self) -> list[ZOGroup]:
         """The zeroth-order groups with their noise indices, duplicates counted once."""
@@ -202,12 +193,9 @@ class HybridZOFO(Optimizer):
         for group in self.param_groups:
             if group.get("mode") != "zo":
                 continue
-            names = parameter_names(group, index)
-            unique = {id(p): (p, n) for p, n in zip(group["params"], names, strict=True)}
-            indices = list(range(index, index + len(unique)))
-            index += len(unique)
-            params = [p for p, _ in unique.values()]
-            result.append(ZOGroup(params, indices, [n for _, n in unique.values()], group))
+            params = list(dict.fromkeys(group["params"]))
+            result.append(ZOGroup(params, list(range(index, index + len(params))), group))
+            index += len(params)
         return result
 
     def _fo_parameters(self) -> list[Tensor]:
@@ -361,7 +349,9 @@ class HybridZOFO(Optimizer):
                 after.restore()
         self._warn_about_losses([clean, *points], groups, first_order)
         if groups:
-            self._collect(groups, slopes, clean.loss if clean else None)
+            every = torch.stack([e.loss for e in (clean, *points) if e is not None])
+            flat = (every == every[0]).all()
+            self._collect(groups, torch.stack(slopes), clean.loss if clean else None, flat)
         else:
             self._pending = self._pending or Pending()
         if clean is not None:
@@ -371,12 +361,13 @@ class HybridZOFO(Optimizer):
         number = not isinstance(points[0].returned, Tensor)
         return self._last_loss.item() if number else self._last_loss
 
-    def _collect(self, groups: list[ZOGroup], slopes: list[Tensor], clean: Tensor | None) -> None:
+    def _collect(
+        self, groups: list[ZOGroup], slope: Tensor, clean: Tensor | None, flat: Tensor
+    ) -> None:
         """Turn slopes into coefficients per group, drop non-finite ones, accumulate.
 
         A clean loss that is not finite voids the whole estimate.
         """
-        slope = torch.stack(slopes)
         estimates = torch.stack([slope / group.mu for group in groups])
         finite = estimates.isfinite()
         clean_finite = None if clean is None else clean.isfinite()
@@ -388,8 +379,8 @@ class HybridZOFO(Optimizer):
                 f"{None if clean is None else clean.item()} and differences {slope.tolist()}"
             )
         self._projected_grads = torch.where(finite, estimates, 0.0)
-        self._monitor.record(finite.all(), (slope == 0).all())
-        self._monitor.warn_if_flat([name for group in groups for name in group.names])
+        self._monitor.record(finite.all(), flat)
+        self._monitor.warn_if_flat(lambda: [name for group in groups for name in group.names])
         self._pending = self._pending or Pending()
         self._pending.add(
             self._projected_grads / self._settings.num_samples, finite.any(), clean_finite
@@ -447,13 +438,13 @@ class HybridZOFO(Optimizer):
                 )
 
     def _warn_unused_gradients(self, groups: list[ZOGroup], first_order: list[Tensor]) -> None:
-        names = [
-            name
-            for group in groups
-            for p, name in zip(group.params, group.names, strict=True)
-            if p.requires_grad
-        ]
-        if names and first_order:
+        if first_order and any(p.requires_grad for group in groups for p in group.params):
+            names = [
+                name
+                for group in groups
+                for p, name in zip(group.params, group.names, strict=True)
+                if p.requires_grad
+            ]
             self._warn_once(
                 "requires_grad",
                 f"{len(names)} zeroth-order parameters have requires_grad=True, so the "

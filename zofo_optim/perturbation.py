@@ -22,8 +22,19 @@ class ZOGroup:
 
     params: list[Tensor]
     indices: list[int]
-    names: list[str]
     options: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Names for messages, one a parameter; numbered where the user gave none."""
+        given = self.options.get("param_names")
+        if given is None:
+            return [
+                f"parameter {i} {tuple(p.shape)}"
+                for i, p in zip(self.indices, self.params, strict=True)
+            ]
+        named = {id(p): name for p, name in zip(self.options["params"], given, strict=True)}
+        return [named[id(p)] for p in self.params]
 
     @property
     def mu(self) -> float:

@@ -93,9 +93,7 @@ def _slots(
 
 def _changed(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that data changed, as torch's own in-place operations do."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def _check_shift(name: str, shift: Shift | None) -> None:
