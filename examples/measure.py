@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +34,20 @@ def stored_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what native code writes to stderr: the profiler talks about itself there."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def peak_memory(
     call: Callable[[], object],
     model: nn.Module,
@@ -55,15 +71,14 @@ def peak_memory(
     present += [p.grad for p in model.parameters() if p.grad is not None]
     before = stored_bytes(present)
     gc.collect()  # or older garbage may be freed, and missed, during the call
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    totals = [e["args"]["Total Allocated"] for e in memory]
+    totals: list[int] = [e["args"]["Total Allocated"] for e in memory]
     if not totals:
         return before
-    return before + max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
+    return before + max(totals) - (totals[0] - int(memory[0]["args"]["Bytes"]))

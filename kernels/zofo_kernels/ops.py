@@ -82,7 +82,7 @@ def _slots(
         if tensor.numel() == 0:
             continue
         tensor = tensor.detach()
-        dense = tensor.contiguous()
+        dense = tensor.resolve_neg().contiguous()
         if dense.data_ptr() != tensor.data_ptr():
             copies.append((tensor, dense))
         by_device.setdefault(tensor.device, []).append(Slot(dense, index, offset))
@@ -185,7 +185,7 @@ def perturb_(
         engines = {device: backend_for(device, backend) for device in by_device}
         for device, slots in by_device.items():
             engines[device].perturb(slots, shifts)
-    _changed(tensors)
+        _changed(tensors)
 
 
 def perturbed(
@@ -263,7 +263,7 @@ def update_(
                 recover,
                 rounding == "stochastic",
             )
-    _changed(tensors)
+        _changed(tensors)
 
 
 def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:

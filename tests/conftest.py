@@ -1,0 +1,94 @@
+"""What all tests share: offline, deterministic, and an independent definition of the noise."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from zofo_kernels import unavailable_reason
+
+settings.register_profile("zofo", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("zofo")
+
+CPU_BACKENDS = [name for name in ("reference", "cpu") if unavailable_reason(name) is None]
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(scope="module", params=CPU_BACKENDS)
+def backend(request):
+    """Every backend that serves CPU tensors here."""
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def philox(direction, index, stream, block):
+    """Philox4x32-10 in numpy, written from the paper: uint64 blocks (n,) -> words (4, n)."""
+    low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
+    k0, k1 = direction.key()
+    c0, c1 = block & low, block >> high
+    c2, c3 = np.full_like(block, index), np.full_like(block, stream)
+    for _ in range(10):
+        p, q = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c2 = (q >> high) ^ c1 ^ np.uint64(k0), (p >> high) ^ c3 ^ np.uint64(k1)
+        c1, c3 = q & low, p & low
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return np.stack([c0, c1, c2, c3])
+
+
+def _positions(offset, count):
+    return np.uint64(offset) + np.arange(count, dtype=np.uint64)
+
+
+def _word(direction, index, stream, j, per_word):
+    words = philox(direction, index, stream, j // np.uint64(4 * per_word))
+    return words[j // np.uint64(per_word) % np.uint64(4), np.arange(len(j))]
+
+
+def element_noise(direction, index, offset, count):
+    """z of elements offset ... of parameter ``index``, in float64: the definition, by element."""
+    j = _positions(offset, count)
+    if direction.distribution == "rademacher":
+        bit = _word(direction, index, 0, j, 32) >> (j % np.uint64(32)) & np.uint64(1)
+        return 1.0 - 2.0 * bit
+    word = _word(direction, index, 0, j, 2)
+    k, a = word & np.uint64(2**23 - 1), (word >> np.uint64(23)).astype(np.int64)
+    radius = np.sqrt(-2 * np.log((2.0 * k + 1) / 2**24))
+    angle = (np.where(a < 256, a, a - 512) + 0.5) * np.pi / 256
+    return radius * np.where(j % np.uint64(2) == 0, np.cos(angle), np.sin(angle))
+
+
+def element_bits(direction, index, offset, count):
+    """The 16 rounding bits of elements offset ... of parameter ``index``: int64."""
+    j = _positions(offset, count)
+    word = _word(direction, index, 1, j, 2) >> (np.uint64(16) * (j % np.uint64(2)))
+    return (word & np.uint64(0xFFFF)).astype(np.int64)
+
+
+@pytest.fixture(scope="session", name="element_noise")
+def _element_noise():
+    return element_noise
+
+
+@pytest.fixture(scope="session", name="element_bits")
+def _element_bits():
+    return element_bits
+
+
+@pytest.fixture(scope="session", name="philox")
+def _philox():
+    return philox

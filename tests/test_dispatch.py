@@ -1,0 +1,366 @@
+"""Which backend serves a tensor, and passes under threads, forks and Ctrl-C."""
+
+import os
+import signal
+import sys
+import threading
+import types
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import zofo_kernels
+from zofo_kernels import (
+    Direction,
+    Shift,
+    backend_for,
+    dispatch,
+    noise,
+    perturb_,
+    reference,
+    unavailable_reason,
+    uninterrupted,
+    update_,
+)
+
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
+DIRECTION = Direction(5, 3)
+BIG = 150_000  # elements: several threads' worth
+
+
+@pytest.fixture
+def fresh_dispatch():
+    """Availability is looked up once a process: forget it before and after."""
+
+    def forget():
+        dispatch.unavailable_reason.cache_clear()
+        dispatch._warn_slow.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def no_numba(monkeypatch, fresh_dispatch):
+    for module in ("cpu", "cpu_kernels", "cpu_random"):
+        monkeypatch.delitem(sys.modules, f"zofo_kernels.{module}", raising=False)
+        monkeypatch.delattr(zofo_kernels, module, raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+
+
+@pytest.fixture
+def no_triton(monkeypatch, fresh_dispatch):
+    monkeypatch.setitem(sys.modules, "zofo_kernels.triton", None)
+
+
+def name(module):
+    return module.__name__.removeprefix("zofo_kernels.")
+
+
+def test_auto_takes_numba_on_the_cpu():
+    pytest.importorskip("numba")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert name(backend_for(CPU)) == "cpu"
+        assert name(backend_for(CPU, "auto")) == "cpu"
+    assert unavailable_reason("cpu") is None
+    z = noise((1000,), DIRECTION)
+    assert torch.equal(z, noise((1000,), DIRECTION, backend="cpu"))
+    assert not torch.equal(z, noise((1000,), DIRECTION, backend="reference"))
+
+
+def test_reference_serves_any_device():
+    assert unavailable_reason("reference") is None
+    for device in (CPU, CUDA, META, torch.device("mps")):
+        assert backend_for(device, "reference") is reference
+
+
+def test_auto_takes_the_reference_elsewhere_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend_for(META) is reference
+        assert backend_for(torch.device("mps")) is reference
+
+
+@pytest.mark.usefixtures("no_numba")
+def test_without_numba_the_reference_serves_after_one_warning():
+    w = torch.zeros(9)
+    with pytest.warns(UserWarning, match="slow reference backend serves 'cpu'.*numba") as caught:
+        perturb_([w], DIRECTION, 1.0)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        perturb_([w], DIRECTION, 1.0)
+        z = noise((9,), DIRECTION)
+        update_([w], [DIRECTION], torch.ones(1), 2.0)
+    assert torch.equal(z, noise((9,), DIRECTION, backend="reference"))
+    assert torch.equal(w, torch.zeros(9))
+
+
+@pytest.mark.usefixtures("no_numba")
+def test_without_numba_backend_cpu_says_why():
+    w = torch.zeros(9)
+    with pytest.raises(RuntimeError, match=r"backend='cpu' is not available: numba .*pip install"):
+        perturb_([w], DIRECTION, 1.0, backend="cpu")
+    assert w.eq(0).all()
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_without_triton():
+    w = torch.zeros(9)
+    with pytest.raises(RuntimeError, match=r"backend='triton' is not available: .* imported"):
+        perturb_([w], DIRECTION, 1.0, backend="triton")
+    assert w.eq(0).all()
+    with pytest.warns(UserWarning, match="slow reference backend serves 'cuda'.*Triton"):
+        assert backend_for(CUDA) is reference
+
+
+def test_triton_without_a_gpu(monkeypatch, fresh_dispatch):
+    stub = types.ModuleType("zofo_kernels.triton")
+    monkeypatch.setitem(sys.modules, "zofo_kernels.triton", stub)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"backend='triton' is not available: .*no CUDA device"):
+        backend_for(CUDA, "triton")
+
+
+def test_triton_serves_cuda_only(monkeypatch, fresh_dispatch):
+    stub = types.ModuleType("zofo_kernels.triton")
+    monkeypatch.setitem(sys.modules, "zofo_kernels.triton", stub)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backend_for(CUDA) is stub
+    assert backend_for(CUDA, "triton") is stub
+    with pytest.raises(ValueError, match=r"backend='triton' serves cuda tensors, got .* cpu"):
+        backend_for(CPU, "triton")
+
+
+def test_backend_cpu_serves_the_cpu_only():
+    pytest.importorskip("numba")
+    for device in (CUDA, META):
+        with pytest.raises(ValueError, match=f"backend='cpu' serves cpu tensors, got .* {device}"):
+            backend_for(device, "cpu")
+
+
+def test_unknown_backends():
+    for backend in ("numba", "", "CPU", None):
+        with pytest.raises(ValueError, match=f"backend must be one of .*'reference'.*{backend!r}"):
+            backend_for(CPU, backend)
+
+
+def test_meta_tensors_are_refused(backend):
+    w, meta = torch.zeros(3), torch.zeros(3, device="meta")
+    for call in (
+        lambda: perturb_([w, meta], DIRECTION, 1.0, backend=backend),
+        lambda: update_([w, meta], [DIRECTION], torch.ones(1), 1.0, backend=backend),
+    ):
+        with pytest.raises(ValueError, match=r"tensors\[1\] must hold data.*meta"):
+            call()
+    assert w.eq(0).all()
+
+
+# Threads and processes.
+
+
+def test_concurrent_calls(backend, threads):
+    threads(2)
+    directions = [Direction(1, step) for step in range(6)]
+    size = BIG if backend == "cpu" else 5000
+    expected = [torch.zeros(size) for _ in range(6)]
+    for w, direction in zip(expected, directions, strict=True):
+        perturb_([w], direction, 1.0, backend=backend)
+
+    start = threading.Barrier(6)
+
+    def run(direction):
+        start.wait()
+        wrong = 0
+        for _ in range(10):
+            w = torch.zeros(size)
+            perturb_([w], direction, 1.0, backend=backend)
+            expected_here = expected[directions.index(direction)]
+            wrong += not torch.equal(w, expected_here)
+        return wrong
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(run, directions)) == 0
+
+
+def test_concurrent_calls_while_the_pool_grows(threads):
+    """Torch's thread count may rise between passes, and the pool with it."""
+    expected = torch.zeros(BIG)
+    perturb_([expected], DIRECTION, 1.0)
+
+    def run(count):
+        torch.set_num_threads(count)
+        w = torch.zeros(BIG)
+        perturb_([w], DIRECTION, 1.0)
+        return torch.equal(w, expected)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(run, [2, 3, 4, 2, 4, 3] * 4))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_can_perturb(threads):
+    """With numba: the reference uses torch's own threads, which do not survive a fork."""
+    pytest.importorskip("numba")
+    threads(3)
+    expected, w = torch.zeros(BIG), torch.zeros(BIG)
+    perturb_([expected], DIRECTION, 1.0)  # and so the parent has a pool
+    child = os.fork()
+    if child == 0:
+        # Nothing but the pass and a comparison in numpy, and none of the parent's clean-up.
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            perturb_([w], DIRECTION, 1.0)
+            status = 0 if (w.numpy() == expected.numpy()).all() else 2
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert not os.WIFSIGNALED(status), "the child hung"
+    assert os.WEXITSTATUS(status) == 0
+    perturb_([w], DIRECTION, 1.0)
+    assert torch.equal(w, expected)
+
+
+# Ctrl-C.
+
+
+@pytest.fixture
+def ctrl_c():
+    """Send SIGINT from another thread, with Python's own handler in place."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread only")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def send():
+        sender = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
+        sender.start()
+        sender.join()
+
+    yield send
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("operation", ["perturb", "update"])
+def test_ctrl_c_waits_for_the_whole_pass(backend, operation, monkeypatch, threads, ctrl_c):
+    """SIGINT arrives when the pass has begun; every tensor has had its share when it ends."""
+    threads(2)
+    # Where each backend is in Python in the midst of a pass: reference at each chunk, cpu at
+    # each dtype.
+    module = backend_for(CPU, backend)
+    place = "_in_threads" if backend == "cpu" else "direction_values"
+    original, calls = getattr(module, place), []
+
+    def interrupted(*args):
+        calls.append(place)
+        if len(calls) == 1:
+            ctrl_c()
+        return original(*args)
+
+    def run(tensors):
+        if operation == "perturb":
+            perturb_(tensors, DIRECTION, 0.5, backend=backend)
+        else:
+            shift = Shift(DIRECTION, 0.5)
+            update_(tensors, [DIRECTION], torch.ones(1), 0.1, recover=shift, backend=backend)
+
+    def make():
+        wide, narrow = torch.zeros(2 * reference.CHUNK), torch.zeros(BIG, dtype=torch.bfloat16)
+        return [wide, narrow, torch.zeros(40, 30).t()]
+
+    expected, tensors = make(), make()
+    run(expected)
+    monkeypatch.setattr(module, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tensors)
+    assert len(calls) > 1
+    for w, whole in zip(tensors, expected, strict=True):
+        assert torch.equal(w, whole)
+        assert w._version > 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_at_any_time_leaves_all_or_nothing_done(backend, ctrl_c):
+    size = 20_000_000 if backend == "cpu" else 2_000_000
+    w = torch.zeros(size)
+    timer = threading.Timer(0.05, ctrl_c)  # most likely during the call, but any time will do
+
+    def run():
+        timer.start()
+        perturb_([w], DIRECTION, 1.0, backend=backend)
+        timer.join()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    expected = noise((size,), DIRECTION, backend=backend)
+    assert torch.equal(w, expected) or w.eq(0).all()
+
+
+def test_uninterrupted_nests(ctrl_c):
+    reached = []
+
+    def run():
+        with uninterrupted():
+            with uninterrupted():
+                ctrl_c()
+                reached.append("inside")
+            reached.append("after the inner block")
+            with uninterrupted():
+                ctrl_c()
+            reached.append("after the second")
+        reached.append("outside")
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert reached == ["inside", "after the inner block", "after the second"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_uninterrupted_with_an_error(ctrl_c):
+    def run(send):
+        with uninterrupted():
+            send()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: None)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(ctrl_c)
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_uninterrupted_passes_on_to_other_handlers(ctrl_c):
+    seen = []
+
+    def handler(signum, frame):
+        seen.append(signum)
+
+    signal.signal(signal.SIGINT, handler)
+    with uninterrupted():
+        ctrl_c()
+        assert seen == []
+    assert seen == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with uninterrupted():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_uninterrupted_outside_the_main_thread():
+    before = signal.getsignal(signal.SIGINT)
+
+    def run():
+        with uninterrupted():
+            return signal.getsignal(signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() is before
