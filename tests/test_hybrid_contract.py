@@ -1262,3 +1262,14 @@ def test_threads_may_step_optimizers_of_their_own():
     alone = Toy()
     run(alone.optimizer("zo"), alone, 3)
     assert all(equal(toy.values(), alone.values()) for toy in toys)
+
+
+def test_loading_a_state_dict_drops_what_was_accumulated():
+    """Coefficients belong to the directions of the step that is left."""
+    x = torch.ones(3)
+    optimizer = HybridZOFO([x], mode="zo")
+    state = optimizer.state_dict()
+    optimizer.backward(lambda: (x**2).sum())
+    optimizer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="closure"):
+        optimizer.step()

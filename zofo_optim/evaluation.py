@@ -91,7 +91,8 @@ def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
         loss.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
     loss = loss.detach().reshape(())
-    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+    # a copy: the closure may return memory that its next run overwrites
+    loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
     return Evaluation(returned, loss, backpropagated)
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+OWN_DEFAULTS = {
+    "lr": 1e-3,
+    "momentum": 0,
+    "dampening": 0,
+    "weight_decay": 0,
+    "nesterov": False,
+    "maximize": False,
+}
 
 
 def first_order_options(
@@ -34,7 +44,10 @@ def first_order_options(
     for option in further:
         if option not in accepted and not anything:
             raise TypeError(f"{option!r} is no option of HybridZOFO or of fo_optimizer={name}")
+    bound = getattr(factory, "keywords", {})  # of a functools.partial
     for option, value in shared.items():
+        if option in bound and value == OWN_DEFAULTS[option]:
+            continue
         if option in accepted:
             options[option] = value
         elif option not in ("lr", "maximize", "weight_decay") and value:
@@ -70,13 +83,18 @@ class FirstOrder:
         for group in groups:
             if group["mode"] == "fo":
                 self.add(group, state)
+        if self._inner is not None:  # the class's own migration of older state
+            shared = {"state": state, "param_groups": self._inner.param_groups}
+            self._inner.__setstate__(shared)  # type: ignore[attr-defined]
 
     def add(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
         """Add one group; the dictionary itself is shared."""
-        if self._inner is None:
-            self._inner = self._factory([group], **self._options)
-        else:
-            self._inner.add_param_group(group)
+        with warnings.catch_warnings():  # ours has warned already
+            warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
+            if self._inner is None:
+                self._inner = self._factory([group], **self._options)
+            else:
+                self._inner.add_param_group(group)
         self._share(self._inner, state)
 
     @staticmethod

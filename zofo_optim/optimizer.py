@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from zofo_kernels import check_weight, uninterrupted
 from .estimators import ESTIMATORS
 from .evaluation import Closure, Evaluation, GlobalRandomState, evaluate, gradients_aside
 from .first_order import FirstOrder, first_order_options
-from .monitor import Monitor
+from .monitor import Monitor, caller_level
 from .pending import Pending
 from .perturbation import InPlacePerturbation, ZOGroup
 from .settings import Settings
@@ -120,6 +121,9 @@ class HybridZOFO(Optimizer):
         self._warned: set[str] = set()
         self._reset()
         _check_seed(seed)
+        _check_mu(mu)
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         always = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
         super().__init__(params, {**always, **fo_defaults, **zo_defaults})
@@ -145,6 +149,12 @@ class HybridZOFO(Optimizer):
         try:
             if param_group["mode"] not in MODES:
                 raise ValueError(f"mode must be one of {MODES}, got {param_group['mode']!r}")
+            for field in dataclasses.fields(Settings):
+                if field.name in given:
+                    raise ValueError(
+                        f"{field.name} must be given to HybridZOFO, for all groups, "
+                        f"got {given[field.name]!r} in a parameter group"
+                    )
             if param_group["mode"] == "zo":
                 self._check_zo_group(param_group, given)
             else:
@@ -162,8 +172,7 @@ class HybridZOFO(Optimizer):
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
         if not 0.0 <= float(lr) < math.inf:
             raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
-        if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0.0 < mu < math.inf:
-            raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
+        _check_mu(mu)
         decay = group["weight_decay"]
         if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
             raise ValueError(f"Invalid weight_decay value: {decay!r} (must be finite and >= 0)")
@@ -208,6 +217,7 @@ class HybridZOFO(Optimizer):
             ValueError: the groups' number, sizes or modes differ.
         """
         super().load_state_dict(state_dict)
+        self._pending = None  # belongs to the directions of the step that was left
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_settings", "_fo", "_pending", "_monitor", "_warned")
@@ -219,6 +229,7 @@ class HybridZOFO(Optimizer):
             _check_same_modes(current, state["param_groups"])
         super().__setstate__(state)
         for group in self.param_groups:
+            group.setdefault("mode", "fo")  # a torch.optim state dict, see _check_same_modes
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         if "_evaluating" not in self.__dict__:
@@ -321,10 +332,10 @@ class HybridZOFO(Optimizer):
 
         def run(gradients: bool) -> Evaluation:
             nonlocal after
-            self._evaluating = "first" if after is None else "repeat"
-            if after is not None:
-                before.restore()
             try:
+                self._evaluating = "first" if after is None else "repeat"
+                if after is not None:
+                    before.restore()
                 result = evaluate(closure, gradients=gradients)
             finally:
                 self._evaluating = None
@@ -411,7 +422,7 @@ class HybridZOFO(Optimizer):
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self._warned:
             self._warned.add(topic)
-            warnings.warn(message, stacklevel=6)
+            warnings.warn(message, stacklevel=caller_level())
 
     def _warn_about_losses(
         self,
@@ -458,6 +469,11 @@ def _check_seed(seed: Any) -> None:
         raise TypeError(f"seed must be an int, got {seed!r}")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+
+
+def _check_mu(mu: Any) -> None:
+    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0.0 < mu < math.inf:
+        raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
 
 
 def _check_same_modes(current: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:

@@ -77,9 +77,10 @@ class InPlacePerturbation:
 
     def restore(self) -> None:
         """Every group back to w."""
-        for position, carried in enumerate(self._carried):
-            if carried is not None:
-                self._pass(position, None)
+        with uninterrupted():  # all groups, before a Ctrl-C is raised
+            for position, carried in enumerate(self._carried):
+                if carried is not None:
+                    self._pass(position, None)
 
     def _pass(self, position: int, shift: Shift | None) -> None:
         group = self.groups[position]
