@@ -107,13 +107,13 @@ def train(
         },
         zo={"lr": args.lr_hybrid_zo if method.adapter else args.lr_zo, "mu": args.mu},
         fo={"lr": args.lr_hybrid_fo if method.zo_base else args.lr_fo},
-        exclude=args.zo_exclude,
+        include=args.include_hybrid if method.adapter else args.include_zo,
         device=device,
     )
     optimizer = HybridZOFO(
         groups,
         estimator=args.estimator,
-        num_samples=args.num_samples,
+        num_samples=args.samples_hybrid if method.adapter else args.samples_zo,
         distribution=args.distribution,
         seed=seed,
         fo_optimizer=torch.optim.AdamW,

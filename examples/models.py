@@ -126,7 +126,7 @@ def prepare(
     lora: dict[str, Any],
     zo: dict[str, Any],
     fo: dict[str, Any],
-    exclude: Sequence[str],
+    include: Sequence[str],
     device: torch.device,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A copy of the base model set up for the method, and the parameter groups of its optimizer.
@@ -146,11 +146,9 @@ def prepare(
     model.to(device)
     if method.zo_base:
         try:
-            return model, hybrid_param_groups(
-                model, zo=zo, fo=fo, exclude=list(exclude), verbose=False
-            )
+            return model, hybrid_param_groups(model, zo=zo, fo=fo, include=include, verbose=False)
         except ValueError as error:
-            raise ModelError(f"--zo-exclude: {error}") from error
+            raise ModelError(f"zeroth-order parameters: {error}") from error
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, [{"params": trained, "mode": "fo", **fo}]
 

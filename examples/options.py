@@ -108,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
         choices=("two_sided", "one_sided"),
         default="two_sided",
     )
-    add("--num-samples", "directions averaged in a step", type=count, default=1)
+    add("--samples-zo", "zo: directions averaged in a step", type=count, default=1)
+    add("--samples-hybrid", "hybrid-lora: directions averaged in a step", type=count, default=1)
     add(
         "--distribution",
         "of the directions",
@@ -123,13 +124,14 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
     )
-    add(
-        "--zo-exclude",
-        "parameters that zeroth order leaves alone: patterns of their names",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-    )
+    for method in ("zo", "hybrid"):
+        add(
+            f"--include-{method}",
+            f"{method}: the parameters that zeroth order trains, as patterns of names; none: all",
+            nargs="*",
+            default=[],
+            metavar="PATTERN",
+        )
     add("--dtype", "of the weights", choices=DTYPES, default="float32")
     add("--device", "auto: cuda where there is one, else cpu", type=device_name, default="auto")
     add("--out", "folder for everything written", type=Path, default=Path("runs/finetune"))

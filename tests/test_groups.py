@@ -119,6 +119,17 @@ def test_exclude():
     assert split(model, exclude=["query"])["fo"].keys() == split(model)["fo"].keys()
 
 
+def test_include():
+    model = lora_bert()
+    everything = split(model)["zo"]
+    kept = split(model, include="bias$")["zo"]
+    assert set(kept) == {n for n in everything if n.endswith("bias")}
+    kept = split(model, include=["bias$", "LayerNorm"], exclude="embeddings")["zo"]
+    assert all("embeddings" not in n for n in kept)
+    assert any(n.endswith("LayerNorm.weight") for n in kept)
+    assert split(model, include="bias$")["fo"].keys() == split(model)["fo"].keys()
+
+
 def test_options_names_and_summary(capsys):
     groups = hybrid_param_groups(lora_bert(), zo=dict(lr=1e-6, mu=1e-2), fo=dict(lr=1e-3))
     summary = capsys.readouterr().out
@@ -153,6 +164,7 @@ def test_hybrid_step_moves_base_and_adapter():
     ("arguments", "error", "message"),
     [
         ({"exclude": "nothing_like_this"}, ValueError, "exclude must match"),
+        ({"include": ["bias", "no_such"]}, ValueError, "include must match .* 'no_such'"),
         ({"zo": {"params": []}}, ValueError, "zo must not set 'params'"),
         ({"fo": {"mode": "zo"}}, ValueError, "fo must not set 'mode'"),
         ({"fo": 3}, TypeError, "fo must be a mapping"),

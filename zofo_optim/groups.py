@@ -17,6 +17,7 @@ def hybrid_param_groups(
     zo: Mapping[str, Any] | None = None,
     fo: Mapping[str, Any] | None = None,
     *,
+    include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     verbose: bool = True,
 ) -> list[dict[str, Any]]:
@@ -33,9 +34,11 @@ def hybrid_param_groups(
         model: any module; call this after peft has wrapped it.
         zo: options of the ZO group, such as ``dict(lr=1e-6, mu=1e-3)``.
         fo: options of the FO group, such as ``dict(lr=1e-3, momentum=0.9)``.
-        exclude: frozen parameters to keep as they are: regular expressions searched in the
-            parameter's name (``"embed"``, ``r"norm\\.weight$"``); shell patterns such as
-            ``"*norm*"`` are understood too. First-order parameters are never excluded.
+        include: the only frozen parameters that may move, such as ``"bias"``; default: all.
+            Regular expressions searched in the parameter's name (``"embed"``,
+            ``r"norm\\.weight$"``); shell patterns such as ``"*norm*"`` are understood too.
+        exclude: frozen parameters to keep as they are, likewise. First-order parameters are
+            never left out.
         verbose: print a one-line summary.
 
     Returns:
@@ -50,35 +53,37 @@ def hybrid_param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     options = {"zo": _options("zo", zo), "fo": _options("fo", fo)}
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    wanted = [include] if isinstance(include, str) else list(include)
+    unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
 
     unreached = _unreached(model)
     groups: dict[str, dict[str, Tensor]] = {"zo": {}, "fo": {}}
     left_out: dict[str, list[Tensor]] = {}
-    hits = dict.fromkeys(patterns, 0)
+    used: set[str] = set()
     for names, parameter in _parameters_with_all_names(model):
         if parameter.requires_grad:
             groups["fo"][names[0]] = parameter
             continue
-        matching = [p for p in patterns if any(_matches(p, name) for name in names)]
-        for pattern in matching:
-            hits[pattern] += 1
+        included, excluded = _matching(wanted, names), _matching(unwanted, names)
+        used.update(included, excluded)
         if all(name in unreached for name in names):
             reason = "unused"
         elif parameter.dtype not in DTYPES:
             reason = str(parameter.dtype).removeprefix("torch.")
-        elif matching:
+        elif excluded or (wanted and not included):
             reason = "excluded"
         else:
             groups["zo"][names[0]] = parameter
             continue
         left_out.setdefault(reason, []).append(parameter)
 
-    missed = [pattern for pattern, count in hits.items() if count == 0]
-    if missed:
-        raise ValueError(
-            f"exclude must match names of frozen parameters, got {missed[0]!r}, which matches none"
-        )
+    for argument, patterns in (("include", wanted), ("exclude", unwanted)):
+        for pattern in patterns:
+            if pattern not in used:
+                raise ValueError(
+                    f"{argument} must match names of frozen parameters, got {pattern!r}, which "
+                    "matches none"
+                )
     if not groups["zo"] and not groups["fo"]:
         raise ValueError("model must have at least one parameter to train, got none")
     if verbose:
@@ -106,11 +111,16 @@ def _options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(options)
 
 
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.search(pattern, name) is not None
-    except re.error:
-        return fnmatch.fnmatchcase(name, pattern)
+def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The patterns that match one of a parameter's names."""
+
+    def matches(pattern: str, name: str) -> bool:
+        try:
+            return re.search(pattern, name) is not None
+        except re.error:
+            return fnmatch.fnmatchcase(name, pattern)
+
+    return [p for p in patterns if any(matches(p, name) for name in names)]
 
 
 def _parameters_with_all_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:

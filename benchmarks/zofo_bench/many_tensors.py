@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import minilm, plots
-from .check import check_operation
-from .perturb import DISTRIBUTIONS, REACH, mezo_passes, operations
+from .perturb import DISTRIBUTIONS, check_passes, mezo_passes, operations
 from .registry import Case, Comparison, Context, benchmark
 
 SMALL_TENSORS = 290
@@ -40,29 +39,13 @@ def _case(name: str, operation: str, shapes: list[tuple[int, ...]], device: torc
 
     ours, theirs = weights(), weights()
     indices = list(range(len(ours)))  # as the optimizer passes them
-    passes = {d: operations(d, device)[operation] for d in DISTRIBUTIONS}
-
-    def check() -> None:
-        for distribution, (run, factor) in passes.items():
-            exact = distribution == "rademacher"
-            check_operation(
-                f"{name} {distribution}",
-                run,
-                ours,
-                noise=0.0 if exact else factor,
-                ulps=0.0 if exact else 2.0,
-                reach=REACH,
-                width=256,
-                number=4,
-            )
-
-    elements = sum(t.numel() for t in ours)
+    passes = {f"zofo {d}": operations(d, device)[operation] for d in DISTRIBUTIONS}
     return Case(
         name=name,
-        sizes={"elements": elements, "tensors": len(ours), "dtype": "float32"},
-        variants={d: partial(run, ours, indices=indices) for d, (run, _) in passes.items()}
+        sizes={"elements": sum(t.numel() for t in ours), "tensors": len(ours), "dtype": "float32"},
+        variants={n: partial(run, ours, indices=indices) for n, (run, _) in passes.items()}
         | {"MeZO": mezo_passes(theirs)[operation]["MeZO"]},
-        check=check,
-        comparisons=[Comparison("MeZO / this =", "MeZO", d, d) for d in DISTRIBUTIONS],
+        check=lambda: check_passes(name, passes, ours, width=256),
+        comparisons=[Comparison("MeZO / this =", "MeZO", n, n) for n in passes],
         notes={"MeZO noise": "gaussian"},
     )

@@ -8,63 +8,54 @@ from typing import Any
 Result = dict[str, Any]
 
 
-def _bars(result: Result, path: Path, key: str, scale: float, label: str) -> None:
-    """Horizontal bars of all variants, grouped by case; log axis, 20/80 percentiles."""
+def _dots(result: Result, path: Path, key: str | None, scale: float, label: str) -> None:
+    """A row of dots a case, one for each variant: median and 20/80 percentiles, log axis.
+
+    ``key`` is a rate of the variants, or None for their seconds.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(v for case in result["cases"] for v in case["variants"]))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
-    rows = sum(len(case["variants"]) + 1 for case in result["cases"])
-    figure = Figure(figsize=(8, 1.2 + 0.16 * rows), layout="constrained")
+    cases = result["cases"]
+    names = list(dict.fromkeys(name for case in cases for name in case["variants"]))
+    figure = Figure(figsize=(8, 1.5 + 0.35 * len(cases)), layout="constrained")
     axes = figure.add_subplot()
-    shown: set[str] = set()
-    ticks, y = [], 0.0
-    for case in result["cases"]:
-        first = y
-        for name, timing in case["variants"].items():
-            seconds = timing["seconds"]
-            middle = timing[key] if key in timing else seconds["median"]
-            middle, span = middle / scale, seconds
-            ends = (span["p20"] / span["median"], span["p80"] / span["median"])
-            low, high = (1 / ends[1], 1 / ends[0]) if key in timing else ends
-            axes.barh(
-                y,
-                middle,
-                height=0.9,
-                color=colours[name],
-                label=name if name not in shown else None,
-                xerr=[[max(middle - middle * low, 0)], [max(middle * high - middle, 0)]],
-                error_kw={"elinewidth": 0.8},
-            )
-            shown.add(name)
-            y += 1
-        ticks.append(((first + y - 1) / 2, case["name"]))
-        y += 1
-    axes.set_yticks([t for t, _ in ticks], [name for _, name in ticks], fontsize=7)
+    for name in names:
+        rows = [row for row, case in enumerate(cases) if name in case["variants"]]
+        timings = [cases[row]["variants"][name] for row in rows]
+        spans = [t["seconds"] for t in timings]
+        values = [(t[key] if key else t["seconds"]["median"]) / scale for t in timings]
+        slower = [s["p80"] / s["median"] for s in spans]
+        faster = [s["median"] / s["p20"] for s in spans]
+        up, down = (faster, slower) if key else (slower, faster)
+        low = [value - value / ratio for value, ratio in zip(values, down, strict=True)]
+        high = [value * ratio - value for value, ratio in zip(values, up, strict=True)]
+        style = "o" if name.startswith("zofo") else "x"
+        axes.errorbar(values, rows, xerr=[low, high], fmt=style, ms=5, lw=1, label=name)
+    axes.set_yticks(range(len(cases)), [case["name"] for case in cases], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel(label)
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=4)
     _title(axes, result)
     FigureCanvasAgg(figure).print_png(path)
 
 
 def _title(axes: Any, result: Result) -> None:
     machine = result["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['torch_threads']} threads"
+    where = machine.get("gpu") or f"{machine['cpu']}, torch threads: {machine['torch_threads']}"
     axes.set_title(f"{result['benchmark']}: {where}", fontsize=9)
 
 
 def rates(result: Result, path: Path) -> None:
     """Elements a second of each variant."""
-    _bars(result, path, "elements_per_second", 1e6, "million elements a second (more is better)")
+    _dots(result, path, "elements_per_second", 1e6, "million elements a second (more is better)")
 
 
 def times(result: Result, path: Path) -> None:
     """Time of each variant."""
-    _bars(result, path, "", 1e-3, "milliseconds (less is better)")
+    _dots(result, path, None, 1e-3, "milliseconds (less is better)")
 
 
 def growth(result: Result, path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .registry import Benchmark, Case
-from .timing import Samples, spread
+from .timing import Samples, spread, tidy
 
 SCHEMA = 1
 """Version of the result files' layout."""
@@ -61,9 +61,9 @@ def _rates(case: Case, samples: Samples) -> dict[str, float]:
     seconds = spread(samples.seconds)["median"]
     rates = {}
     if case.elements is not None:
-        rates["elements_per_second"] = case.elements / seconds
+        rates["elements_per_second"] = tidy(case.elements / seconds)
     if case.bytes is not None:
-        rates["bytes_per_second"] = case.bytes / seconds
+        rates["bytes_per_second"] = tidy(case.bytes / seconds)
     return rates
 
 

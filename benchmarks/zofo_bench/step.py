@@ -132,7 +132,8 @@ def _case(model: nn.Module, batch: dict[str, Tensor], mode: Mode, dropout: bool)
     name = f"{mode.name}, {'dropout' if dropout else 'no dropout'}"
     distributions = ("gaussian", "rademacher") if mode.zeroth_order else ("gaussian",)
     ours = {
-        d if mode.zeroth_order else "HybridZOFO": Ours(model, batch, mode, d) for d in distributions
+        f"zofo {d}" if mode.zeroth_order else "zofo": Ours(model, batch, mode, d)
+        for d in distributions
     }
     bare = Bare(model, batch, mode)
     variants: dict[str, Callable[[], object]] = {n: job.step for n, job in ours.items()}

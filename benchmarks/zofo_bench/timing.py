@@ -90,7 +90,12 @@ def interleave(
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and 20/80 percentiles."""
     low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), (0.2, 0.5, 0.8))
-    return {"median": float(middle), "p20": float(low), "p80": float(high)}
+    return {"median": tidy(middle), "p20": tidy(low), "p80": tidy(high)}
+
+
+def tidy(value: float) -> float:
+    """Six digits, more than any timing has."""
+    return float(f"{value:.6g}")
 
 
 class CompileTimer:
