@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .machine import header
+from .machine import header, load_average
 from .registry import Benchmark, Context, Unavailable, WrongResult, missing_device, select
 from .report import SCHEMA, Printer, case_result, write_json
 from .timing import CompileTimer, Effort, interleave
@@ -21,6 +21,7 @@ for module in ("perturb", "many_tensors", "step", "growth"):
     importlib.import_module(f".{module}", __package__)  # enters its benchmark in the registry
 
 FULL = Effort(repeats=15, budget=45.0)
+BUSY = 0.5  # load average
 WIDTH = 120  # columns, where no terminal says
 QUICK = Effort(repeats=3, budget=1.0, sample=0.0002)
 
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
+    load = load_average()
+    if load is not None and load > BUSY:
+        console.print(f"The machine is busy (load average {load:.1f}): timings will be off.")
     refused = False
     for entry in chosen:
         printer = Printer(console, entry)

@@ -2,7 +2,9 @@
 
 Written from the paper, with the operations of its published recipe: the noise of all parameters
 is drawn again on every pass from torch's generator, seeded once a pass, parameter by parameter.
-The noise is Gaussian, whatever it is compared with.
+The noise is Gaussian, whatever it is compared with. Each pass allocates temporaries as large as
+a parameter; beyond some ten million elements a parameter, the C library takes them fresh from
+the system every time, so that page faults are a large part of the recipe's time there.
 """
 
 from __future__ import annotations
