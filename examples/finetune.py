@@ -104,6 +104,8 @@ def train(
             "r": args.lora_rank,
             "lora_alpha": 2 * args.lora_rank,
             "lora_dropout": args.lora_dropout,
+            "target_modules": args.lora_targets or None,
+            "layers_to_transform": args.lora_layers or None,
         },
         zo={"lr": args.lr_hybrid_zo if method.adapter else args.lr_zo, "mu": args.mu},
         fo={"lr": args.lr_hybrid_fo if method.zo_base else args.lr_fo},

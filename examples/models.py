@@ -148,7 +148,7 @@ def prepare(
         try:
             return model, hybrid_param_groups(model, zo=zo, fo=fo, include=include, verbose=False)
         except ValueError as error:
-            raise ModelError(f"zeroth-order parameters: {error}") from error
+            raise ModelError(f"--include-zo or --include-hybrid: {error}") from error
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, [{"params": trained, "mode": "fo", **fo}]
 

@@ -97,9 +97,9 @@ def parser() -> argparse.ArgumentParser:
         choices=("linear", "constant"),
         default="linear",
     )
-    add("--lr-zo", "zo: learning rate", type=rate, default=1e-6)
+    add("--lr-zo", "zo: learning rate", type=rate, default=0.1)
     add("--lr-fo", "fo-lora: learning rate", type=rate, default=1e-3)
-    add("--lr-hybrid-zo", "hybrid-lora: learning rate of the base", type=rate, default=1e-6)
+    add("--lr-hybrid-zo", "hybrid-lora: learning rate of the base", type=rate, default=3e-3)
     add("--lr-hybrid-fo", "hybrid-lora: learning rate of LoRA and head", type=rate, default=1e-3)
     add("--mu", "perturbation step size", type=number(float, 0, above=True), default=1e-3)
     add(
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("two_sided", "one_sided"),
         default="two_sided",
     )
-    add("--samples-zo", "zo: directions averaged in a step", type=count, default=1)
+    add("--samples-zo", "zo: directions averaged in a step", type=count, default=4)
     add("--samples-hybrid", "hybrid-lora: directions averaged in a step", type=count, default=1)
     add(
         "--distribution",
@@ -117,19 +117,28 @@ def parser() -> argparse.ArgumentParser:
         default="gaussian",
     )
     add("--lora-rank", "LoRA's alpha is twice the rank", type=count, default=8)
+    add("--lora-targets", "modules LoRA goes to; none: peft's choice", nargs="*", default=[])
+    add(
+        "--lora-layers",
+        "layers LoRA goes to; none: all",
+        type=number(int, 0),
+        nargs="*",
+        default=[],
+    )
     add("--lora-dropout", "dropout before LoRA", type=number(float, 0, below=1), default=0.0)
     add(
         "--dropout",
         "train with the model's own dropout",
         action=argparse.BooleanOptionalAction,
-        default=True,
+        default=False,
     )
-    for method in ("zo", "hybrid"):
+    attention = "(query|key|value).bias"
+    for method, patterns in (("zo", [attention, "classifier"]), ("hybrid", [attention])):
         add(
             f"--include-{method}",
-            f"{method}: the parameters that zeroth order trains, as patterns of names; none: all",
+            f"{method}: what zeroth order trains, as patterns of parameter names; none: everything",
             nargs="*",
-            default=[],
+            default=patterns,
             metavar="PATTERN",
         )
     add("--dtype", "of the weights", choices=DTYPES, default="float32")

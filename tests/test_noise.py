@@ -358,7 +358,7 @@ def test_other_bad_arguments(backend):
     with pytest.raises(TypeError, match="direction must be"):
         call(direction=(0, 0, 0, "gaussian"))
     for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
-        with pytest.raises(TypeError, match=f"dtype {str(dtype).removeprefix('torch.')}"):
+        with pytest.raises(TypeError, match=f"dtype must be one of .*{dtype}"):
             call(dtype=dtype)
     with pytest.raises(RuntimeError, match="negative dimension"):
         call(shape=(2, -1))

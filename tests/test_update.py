@@ -438,6 +438,10 @@ BAD_ARGUMENTS = [
     ({"coefficients": torch.ones(1, 1)}, ValueError, r"coefficients must be .*\(1, 1\)"),
     ({"coefficients": torch.ones(1, dtype=torch.int64)}, ValueError, "coefficients .*int64"),
     ({"lr": torch.ones(2)}, ValueError, r"lr must have one element.*\(2,\)"),
+    ({"lr": math.nan}, ValueError, "lr must be .*nan"),
+    ({"lr": torch.ones(1, dtype=torch.complex64)}, ValueError, "lr must .*real.*complex64"),
+    ({"coefficients": [1.0]}, TypeError, "coefficients must be a tensor, got list"),
+    ({"offsets": [0, 1.5]}, TypeError, "offsets must hold ints, got 1.5"),
     ({"rounding": "up"}, ValueError, "rounding must be .*'up'"),
     ({"weight_decay": math.nan}, ValueError, "weight_decay must be .*nan"),
     ({"weight_decay": math.inf}, ValueError, "weight_decay must be .*inf"),
@@ -463,6 +467,20 @@ def test_bad_arguments(backend, change, error, message):
     with pytest.raises(error, match=message):
         update_(**(arguments | change))
     assert all(w.eq(1).all() for w in tensors)
+
+
+def test_a_tensor_listed_twice_is_refused(backend):
+    w = torch.ones(3)
+    with pytest.raises(ValueError, match=r"tensors\[1\] must not be in the list twice"):
+        update_([w, w], [GAUSSIAN], ONE, 0.1, backend=backend)
+    assert w.eq(1).all()
+
+
+def test_infinite_weights_and_no_step(backend):
+    """A learning rate of 0 does not even decay: inf - 0 * inf is no NaN."""
+    w = torch.tensor([math.inf, 1.0])
+    update_([w], [GAUSSIAN], torch.zeros(1), 0.0, weight_decay=0.1, backend=backend)
+    assert w.tolist() == [math.inf, 1.0]
 
 
 def test_a_bad_tensor_leaves_earlier_ones_alone(backend):

@@ -21,6 +21,7 @@ from .table import Slot
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("stochastic", "nearest")
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def check_weight(tensor: Tensor, name: str = "tensor") -> None:
@@ -60,6 +61,8 @@ def _check_list(
     if len(values) != len(default):
         raise ValueError(f"{name} must have one entry a tensor ({len(default)}), got {len(values)}")
     for value in values:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must hold ints, got {value!r}")
         if not 0 <= value < limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {value}")
     return values
@@ -76,11 +79,15 @@ def _slots(
     indices = _check_list("indices", indices, list(range(count)), 1 << 32)
     offsets = _check_list("offsets", offsets, [0] * count, 1 << 63)
     by_device: dict[torch.device, list[Slot]] = {}
+    seen: set[int] = set()
     copies: list[tuple[Tensor, Tensor]] = []
     for position, (tensor, index, offset) in enumerate(zip(tensors, indices, offsets, strict=True)):
         check_weight(tensor, f"tensors[{position}]")
         if tensor.numel() == 0:
             continue
+        if id(tensor) in seen:
+            raise ValueError(f"tensors[{position}] must not be in the list twice")
+        seen.add(id(tensor))
         tensor = tensor.detach()
         dense = tensor.resolve_neg().contiguous()
         if dense.data_ptr() != tensor.data_ptr():
@@ -93,7 +100,9 @@ def _slots(
 
 def _changed(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that data changed, as torch's own in-place operations do."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    for tensor in tensors:  # older torch takes one at a time
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _check_shift(name: str, shift: Shift | None) -> None:
@@ -106,8 +115,8 @@ def _check_shift(name: str, shift: Shift | None) -> None:
 
 
 def _check_finite(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if not isinstance(value, (int, float)) or not abs(value) <= _FLOAT32_MAX:
+        raise ValueError(f"{name} must be a finite float32 number, got {value!r}")
 
 
 def noise(
@@ -135,6 +144,8 @@ def noise(
         Tensor of ``shape`` with E[z] = 0 and E[z^2] = 1, |z| < 5.8 for Gaussian noise.
     """
     check_direction(direction)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     with torch.no_grad(), _slots([out], [index], [offset]) as by_device:
         for where, slots in by_device.items():
@@ -239,13 +250,19 @@ def update_(
         raise ValueError("directions must hold at least one direction, got none")
     for direction in directions:
         check_direction(direction)
+    if not isinstance(coefficients, Tensor):
+        raise TypeError(f"coefficients must be a tensor, got {type(coefficients).__name__}")
     if coefficients.shape != (len(directions),) or not coefficients.is_floating_point():
         raise ValueError(
             f"coefficients must be a floating tensor of shape ({len(directions)},), got "
             f"{tuple(coefficients.shape)} of {coefficients.dtype}"
         )
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must have one element, got shape {tuple(lr.shape)}")
+    if not isinstance(lr, Tensor):
+        _check_finite("lr", lr)
+    elif lr.numel() != 1 or lr.is_complex():
+        raise ValueError(
+            f"lr must have one element and be real, got shape {tuple(lr.shape)} of {lr.dtype}"
+        )
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
     _check_finite("weight_decay", weight_decay)

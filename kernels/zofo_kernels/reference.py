@@ -206,7 +206,7 @@ def update(
                 z = direction_values(direction, slot.parameter, start, w.numel(), w.device)
                 delta = delta + step * z.to(compute)
             if weight_decay != 0:
-                delta = delta + decay * value
+                delta = torch.where(decay == 0, delta, delta + decay * value)
             value = value - delta
             if stochastic and w.dtype in (torch.bfloat16, torch.float16):
                 bits = rounding_values(directions[0], slot.parameter, start, w.numel(), w.device)
