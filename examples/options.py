@@ -98,9 +98,9 @@ def parser() -> argparse.ArgumentParser:
         default="linear",
     )
     add("--lr-zo", "zo: learning rate", type=rate, default=0.1)
-    add("--lr-fo", "fo-lora: learning rate", type=rate, default=1e-3)
+    add("--lr-fo", "fo-lora: learning rate", type=rate, default=3e-3)
     add("--lr-hybrid-zo", "hybrid-lora: learning rate of the base", type=rate, default=3e-3)
-    add("--lr-hybrid-fo", "hybrid-lora: learning rate of LoRA and head", type=rate, default=1e-3)
+    add("--lr-hybrid-fo", "hybrid-lora: learning rate of LoRA and head", type=rate, default=3e-3)
     add("--mu", "perturbation step size", type=number(float, 0, above=True), default=1e-3)
     add(
         "--estimator",

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
-from types import FrameType
 
 import torch
 from torch import Tensor
 
+from .checks import caller_level
 
-def caller_level() -> int:
-    """``stacklevel`` of the nearest frame outside this package and torch, seen from its caller."""
-    level = 1
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in INSIDE:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-INSIDE = ("zofo_optim", "torch")
 FLAT_STEPS = 5
 """Steps in a row with bit-identical losses before a warning."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +11,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zofo_kernels import check_weight, uninterrupted
+from zofo_kernels import uninterrupted
 
+from .checks import (
+    caller_level,
+    check_mode,
+    check_mu,
+    check_same_modes,
+    check_seed,
+    check_zo_options,
+    check_zo_parameters,
+)
 from .estimators import ESTIMATORS
 from .evaluation import Closure, Evaluation, GlobalRandomState, evaluate, gradients_aside
 from .first_order import FirstOrder, first_order_options
-from .monitor import Monitor, caller_level
+from .monitor import Monitor
 from .pending import Pending
 from .perturbation import InPlacePerturbation, ZOGroup
 from .settings import Settings
-
-MODES = ("zo", "fo")
 
 
 class HybridZOFO(Optimizer):
@@ -120,10 +126,9 @@ class HybridZOFO(Optimizer):
         self._monitor = Monitor()
         self._warned: set[str] = set()
         self._reset()
-        _check_seed(seed)
-        _check_mu(mu)
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        check_mode(mode)
+        check_seed(seed)
+        check_mu(mu)
         always = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
         super().__init__(params, {**always, **fo_defaults, **zo_defaults})
@@ -147,8 +152,7 @@ class HybridZOFO(Optimizer):
         given = dict(param_group) if isinstance(param_group, dict) else {}
         super().add_param_group(param_group)
         try:
-            if param_group["mode"] not in MODES:
-                raise ValueError(f"mode must be one of {MODES}, got {param_group['mode']!r}")
+            check_mode(param_group["mode"])
             for field in dataclasses.fields(Settings):
                 if field.name in given:
                     raise ValueError(
@@ -156,7 +160,8 @@ class HybridZOFO(Optimizer):
                         f"got {given[field.name]!r} in a parameter group"
                     )
             if param_group["mode"] == "zo":
-                self._check_zo_group(param_group, given)
+                check_zo_options(param_group, given, self.defaults)
+                check_zo_parameters(self.zo_groups())
             else:
                 self._fo.add(param_group, self.state)
         except BaseException:
@@ -165,35 +170,6 @@ class HybridZOFO(Optimizer):
         earlier = [g for g in self.param_groups[:-1] if g["mode"] == "zo"]
         if earlier and "zo_step" not in given:
             param_group["zo_step"] = earlier[0]["zo_step"]
-
-    def _check_zo_group(self, group: dict[str, Any], given: dict[str, Any]) -> None:
-        lr, mu = group["lr"], group["mu"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        if not 0.0 <= float(lr) < math.inf:
-            raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
-        _check_mu(mu)
-        decay = group["weight_decay"]
-        if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
-            raise ValueError(f"Invalid weight_decay value: {decay!r} (must be finite and >= 0)")
-        for option in ("momentum", "dampening", "nesterov"):
-            if given.get(option) and given[option] != self.defaults.get(option):
-                raise ValueError(
-                    f"{option} must not be set in a group with mode='zo', which keeps no state, "
-                    f"got {given[option]!r}"
-                )
-        _check_seed(group["seed"])
-        owners: dict[tuple[torch.device, int], str] = {}
-        for checked in self.zo_groups():
-            for parameter, name in zip(checked.params, checked.names, strict=True):
-                check_weight(parameter, f"zeroth-order parameter {name!r}")
-                where = (parameter.device, parameter.data_ptr())
-                if parameter.numel() and where in owners:
-                    raise ValueError(
-                        f"zeroth-order parameters {owners[where]!r} and {name!r} share memory "
-                        "and would be perturbed twice; pass one of them"
-                    )
-                owners[where] = name
 
     def zo_groups(self) -> list[ZOGroup]:
         """The zeroth-order groups with their noise indices, duplicates counted once."""
@@ -226,7 +202,7 @@ class HybridZOFO(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         current = self.__dict__.get("param_groups")
         if current is not None:
-            _check_same_modes(current, state["param_groups"])
+            check_same_modes(current, state["param_groups"])
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("mode", "fo")  # a torch.optim state dict, see _check_same_modes
@@ -461,26 +437,4 @@ class HybridZOFO(Optimizer):
                 f"{len(names)} zeroth-order parameters have requires_grad=True, so the "
                 "first-order backward computes gradients for them that nothing uses; freeze "
                 "them with requires_grad_(False): " + ", ".join(names),
-            )
-
-
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, got {seed!r}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-
-
-def _check_mu(mu: Any) -> None:
-    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0.0 < mu < math.inf:
-        raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
-
-
-def _check_same_modes(current: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
-    for position, (ours, theirs) in enumerate(zip(current, loaded, strict=False)):
-        mode = theirs.get("mode", "fo")  # a torch.optim state dict has no modes
-        if mode != ours["mode"]:
-            raise ValueError(
-                f"state_dict must have the same modes, got mode={mode!r} for parameter group "
-                f"{position}, which has mode={ours['mode']!r}"
             )

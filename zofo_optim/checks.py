@@ -1,0 +1,92 @@
+"""Checks of what a user passes, and where a warning about it should point."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zofo_kernels import check_weight
+
+from .perturbation import ZOGroup
+
+MODES = ("zo", "fo")
+INSIDE = ("zofo_optim", "torch")
+"""Packages whose frames a warning skips."""
+
+
+def caller_level() -> int:
+    """``stacklevel`` of the nearest frame outside this package and torch, seen from its caller."""
+    level = 1
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in INSIDE:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def check_mode(mode: Any) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+
+
+def check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+
+
+def check_mu(mu: Any) -> None:
+    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0.0 < mu < math.inf:
+        raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
+
+
+def check_zo_options(
+    group: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Options of a ZO group; ``given`` are those that the group itself set."""
+    lr, decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    if not 0.0 <= float(lr) < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
+    check_mu(group["mu"])
+    if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
+        raise ValueError(f"Invalid weight_decay value: {decay!r} (must be finite and >= 0)")
+    for option in ("momentum", "dampening", "nesterov"):
+        if given.get(option) and given[option] != defaults.get(option):
+            raise ValueError(
+                f"{option} must not be set in a group with mode='zo', which keeps no state, "
+                f"got {given[option]!r}"
+            )
+    check_seed(group["seed"])
+
+
+def check_zo_parameters(groups: Sequence[ZOGroup]) -> None:
+    """Every ZO parameter can be perturbed, and none shares its memory with another."""
+    owners: dict[tuple[torch.device, int], str] = {}
+    for group in groups:
+        for parameter, name in zip(group.params, group.names, strict=True):
+            check_weight(parameter, f"zeroth-order parameter {name!r}")
+            where = (parameter.device, parameter.data_ptr())
+            if parameter.numel() and where in owners:
+                raise ValueError(
+                    f"zeroth-order parameters {owners[where]!r} and {name!r} share memory and "
+                    "would be perturbed twice; pass one of them"
+                )
+            owners[where] = name
+
+
+def check_same_modes(current: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    for position, (ours, theirs) in enumerate(zip(current, loaded, strict=False)):
+        mode = theirs.get("mode", "fo")  # a torch.optim state dict has no modes
+        if mode != ours["mode"]:
+            raise ValueError(
+                f"state_dict must have the same modes, got mode={mode!r} for parameter group "
+                f"{position}, which has mode={ours['mode']!r}"
+            )
