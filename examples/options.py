@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=False,
     )
-    attention = "(query|key|value).bias"
+    attention = r"(query|key|value)\.(base_layer\.)?bias"  # base_layer: inside peft's LoRA
     for method, patterns in (("zo", [attention, "classifier"]), ("hybrid", [attention])):
         add(
             f"--include-{method}",

@@ -53,7 +53,8 @@ def best_point(result):
 
 
 def test_results_schema(results):
-    assert set(results) == {"methods", "settings", "versions"}
+    assert set(results) == {"methods", "baselines", "settings", "versions"}
+    assert set(results["baselines"]) == {"prompts", "probe"}
     assert tuple(results["methods"]) == METHODS
     for result in results["methods"].values():
         assert 0 <= result["accuracy_before"] <= 1
@@ -84,7 +85,7 @@ def test_what_each_method_trains(results):
 
 def test_peak_memory_is_that_of_the_step(results):
     zo, fo, hybrid = (results["methods"][name]["peak_memory_bytes"] for name in METHODS)
-    weights = 4 * results["methods"]["zo"]["parameters_zo"]
+    weights = 4 * 22_713_986  # MiniLM with a head for two classes, in fp32
     assert weights < zo < fo
     assert hybrid < 1.5 * fo
 
@@ -126,8 +127,8 @@ def test_saved_weights_reproduce_the_best_evaluation(out, results, dev, name):
 
 def test_hybrid_base_has_moved_and_first_order_base_has_not(out):
     load = transformers.AutoModelForSequenceClassification.from_pretrained
-    original = load(models.default_model()).bert.encoder.layer[0].output.dense.weight
-    tuned = load(out / "hybrid-lora" / "base").bert.encoder.layer[0].output.dense.weight
+    original = load(models.default_model()).bert.encoder.layer[0].attention.self.value.bias
+    tuned = load(out / "hybrid-lora" / "base").bert.encoder.layer[0].attention.self.value.bias
     assert not torch.equal(original, tuned)
 
 
