@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         "--patience",
         "stop after so many evaluations without a better accuracy; 0: never",
         type=number(int, 0),
-        default=0,
+        default=8,
     )
     add("--seed", "of data order, LoRA, dropout, directions", type=number(int, 0), default=0)
     add("--seeds", "several runs; overrides --seed", type=number(int, 0), nargs="+")

@@ -271,7 +271,8 @@ def test_demo_data_is_balanced_and_has_no_duplicates():
 
 
 @pytest.mark.skipif(
-    not os.environ.get("ZOFO_DATA"), reason="ZOFO_DATA (folder of sst2/) is not set"
+    not (Path(os.environ.get("ZOFO_DATA", "")) / "sst2" / "train.tsv").is_file(),
+    reason="ZOFO_DATA, the folder of sst2/, is not set or holds no sst2/train.tsv",
 )
 def test_sst2(tmp_path):
     data = str(Path(os.environ["ZOFO_DATA"]) / "sst2")

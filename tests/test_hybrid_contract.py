@@ -1,5 +1,6 @@
 """What a step promises: which evaluations, in which order, and what it leaves behind."""
 
+import functools
 import itertools
 import random
 import signal
@@ -1273,3 +1274,58 @@ def test_loading_a_state_dict_drops_what_was_accumulated():
     optimizer.load_state_dict(state)
     with pytest.raises(RuntimeError, match="closure"):
         optimizer.step()
+
+
+def test_an_outer_autocast_block_does_not_hide_perturbations():
+    """Autocast caches 16-bit copies of weights that require gradients."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 1)
+    x = torch.randn(16, 8)
+    optimizer = HybridZOFO(layer.parameters(), mode="zo", mu=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(lambda: layer(x).float().square().mean())
+    assert optimizer.projected_grads.item() != 0
+
+
+def test_what_fo_optimizer_binds_stays_out_of_zeroth_order_groups():
+    bound = functools.partial(torch.optim.AdamW, lr=0.5, weight_decay=0.1)
+    x, y = torch.ones(2), torch.ones(2, requires_grad=True)
+    groups = [{"params": [x], "mode": "zo"}, {"params": [y]}]
+    zo, fo = HybridZOFO(groups, fo_optimizer=bound).param_groups
+    assert (zo["lr"], zo["weight_decay"]) == (1e-3, 0)
+    assert (fo["lr"], fo["weight_decay"]) == (0.5, 0.1)
+
+
+def test_a_factory_with_open_options_gets_the_learning_rate():
+    y = torch.ones(2, requires_grad=True)
+    optimizer = HybridZOFO([y], lr=0.5, fo_optimizer=lambda p, **o: torch.optim.AdamW(p, **o))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_trainer_training_step_can_be_the_closure():
+    """Hugging Face's Trainer.training_step runs the backward pass itself, through accelerate."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=50, max_position_embeddings=32, hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    model.bert.requires_grad_(False)
+    batch = {"input_ids": torch.randint(0, 50, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
+    args = transformers.TrainingArguments(report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(model=model, args=args)
+    trainer.current_gradient_accumulation_steps = 1  # as train() sets it
+    base = [p for p in model.parameters() if not p.requires_grad]
+    head = [p for p in model.parameters() if p.requires_grad]
+    before = [p.clone() for p in (*base, *head)]
+    groups = [{"params": base, "mode": "zo", "lr": 1e-2}, {"params": head, "lr": 0.1}]
+    optimizer = HybridZOFO(groups)
+    loss = optimizer.step(lambda: trainer.training_step(model, dict(batch)))
+    assert loss.isfinite()
+    assert optimizer.projected_grads.item() != 0
+    assert all(p.grad is None for p in base)
+    assert all(p.grad is not None for p in head)
+    # position embeddings past the batch's length move too: every element has its direction
+    assert not any(torch.equal(p, old) for p, old in zip((*base, *head), before, strict=True))

@@ -908,7 +908,7 @@ def test_muon_and_sparse_adam():
     ours = HybridZOFO(
         [weights[0]], lr=1e-2, weight_decay=0.1, momentum=0.9, fo_optimizer=torch.optim.Muon
     )
-    theirs = torch.optim.Muon([weights[1]], lr=1e-2, weight_decay=0.1, momentum=0.9, nesterov=False)
+    theirs = torch.optim.Muon([weights[1]], lr=1e-2, weight_decay=0.1, momentum=0.9)
     embeddings = [nn.Embedding(5, 3, sparse=True) for _ in range(2)]
     embeddings[1].load_state_dict(embeddings[0].state_dict())
     sparse = HybridZOFO(embeddings[0].parameters(), lr=0.1, fo_optimizer=torch.optim.SparseAdam)

@@ -82,6 +82,8 @@ def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
     Raises:
         TypeError, ValueError: the closure did not return a real scalar.
     """
+    # An autocast block around the step keeps 16-bit copies of weights as they were before.
+    torch.clear_autocast_cache()
     watch = _BackwardWatch(swallow=not gradients)
     with torch.set_grad_enabled(gradients), watch:
         returned = closure()

@@ -19,6 +19,8 @@ OWN_DEFAULTS = {
     "nesterov": False,
     "maximize": False,
 }
+CLASS_DECIDES = ("momentum", "dampening", "nesterov")
+"""Options that keep the class's own default (Muon's momentum, say) until the user sets them."""
 
 
 def first_order_options(
@@ -46,9 +48,10 @@ def first_order_options(
             raise TypeError(f"{option!r} is no option of HybridZOFO or of fo_optimizer={name}")
     bound = getattr(factory, "keywords", {})  # of a functools.partial
     for option, value in shared.items():
-        if option in bound and value == OWN_DEFAULTS[option]:
+        ours = isinstance(value, int | float) and value == OWN_DEFAULTS[option]
+        if ours and (option in bound or option in CLASS_DECIDES):
             continue
-        if option in accepted:
+        if option in accepted or (anything and (option == "lr" or not ours)):
             options[option] = value
         elif option not in ("lr", "maximize", "weight_decay") and value:
             raise TypeError(f"{option}={value!r} is no option of fo_optimizer={name}")

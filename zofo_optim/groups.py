@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zofo_kernels import DTYPES
+from zofo_kernels import check_weight
 
 
 def hybrid_param_groups(
@@ -35,7 +35,7 @@ def hybrid_param_groups(
         zo: options of the ZO group, such as ``dict(lr=1e-6, mu=1e-3)``.
         fo: options of the FO group, such as ``dict(lr=1e-3, momentum=0.9)``.
         include: the only frozen parameters that may move, such as ``"bias"``; default: all.
-            Regular expressions searched in the parameter's name (``"embed"``,
+            Regular expressions searched in the parameter's name, upper or lower case (``"embed"``,
             ``r"norm\\.weight$"``); shell patterns such as ``"*norm*"`` are understood too.
         exclude: frozen parameters to keep as they are, likewise. First-order parameters are
             never left out.
@@ -68,7 +68,7 @@ def hybrid_param_groups(
         used.update(included, excluded)
         if all(name in unreached for name in names):
             reason = "unused"
-        elif parameter.dtype not in DTYPES:
+        elif not _perturbable(parameter):
             reason = str(parameter.dtype).removeprefix("torch.")
         elif excluded or (wanted and not included):
             reason = "excluded"
@@ -116,11 +116,19 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
 
     def matches(pattern: str, name: str) -> bool:
         try:
-            return re.search(pattern, name) is not None
+            return re.search(pattern, name, re.IGNORECASE) is not None
         except re.error:
-            return fnmatch.fnmatchcase(name, pattern)
+            return fnmatch.fnmatchcase(name.lower(), pattern.lower())
 
     return [p for p in patterns if any(matches(p, name) for name in names)]
+
+
+def _perturbable(parameter: Tensor) -> bool:
+    try:
+        check_weight(parameter)
+    except TypeError:  # an integer or complex dtype, a quantised wrapper, a sparse layout
+        return False
+    return True
 
 
 def _parameters_with_all_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:

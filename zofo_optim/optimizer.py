@@ -56,8 +56,10 @@ class HybridZOFO(Optimizer):
         params: tensors, named tensors or groups; see :func:`hybrid_param_groups`.
         lr: learning rate of groups that set none; number or one-element tensor.
         mode: "fo" or "zo", for groups that set none.
-        momentum, dampening, nesterov: for FO groups, where ``fo_optimizer`` has them.
-        weight_decay: L2 coefficient, both modes.
+        momentum, dampening, nesterov: for FO groups, where ``fo_optimizer`` has them; left alone,
+            its own defaults hold.
+        weight_decay: L2 coefficient, both modes; 0 for any ``fo_optimizer``, whatever its own
+            default.
         maximize: ascend instead, both modes.
         mu: perturbation step size, the paper's :math:`\mu`; ZO groups.
         estimator: "one_sided" (shares the FO evaluation, error O(mu)) or "two_sided" (central,
@@ -68,8 +70,9 @@ class HybridZOFO(Optimizer):
         rounding: "stochastic" or "nearest", for updates of bf16 and fp16 ZO weights.
         nonfinite: "skip" turns a non-finite projected gradient into 0, without waiting for the
             device, and counts it in :attr:`skipped_steps`; where the first evaluation's loss is
-            not finite the FO step is skipped too. "raise" restores the weights and raises
-            ``FloatingPointError``.
+            not finite the FO step is skipped too (off the CPU, where skipping would wait for
+            the device, its gradients become 0: momentum and decay still act). "raise" restores
+            the weights and raises ``FloatingPointError``.
         seed: of the directions, in [0, 2**64).
         backend: "auto", "triton", "cpu" or "reference"; see ``zofo_kernels``.
         fo_optimizer: a torch optimizer class (or a callable like one) for the FO groups.
@@ -129,9 +132,9 @@ class HybridZOFO(Optimizer):
         check_mode(mode)
         check_seed(seed)
         check_mu(mu)
-        always = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
+        self._zo_defaults = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
-        super().__init__(params, {**always, **fo_defaults, **zo_defaults})
+        super().__init__(params, {**self._zo_defaults, **fo_defaults, **zo_defaults})
 
     def _reset(self) -> None:
         """What a fresh or unpickled optimizer starts with; nothing here affects the path."""
@@ -150,6 +153,10 @@ class HybridZOFO(Optimizer):
             TypeError, ValueError: as in the constructor; nothing is added.
         """
         given = dict(param_group) if isinstance(param_group, dict) else {}
+        if isinstance(param_group, dict):
+            if param_group.get("mode", self.defaults["mode"]) == "zo":
+                for name, value in self._zo_defaults.items():  # not what fo_optimizer made of them
+                    param_group.setdefault(name, value)
         super().add_param_group(param_group)
         try:
             check_mode(param_group["mode"])
@@ -196,7 +203,7 @@ class HybridZOFO(Optimizer):
         self._pending = None  # belongs to the directions of the step that was left
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_fo", "_pending", "_monitor", "_warned")
+        own = ("_settings", "_zo_defaults", "_fo", "_pending", "_monitor", "_warned")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -205,7 +212,7 @@ class HybridZOFO(Optimizer):
             check_same_modes(current, state["param_groups"])
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("mode", "fo")  # a torch.optim state dict, see _check_same_modes
+            group.setdefault("mode", "fo")  # a torch.optim state dict, see check_same_modes
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         if "_evaluating" not in self.__dict__:

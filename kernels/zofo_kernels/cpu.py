@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ if sys.byteorder != "little":
     raise ImportError("the numba kernels need a little-endian host")
 
 _MIN_PER_THREAD = 32768  # elements; below that a thread costs more than it saves
+_PIECE = 512 * kernels.CHUNK  # elements a thread takes at a time
 _STORAGE = {
     torch.float32: (kernels.FP32, np.float32),
     torch.bfloat16: (kernels.BF16, np.uint16),
@@ -94,22 +94,26 @@ def _run(
 
 
 def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) -> None:
-    """Split elements [0, total) over the threads; returns when all are done."""
+    """Elements [0, total) in pieces, taken by the threads as they come free.
+
+    Pieces, since a core may be busy for a while: torch's own threads spin on after each of its
+    operations.
+    """
     threads = max(1, min(torch.get_num_threads(), total // _MIN_PER_THREAD))
-    # whole chunks a thread, so that no chunk's noise is drawn twice
-    inner = [total * t // threads // kernels.CHUNK * kernels.CHUNK for t in range(1, threads)]
-    cuts = [0, *inner, total]
+    # whole chunks, so that no chunk's noise is drawn twice
+    size = min(_PIECE, -(-total // threads // kernels.CHUNK) * kernels.CHUNK)
+    pieces = iter([(low, min(low + size, total)) for low in range(0, total, size)])
 
-    def work(low: int, high: int) -> None:
-        kernels.run_pass(*table, low, high, *program)
+    def work() -> None:
+        for low, high in pieces:  # next() of a list's iterator is atomic
+            kernels.run_pass(*table, low, high, *program)
 
-    futures: list[Future[None]] = []
-    if threads > 1:
-        pool = _get_pool(threads - 1)
-        futures = [pool.submit(work, low, high) for low, high in pairwise(cuts[1:])]
-    work(cuts[0], cuts[1])
-    for future in futures:
-        future.result()
+    futures = [_get_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        for future in futures:
+            future.result()
 
 
 def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
