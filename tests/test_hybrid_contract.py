@@ -1302,7 +1302,7 @@ def test_a_factory_with_open_options_gets_the_learning_rate():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_trainer_training_step_can_be_the_closure():
+def test_trainer_training_step_can_be_the_closure(tmp_path):
     """Hugging Face's Trainer.training_step runs the backward pass itself, through accelerate."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -1314,7 +1314,7 @@ def test_trainer_training_step_can_be_the_closure():
     model = transformers.BertForSequenceClassification(config)
     model.bert.requires_grad_(False)
     batch = {"input_ids": torch.randint(0, 50, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
-    args = transformers.TrainingArguments(report_to=[], use_cpu=True)
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     trainer = transformers.Trainer(model=model, args=args)
     trainer.current_gradient_accumulation_steps = 1  # as train() sets it
     base = [p for p in model.parameters() if not p.requires_grad]
