@@ -36,6 +36,22 @@ def threads():
     torch.set_num_threads(before)
 
 
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def bits(tensor):
+    return tensor.contiguous().view(BITS[tensor.element_size()])
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def weights(shape, dtype, seed=0, sigma=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    return (sigma * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
 def philox(direction, index, stream, block):
     """Philox4x32-10 in numpy, written from the paper: uint64 blocks (n,) -> words (4, n)."""
     low, high = np.uint64(0xFFFFFFFF), np.uint64(32)

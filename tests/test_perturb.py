@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import bits, same_bits, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zofo_kernels import DISTRIBUTIONS, DTYPES, Direction, Shift, noise, perturb_, perturbed
 
 LAYOUTS = ("contiguous", "transposed", "strided")
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 GAUSSIAN, RADEMACHER = Direction(3, 1), Direction(3, 1, 0, "rademacher")
 
 SHAPES = st.one_of(
@@ -36,19 +36,6 @@ TENSORS = st.lists(
     min_size=1,
     max_size=4,
 )
-
-
-def bits(tensor):
-    return tensor.contiguous().view(BITS[tensor.element_size()])
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
-
-
-def weights(shape, dtype, seed=0, sigma=0.5):
-    generator = torch.Generator().manual_seed(seed)
-    return (sigma * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def laid_out(values, layout, poison):

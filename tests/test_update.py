@@ -5,28 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import same_bits, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zofo_kernels import DISTRIBUTIONS, DTYPES, Direction, Shift, noise, perturb_, update_
 
-BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 NARROW = (torch.bfloat16, torch.float16)
 GAUSSIAN, RADEMACHER = Direction(3, 1), Direction(3, 1, 0, "rademacher")
 ONE = torch.ones(1)
-
-
-def bits(tensor):
-    return tensor.contiguous().view(BITS[tensor.element_size()])
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
-
-
-def weights(shape, dtype, seed=0, sigma=0.5):
-    generator = torch.Generator().manual_seed(seed)
-    return (sigma * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def neighbours(x, dtype):
