@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,35 @@ settings.register_profile("zofo", derandomize=True, deadline=None, max_examples=
 settings.load_profile("zofo")
 
 CPU_BACKENDS = [name for name in ("reference", "cpu") if unavailable_reason(name) is None]
+INTERPRET = "TRITON_INTERPRET"
+
+
+def import_interpreted():
+    """Make Triton's interpreter run our kernels, in this process for good; say whether it will.
+
+    The variable is set for the import alone, so that elsewhere Triton is as users have it.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(INTERPRET, "1")
+        import zofo_kernels.triton as kernels
+    return kernels.INTERPRETED
+
+
+INTERPRETED = import_interpreted()
+if INTERPRETED:
+    CPU_BACKENDS.append("triton")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Triton's interpreter serves CPU tensors while a test that asks for this runs."""
+    if not INTERPRETED:
+        pytest.skip("Triton is not installed, or compiles for the GPU that is here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(INTERPRET, "1")
+        yield
 
 
 def pytest_runtest_setup(item):
@@ -25,6 +56,8 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="module", params=CPU_BACKENDS)
 def backend(request):
     """Every backend that serves CPU tensors here."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreted")
     return request.param
 
 

@@ -1,13 +1,14 @@
 """Noise, perturbation and update of weights: one definition, several backends.
 
-``reference`` is the maths in plain torch, ``cpu`` is numba; both give the same integers, and
-bit-identical weights with Rademacher noise.
+``reference`` is the maths in plain torch, ``cpu`` is numba, ``triton`` serves GPUs; all give the
+same integers, and bit-identical weights with Rademacher noise.
 """
 
 from .direction import DISTRIBUTIONS, NOISE_VERSION, Direction, Shift
 from .dispatch import BACKENDS, backend_for, unavailable_reason
 from .interrupt import uninterrupted
-from .ops import DTYPES, ROUNDINGS, check_weight, noise, perturb_, perturbed, update_
+from .ops import ROUNDINGS, noise, perturb_, perturbed, update_
+from .weights import DTYPES, Weights, check_weight
 
 __all__ = [
     "BACKENDS",
@@ -17,6 +18,7 @@ __all__ = [
     "ROUNDINGS",
     "Direction",
     "Shift",
+    "Weights",
     "backend_for",
     "check_weight",
     "noise",

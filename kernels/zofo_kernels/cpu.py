@@ -121,6 +121,13 @@ def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
     _run(slots, shifts)
 
 
+def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift) -> None:
+    """See :func:`zofo_kernels.reference.perturb_copy`."""
+    for slot, source in zip(slots, sources, strict=True):
+        slot.tensor.copy_(source)
+    perturb(slots, [shift])
+
+
 def update(
     slots: Sequence[Slot],
     directions: Sequence[Direction],

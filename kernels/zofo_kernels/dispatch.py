@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import warnings
 from types import ModuleType
 
@@ -13,22 +14,37 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 _DEVICE_TYPE = {"triton": "cuda", "cpu": "cpu"}
 
 
-@functools.cache
 def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` ("triton", "cpu" or "reference") cannot be used here; None if it can."""
     if backend == "reference":
         return None
     if backend == "triton":
-        try:
-            importlib.import_module(".triton", __package__)
-        except ImportError as error:
-            return f"the Triton kernels cannot be imported ({error})"
-        return None if torch.cuda.is_available() else "torch sees no CUDA device"
+        return _import_error("triton", "the Triton kernels", "triton") or _no_gpu()
+    return _import_error("cpu", "numba", "cpu")
+
+
+@functools.cache
+def _import_error(module: str, what: str, extra: str) -> str | None:
     try:
-        importlib.import_module(".cpu", __package__)
+        importlib.import_module(f".{module}", __package__)
     except ImportError as error:
-        return f"numba cannot be used ({error}); pip install 'zofo-optim[cpu]'"
+        return f"{what} cannot be imported ({error}); pip install 'zofo-optim[{extra}]'"
     return None
+
+
+def _no_gpu() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    if not interpreting():
+        return "torch sees no CUDA device"
+    if not importlib.import_module(".triton", __package__).INTERPRETED:
+        return "TRITON_INTERPRET must be set before Triton is imported"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is asked for, by ``TRITON_INTERPRET=1``: for tests, slow."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 @functools.cache
@@ -44,7 +60,7 @@ def backend_for(device: torch.device, backend: str = "auto") -> ModuleType:
     """The module that serves tensors on ``device``.
 
     "auto": Triton on CUDA, numba on the CPU, the reference anywhere else and, with one warning,
-    where the fast one is missing.
+    where the fast one is missing. With ``TRITON_INTERPRET=1``, "triton" serves CPU tensors.
 
     Raises:
         ValueError: unknown backend, or one that does not serve this device.
@@ -63,8 +79,9 @@ def backend_for(device: torch.device, backend: str = "auto") -> ModuleType:
     reason = unavailable_reason(backend)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
-    if _DEVICE_TYPE.get(backend, device.type) != device.type:
-        raise ValueError(
-            f"backend={backend!r} serves {_DEVICE_TYPE[backend]} tensors, got a tensor on {device}"
-        )
+    serves = _DEVICE_TYPE.get(backend, device.type)
+    if backend == "triton" and interpreting():
+        serves = "cpu"
+    if serves != device.type:
+        raise ValueError(f"backend={backend!r} serves {serves} tensors, got a tensor on {device}")
     return importlib.import_module(f".{backend}", __package__)

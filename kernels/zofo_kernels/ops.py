@@ -3,13 +3,12 @@
 All take a list of tensors as one flat vector: tensor ``i`` draws the noise of parameter
 ``indices[i]`` (default ``i``) from element ``offsets[i]`` (default 0) on. Tensors may have
 any of the dtypes float32, float64, bfloat16 and float16, any device and any strides; empty ones
-are skipped.
+are skipped. ``Weights`` in place of the list saves the host's work on repeated passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,91 +17,10 @@ from .direction import Direction, Shift, check_direction
 from .dispatch import backend_for
 from .interrupt import uninterrupted
 from .table import Slot
+from .weights import DTYPES, Weights, as_weights, check_places, check_weight
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("stochastic", "nearest")
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def check_weight(tensor: Tensor, name: str = "tensor") -> None:
-    """Raise TypeError or ValueError where a tensor cannot be perturbed in place.
-
-    Raises:
-        TypeError: not a dense tensor of a floating dtype that the kernels know.
-        ValueError: a meta tensor, or one whose elements share memory (an expanded tensor).
-    """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
-        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise TypeError(
-            f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, which cannot be "
-            f"perturbed (quantised, complex and integer weights have no direction to move in); "
-            f"it must be one of {known}"
-        )
-    wrapper = torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)
-    if wrapper or tensor.layout != torch.strided:
-        kind = type(tensor).__name__ if wrapper else tensor.layout
-        raise TypeError(
-            f"{name} is a {kind}, not a dense tensor: quantised, sharded and sparse weights "
-            "cannot be perturbed in place"
-        )
-    if tensor.is_meta:
-        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
-    if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
-        raise ValueError(f"{name} must not share memory among its elements (expanded tensor)")
-
-
-def _check_list(
-    name: str, values: Sequence[int] | None, default: list[int], limit: int
-) -> Sequence[int]:
-    if values is None:
-        return default
-    if len(values) != len(default):
-        raise ValueError(f"{name} must have one entry a tensor ({len(default)}), got {len(values)}")
-    for value in values:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must hold ints, got {value!r}")
-        if not 0 <= value < limit:
-            raise ValueError(f"{name} must be in [0, {limit}), got {value}")
-    return values
-
-
-@contextmanager
-def _slots(
-    tensors: Sequence[Tensor], indices: Sequence[int] | None, offsets: Sequence[int] | None
-) -> Iterator[dict[torch.device, list[Slot]]]:
-    """Contiguous slots by device. Copies of non-contiguous tensors are written back at the end."""
-    if isinstance(tensors, Tensor):
-        raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor]")
-    count = len(tensors)
-    indices = _check_list("indices", indices, list(range(count)), 1 << 32)
-    offsets = _check_list("offsets", offsets, [0] * count, 1 << 63)
-    by_device: dict[torch.device, list[Slot]] = {}
-    seen: set[int] = set()
-    copies: list[tuple[Tensor, Tensor]] = []
-    for position, (tensor, index, offset) in enumerate(zip(tensors, indices, offsets, strict=True)):
-        check_weight(tensor, f"tensors[{position}]")
-        if tensor.numel() == 0:
-            continue
-        if id(tensor) in seen:
-            raise ValueError(f"tensors[{position}] must not be in the list twice")
-        seen.add(id(tensor))
-        tensor = tensor.detach()
-        dense = tensor.resolve_neg().contiguous()
-        if dense.data_ptr() != tensor.data_ptr():
-            copies.append((tensor, dense))
-        by_device.setdefault(tensor.device, []).append(Slot(dense, index, offset))
-    yield by_device
-    for tensor, dense in copies:
-        tensor.copy_(dense)
-
-
-def _changed(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that data changed, as torch's own in-place operations do."""
-    for tensor in tensors:  # older torch takes one at a time
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
 
 
 def _check_shift(name: str, shift: Shift | None) -> None:
@@ -147,14 +65,14 @@ def noise(
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    with torch.no_grad(), _slots([out], [index], [offset]) as by_device:
+    with torch.no_grad(), Weights([out], [index], [offset]).slots() as by_device:
         for where, slots in by_device.items():
             backend_for(where, backend).fill_noise(slots[0], direction)
     return out
 
 
 def perturb_(
-    tensors: Sequence[Tensor],
+    tensors: Weights | Sequence[Tensor],
     direction: Direction | None,
     scale: float = 0.0,
     *,
@@ -171,7 +89,7 @@ def perturb_(
     nearest in the weight's dtype; arithmetic is fp32 (fp64 for fp64 weights).
 
     Args:
-        tensors: weights, changed in place.
+        tensors: weights, changed in place: a list of tensors, or :class:`Weights`.
         direction: the direction to add; None to recover only.
         scale: its scale, the paper's perturbation step size mu, with sign.
         recover: the shift to take off first.
@@ -192,11 +110,12 @@ def perturb_(
         shifts.append(Shift(direction, scale))
     if not shifts:
         return
-    with torch.no_grad(), uninterrupted(), _slots(tensors, indices, offsets) as by_device:
+    weights = as_weights(tensors, indices, offsets)
+    with torch.no_grad(), uninterrupted(), weights.slots() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
         for device, slots in by_device.items():
             engines[device].perturb(slots, shifts)
-        _changed(tensors)
+        weights.mark_changed()
 
 
 def perturbed(
@@ -210,13 +129,20 @@ def perturbed(
 ) -> Tensor:
     """RN(w + scale * z) as a new contiguous tensor; ``tensor`` is not written. See perturb_."""
     check_weight(tensor)
-    out = tensor.detach().clone(memory_format=torch.contiguous_format)
-    perturb_([out], direction, scale, indices=[index], offsets=[offset], backend=backend)
+    check_direction(direction)
+    _check_finite("scale", scale)
+    check_places([index], [offset], 1)
+    with torch.no_grad():
+        source = tensor.detach().resolve_neg().contiguous()
+        out = torch.empty_like(source)
+        if out.numel() > 0:
+            slot, shift = Slot(out, index, offset), Shift(direction, float(scale))
+            backend_for(out.device, backend).perturb_copy([slot], [source], shift)
     return out
 
 
 def update_(
-    tensors: Sequence[Tensor],
+    tensors: Weights | Sequence[Tensor],
     directions: Sequence[Direction],
     coefficients: Tensor,
     lr: float | Tensor,
@@ -231,7 +157,7 @@ def update_(
     """w <- round(w0 - lr (sum_s c_s z_s + weight_decay w0)) in one pass, w0 the recovered weight.
 
     Args:
-        tensors: weights, changed in place.
+        tensors: weights, changed in place: a list of tensors, or :class:`Weights`.
         directions: S directions z_s.
         coefficients: shape (S,), floating, on any device: the projected gradients c_s. They and
             a tensor ``lr`` stay on the device; nothing waits for them.
@@ -267,7 +193,8 @@ def update_(
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
     _check_finite("weight_decay", weight_decay)
     _check_shift("recover", recover)
-    with torch.no_grad(), uninterrupted(), _slots(tensors, indices, offsets) as by_device:
+    weights = as_weights(tensors, indices, offsets)
+    with torch.no_grad(), uninterrupted(), weights.slots() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
         for device, slots in by_device.items():
             rate = _on_device(lr, device)
@@ -280,7 +207,7 @@ def update_(
                 recover,
                 rounding == "stochastic",
             )
-        _changed(tensors)
+        weights.mark_changed()
 
 
 def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:

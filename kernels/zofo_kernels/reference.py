@@ -176,6 +176,13 @@ def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
             w.copy_(value)
 
 
+def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift) -> None:
+    """slots <- RN(source + scale z), source and slot alike but in memory."""
+    for slot, source in zip(slots, sources, strict=True):
+        slot.tensor.copy_(source)
+    perturb(slots, [shift])
+
+
 def update(
     slots: Sequence[Slot],
     directions: Sequence[Direction],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,3 +18,14 @@ class Slot(NamedTuple):
     tensor: Tensor
     parameter: int
     offset: int
+
+
+class Slots(tuple[Slot, ...]):
+    """Slots on one device. ``cache`` is for what a backend makes of their addresses, once."""
+
+    cache: dict[str, Any]
+
+    def __new__(cls, slots: Iterable[Slot]) -> Slots:
+        made = super().__new__(cls, slots)
+        made.cache = {}
+        return made

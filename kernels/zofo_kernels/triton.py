@@ -1,0 +1,273 @@
+"""Triton backend: tables of tensors on the device, and one launch a pass for each dtype.
+
+Nothing here waits for the device, and all but the building of a table may be captured in a CUDA
+graph. With ``TRITON_INTERPRET=1`` set before Triton is imported, the kernels are interpreted on
+the CPU: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import triton_kernels as kernels
+from .direction import NOISE_VERSION, Direction, Shift
+from .table import Slot
+
+INTERPRETED = not isinstance(kernels.pass_kernel, triton.JITFunction)
+"""Whether Triton's interpreter runs the kernels, on CPU tensors."""
+
+VECTORS = 512
+"""Vectors of 8 elements a program. With 4 warps a thread has 32 elements, 64 bytes of bf16 in
+flight, and few enough registers for full occupancy."""
+WARPS = 4
+
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_KIND = {
+    "gaussian": kernels.GAUSSIAN.value,
+    "rademacher": kernels.RADEMACHER.value,
+}
+_NONE = kernels.NONE.value
+_IN_PLACE, _COPY, _NO_SOURCE = (
+    kernels.IN_PLACE.value,
+    kernels.COPY.value,
+    kernels.NO_SOURCE.value,
+)
+_KEYS_PER_LAUNCH = 64
+
+
+class _Launch(NamedTuple):
+    """What one launch works on: tensors of a dtype that are all aligned, or that are not."""
+
+    dtype: torch.dtype
+    aligned: bool
+    table: Tensor
+    items: Tensor
+
+
+def _rows(
+    slots: Sequence[Slot], sources: Sequence[Tensor] | None
+) -> Iterator[tuple[bool, list[int]]]:
+    """Rows of the kernels' table, with whether the row is aligned.
+
+    A tensor that is aligned but for its last elements gives two rows.
+    """
+    for position, slot in enumerate(slots):
+        tensor, offset = slot.tensor, slot.offset
+        size, width = tensor.numel(), tensor.element_size()
+        address = tensor.data_ptr()
+        source = address if sources is None else sources[position].data_ptr()
+        aligned = address % 16 == 0 and source % 16 == 0 and offset % 128 == 0
+        body = size // 8 * 8 if aligned else 0
+        if body:
+            yield True, [address, body, offset, slot.parameter, source]
+        if body < size:
+            shift = body * width
+            row = [address + shift, size - body, offset + body, slot.parameter, source + shift]
+            yield False, row
+
+
+def _items(rows: NDArray[np.int64], aligned: bool) -> NDArray[np.int64]:
+    """Each row's pieces: row + 2^32 * piece."""
+    lead = 0 if aligned else rows[:, 2] % 128
+    pieces = -(-(rows[:, 1] + lead) // (8 * VECTORS))
+    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+    piece = np.arange(int(pieces.sum()), dtype=np.int64) - first
+    return np.repeat(np.arange(len(rows), dtype=np.int64), pieces) + (piece << 32)
+
+
+def _launches(slots: Sequence[Slot], sources: Sequence[Tensor] | None = None) -> list[_Launch]:
+    """The tables of these slots, built once where the sequence has a cache."""
+    cache: dict[str, Any] = getattr(slots, "cache", {}) if sources is None else {}
+    if "triton" not in cache:
+        cache["triton"] = _build(slots, sources)
+    found: list[_Launch] = cache["triton"]
+    return found
+
+
+def _build(slots: Sequence[Slot], sources: Sequence[Tensor] | None) -> list[_Launch]:
+    device = slots[0].tensor.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the table of the weights' addresses must be built before a CUDA graph is captured: "
+            "run the same step on the same tensors once before capturing it"
+        )
+    groups: dict[tuple[torch.dtype, bool], list[list[int]]] = {}
+    for slot, source in zip(slots, sources or [None] * len(slots), strict=True):
+        for aligned, row in _rows([slot], None if source is None else [source]):
+            groups.setdefault((slot.tensor.dtype, aligned), []).append(row)
+    made = []
+    for (dtype, aligned), rows in groups.items():
+        table = np.array(rows, dtype=np.int64)
+        items = _items(table, aligned)
+        room = table.size + table.size % 2  # both start at 16 bytes: no second specialisation
+        buffer = torch.empty(room + items.size, dtype=torch.int64)
+        if device.type == "cuda":
+            buffer = buffer.pin_memory()
+        buffer[: table.size] = torch.from_numpy(table).flatten()
+        buffer[room:] = torch.from_numpy(items)
+        buffer = buffer.to(device, non_blocking=True)
+        made.append(_Launch(dtype, aligned, buffer[: table.size], buffer[room:]))
+    return made
+
+
+def _bits(value: float) -> int:
+    """The bits of a double, as int64."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(bits)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def _same_step(a: Direction, b: Direction) -> bool:
+    known = isinstance(a.step, int) and isinstance(b.step, int)
+    return a.step == b.step if known else a.step is b.step
+
+
+def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tensor:
+    """Keys computed on the device, int32 (directions, 4): steps may be known only there."""
+    keys = torch.empty((len(directions), 4), dtype=torch.int32, device=device)
+    low = 0
+    while low < len(directions):
+        first, high = directions[low], low + 1
+        while (
+            high < len(directions)
+            and high - low < _KEYS_PER_LAUNCH
+            and directions[high].seed == first.seed
+            and _same_step(directions[high], first)
+            and directions[high].distribution == first.distribution
+            and directions[high].sample == first.sample + high - low
+        ):
+            high += 1
+        on_device = isinstance(first.step, Tensor)
+        kernels.keys_kernel[(1,)](
+            keys[low:],
+            first.seed,
+            0 if on_device else first.step,
+            first.step if on_device else keys,
+            first.sample,
+            _KIND[first.distribution],
+            high - low,
+            version=NOISE_VERSION,
+            STEP_ON_DEVICE=on_device,
+            BLOCK=_KEYS_PER_LAUNCH,
+            num_warps=1,
+        )
+        low = high
+    return keys
+
+
+def _run(
+    slots: Sequence[Slot],
+    shifts: Sequence[Shift],
+    directions: Sequence[Direction] = (),
+    coefficients: Tensor | None = None,
+    lr: Tensor | None = None,
+    weight_decay: float = 0.0,
+    stochastic: bool = False,
+    source: int = _IN_PLACE,
+    sources: Sequence[Tensor] | None = None,
+) -> None:
+    """One pass: at most two shifts, or at most one and the update."""
+    launches = _launches(slots, sources)
+    along = [*(shift.direction for shift in shifts), *directions]
+    kinds = [_KIND[direction.distribution] for direction in along]
+    scales = [_bits(shift.scale) for shift in shifts] + [0, 0]
+    on_device = len(directions) > 1 or any(isinstance(d.step, Tensor) for d in along)
+    words = [0, 0, 0, 0]
+    if not on_device:
+        words = [word for direction in along for word in direction.key()] + words
+        words = words[:4] if shifts else [0, 0, *words[:2]]
+    update = kinds[-1] if directions else _NONE
+    if len(set(kinds[len(shifts) :])) > 1:
+        update = kernels.MIXED.value
+    variant = {
+        "SOURCE": source,
+        "KIND_A": kinds[0] if shifts else _NONE,
+        "KIND_B": kinds[1] if len(shifts) == 2 else _NONE,
+        "UPDATE": update,
+        "SAME": len(along) == 2 and along[0] == along[1],
+        "SEVERAL": len(directions) > 1,
+        "DECAY": weight_decay != 0,
+        "KEYS_ON_DEVICE": on_device,
+    }
+    device = slots[0].tensor.device
+    with _on(device):
+        unread = launches[0].table
+        keys = _device_keys(along, device) if on_device else unread
+        pointers = [keys, *(unread if t is None else t for t in (coefficients, lr))]
+        scalars = [*words, *scales[:2], _bits(weight_decay), len(directions)]
+        for launch in launches:
+            _start(launch, pointers, scalars, variant, stochastic)
+
+
+def _start(
+    launch: _Launch,
+    pointers: Sequence[Tensor],
+    scalars: Sequence[int],
+    variant: dict[str, Any],
+    stochastic: bool,
+) -> None:
+    kernels.pass_kernel[(launch.items.numel(),)](
+        launch.table,
+        launch.items,
+        *pointers,
+        *scalars,
+        STORAGE=_DTYPES[launch.dtype],
+        ALIGNED=launch.aligned,
+        STOCHASTIC=stochastic and launch.dtype in (torch.bfloat16, torch.float16),
+        **variant,
+        VECTORS=VECTORS,
+        NATIVE=not INTERPRETED and torch.version.hip is None,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
+    """See :func:`zofo_kernels.reference.perturb`."""
+    for low in range(0, len(shifts), 2):
+        _run(slots, shifts[low : low + 2])
+
+
+def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift) -> None:
+    """See :func:`zofo_kernels.reference.perturb_copy`."""
+    _run(slots, [shift], source=_COPY, sources=sources)
+
+
+def update(
+    slots: Sequence[Slot],
+    directions: Sequence[Direction],
+    coefficients: Tensor,
+    lr: Tensor,
+    weight_decay: float,
+    recover: Shift | None,
+    stochastic: bool,
+) -> None:
+    """See :func:`zofo_kernels.reference.update`."""
+    shifts = () if recover is None else (Shift(recover.direction, -recover.scale),)
+    _run(slots, shifts, directions, coefficients.contiguous(), lr, weight_decay, stochastic)
+
+
+def fill_noise(out: Slot, direction: Direction) -> None:
+    """See :func:`zofo_kernels.reference.fill_noise`."""
+    _run([out], [Shift(direction, 1.0)], source=_NO_SOURCE)

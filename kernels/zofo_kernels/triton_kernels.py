@@ -1,0 +1,344 @@
+"""The pass over the weights, compiled by Triton: one launch for a table of tensors.
+
+A program takes one item, up to ``8 * VECTORS`` elements of one tensor: it loads them, takes the
+shifts and the update in the compute dtype, rounds and stores.  Nothing is autotuned, since a
+kernel that works in place must run once.
+
+Tiles have the shape ``(VECTORS, 4, 2)`` where 16-bit weights are loaded as pairs, two in a
+32-bit word; else ``(VECTORS, 8)``.  All memory traffic is 16 bytes a thread, except where a tensor is not
+``ALIGNED``.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_random import gaussian, mix64, rounding_bits, signs
+
+NONE, GAUSSIAN, RADEMACHER = tl.constexpr(-1), tl.constexpr(0), tl.constexpr(1)
+MIXED = tl.constexpr(2)  # an update's directions of both kinds
+IN_PLACE, COPY, NO_SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+COLUMNS = tl.constexpr(5)
+"""Of the table, int64: address, elements, offset, parameter, address of the source."""
+
+
+@triton.jit(do_not_specialize=["seed", "step", "sample", "kind", "count"])
+def keys_kernel(
+    keys,
+    seed: tl.uint64,
+    step: tl.uint64,
+    device_step,
+    sample: tl.uint64,
+    kind: tl.int32,
+    count: tl.int32,
+    version: tl.constexpr,
+    STEP_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """keys[i] <- (Direction(seed, step, sample + i).key(), kind, 0) for i < count, int32."""
+    row = tl.arange(0, BLOCK)
+    inside = row < count
+    if STEP_ON_DEVICE:
+        step = tl.load(device_step)
+    h = mix64(tl.full((), version, tl.uint64) ^ seed.to(tl.uint64))
+    h = mix64(h ^ step.to(tl.uint64))
+    h = mix64(h ^ (sample.to(tl.uint64) + row.to(tl.uint64)))
+    tl.store(keys + 4 * row, h.to(tl.uint32).to(tl.int32, bitcast=True), mask=inside)
+    high = (h >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
+    tl.store(keys + 4 * row + 1, high, mask=inside)
+    tl.store(keys + 4 * row + 2, row * 0 + kind, mask=inside)
+
+
+@triton.jit
+def _key(keys, row, k0, k1, ON_DEVICE: tl.constexpr):
+    """A direction's key: from its row of ``keys``, or as given."""
+    if ON_DEVICE:
+        k0 = tl.load(keys + 4 * row).to(tl.uint32, bitcast=True)
+        k1 = tl.load(keys + 4 * row + 1).to(tl.uint32, bitcast=True)
+        return k0, k1
+    else:
+        return k0.to(tl.uint32), k1.to(tl.uint32)
+
+
+@triton.jit
+def _noise(
+    vector,
+    parameter,
+    k0,
+    k1,
+    one,
+    KIND: tl.constexpr,
+    PAIRS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Normals, or signs in the top bit of uint32."""
+    if KIND == GAUSSIAN:
+        noise = gaussian(vector, parameter, k0, k1, one, VECTORS, NATIVE)
+    else:
+        noise = signs(vector, parameter, k0, k1, VECTORS)
+    if PAIRS:
+        return noise
+    else:
+        return noise.reshape(VECTORS, 8)
+
+
+@triton.jit
+def _flipped(scale, noise, mask):
+    """scale with its sign flipped where noise & mask (uint32) has the top bit."""
+    if scale.dtype == tl.float64:
+        bits = scale.to(tl.uint64, bitcast=True) ^ ((noise & mask).to(tl.uint64) << 32)
+        return bits.to(tl.float64, bitcast=True)
+    else:
+        return (scale.to(tl.uint32, bitcast=True) ^ (noise & mask)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _shifted(weight, scale, noise, KIND: tl.constexpr):
+    """weight + scale z, not yet rounded to the storage dtype."""
+    if KIND == GAUSSIAN:
+        return tl.fma(noise.to(scale.dtype), tl.zeros_like(weight) + scale, weight)
+    else:
+        return weight + _flipped(scale, noise, 0x80000000)
+
+
+@triton.jit
+def _term(step, noise, KIND: tl.constexpr):
+    """0 + step z, rounded once: never -0, so that no step keeps a weight of -0."""
+    if KIND == GAUSSIAN:
+        z = noise.to(step.dtype)
+        return tl.fma(z, tl.zeros_like(z) + step, tl.zeros_like(z))
+    else:
+        return _flipped(step, noise, tl.where(step == 0, 0, 0x80000000).to(tl.uint32))
+
+
+@triton.jit
+def _nearest(value, STORAGE: tl.constexpr, NATIVE: tl.constexpr):
+    """fp32 or fp64 rounded to nearest, ties to even, in the storage dtype."""
+    if NATIVE or STORAGE != tl.bfloat16:
+        return value.to(STORAGE)
+    else:  # Triton's interpreter truncates
+        pattern = value.to(tl.uint32, bitcast=True)
+        rounded = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, rounded, (pattern >> 16) | 0x40)
+        return rounded.to(tl.uint16).to(STORAGE, bitcast=True)
+
+
+@triton.jit
+def _pack(low, high, STORAGE: tl.constexpr, NATIVE: tl.constexpr):
+    """Two fp32, rounded to nearest in a 16-bit dtype, as one uint32."""
+    if NATIVE and STORAGE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, True, 1
+        )
+    elif NATIVE:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, True, 1
+        )
+    else:
+        a = _nearest(low, STORAGE, NATIVE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        b = _nearest(high, STORAGE, NATIVE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return a | (b << 16)
+
+
+@triton.jit
+def _unpack(word, STORAGE: tl.constexpr):
+    """The inverse of :func:`_pack`: (..., 2) fp32."""
+    if STORAGE == tl.bfloat16:
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.uint16).to(STORAGE, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.uint16).to(STORAGE, bitcast=True).to(tl.float32)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _stored(value, STORAGE: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr):
+    """Rounded to nearest, as it is stored."""
+    if PAIRS:
+        low, high = tl.split(value)
+        return _pack(low, high, STORAGE, NATIVE)
+    else:
+        return _nearest(value, STORAGE, NATIVE)
+
+
+@triton.jit
+def _rounded(value, STORAGE: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr):
+    """Rounded to the grid of the storage dtype, in the compute dtype."""
+    if PAIRS:
+        return _unpack(_stored(value, STORAGE, PAIRS, NATIVE), STORAGE)
+    else:
+        return _stored(value, STORAGE, PAIRS, NATIVE).to(value.dtype)
+
+
+@triton.jit
+def _stored_stochastic(value, bits, STORAGE: tl.constexpr, PAIRS: tl.constexpr):
+    """fp32 rounded stochastically, as it is stored; see reference.round_stochastic."""
+    pattern = value.to(tl.uint32, bitcast=True)
+    if STORAGE == tl.bfloat16:
+        # an infinity's low half is 0, so no carry reaches its exponent; a NaN's may not be
+        pattern = tl.where(value == value, pattern + bits, pattern | 0x400000)
+        if PAIRS:
+            low, high = tl.split(pattern)
+            return (low >> 16) | (high & 0xFFFF0000)
+        else:
+            return (pattern >> 16).to(tl.uint16).to(STORAGE, bitcast=True)
+    else:
+        size = tl.abs(value)
+        up = ((pattern + (bits >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        # below 2^-14 fp16 is fixed point with steps of 2^-24
+        units = size * 16777216.0
+        whole = tl.floor(units)
+        more = (units - whole) * 65536.0 >= (65536 - bits.to(tl.int32)).to(tl.float32)
+        tiny = (whole + more.to(tl.float32)) * 5.9604644775390625e-08
+        tiny = (tiny.to(tl.uint32, bitcast=True) | (pattern & 0x80000000)).to(
+            tl.float32, bitcast=True
+        )
+        up = tl.where(size < 6.103515625e-05, tiny, up)
+        value = tl.where(size < float("inf"), up, value)
+        return _stored(value, STORAGE, PAIRS, False)
+
+
+@triton.jit(
+    do_not_specialize=["a0", "a1", "b0", "b1", "scale_a", "scale_b", "weight_decay", "samples"]
+)
+def pass_kernel(
+    table,
+    items,
+    keys,
+    coefficients,
+    rate,
+    a0: tl.uint32,
+    a1: tl.uint32,
+    b0: tl.uint32,
+    b1: tl.uint32,
+    scale_a: tl.int64,
+    scale_b: tl.int64,
+    weight_decay: tl.int64,
+    samples: tl.int32,
+    STORAGE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOURCE: tl.constexpr,
+    KIND_A: tl.constexpr,
+    KIND_B: tl.constexpr,
+    UPDATE: tl.constexpr,
+    SAME: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    DECAY: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    KEYS_ON_DEVICE: tl.constexpr,
+    VECTORS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Shift a, then shift b or the update; each of them may be NONE.
+
+    Args:
+        table: int64, rows of COLUMNS, a row a tensor.
+        items: int64, one a program: the tensor's row + 2^32 * the piece of it.
+        keys: int32 (rows, 4), see keys_kernel: of a, of b and of the update's directions, as far
+            as they are; read where KEYS_ON_DEVICE.
+        coefficients: floating, (samples,), and rate: floating, one element: the update's.
+        a0, a1, b0, b1: key of shift a, and of shift b or the update's direction.
+        scale_a, scale_b, weight_decay: bits of doubles: launches pass floats as fp32.
+        KIND_A, KIND_B, UPDATE: distribution of the shifts and of the update's directions.
+        SAME: b, or the update, is along the direction of a.
+        SEVERAL: the update has several directions (or keys only known on the device).
+        SOURCE: read the weights from where they are written, elsewhere, or not at all (zeros).
+        ALIGNED: addresses divide by 16, sizes by 8 and offsets by 128.
+    """
+    COMPUTE: tl.constexpr = tl.float64 if STORAGE == tl.float64 else tl.float32
+    PAIRS: tl.constexpr = ALIGNED and STORAGE.primitive_bitwidth == 16
+    MEMORY: tl.constexpr = tl.uint32 if PAIRS else STORAGE
+    WIDTH: tl.constexpr = 4 if PAIRS else 8
+    AFTER_A: tl.constexpr = 1 if KIND_A != NONE else 0  # the next row of keys
+    item = tl.load(items + tl.program_id(0))
+    row = table + COLUMNS * (item & 0xFFFFFFFF)
+    address = tl.load(row)
+    size = tl.load(row + 1)
+    offset = tl.load(row + 2)
+    parameter = tl.load(row + 3)
+    start = (item >> 32) * (8 * VECTORS)
+    one = 0x3F800000 ^ (size >> 63).to(tl.uint32)  # see gaussian
+
+    # the memory of the tile
+    vector = tl.arange(0, VECTORS)
+    element = (vector * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    if ALIGNED:
+        left = tl.minimum(size - start, 8 * VECTORS).to(tl.int32)
+        inside, _ = tl.broadcast((8 * vector < left)[:, None], element)
+    else:
+        lead = offset & 127  # pieces start at whole Philox calls, before the tensor's start
+        offset -= lead
+        address -= lead * (STORAGE.primitive_bitwidth // 8)
+        inside = (start + element >= lead) & (start + element < lead + size)
+    begin = start // (8 // WIDTH)
+    place = address.to(tl.pointer_type(MEMORY)) + begin
+    if ALIGNED:
+        place = tl.multiple_of(place, 16)
+    if SOURCE == IN_PLACE:
+        memory = tl.load(place + element, mask=inside)
+    elif SOURCE == COPY:
+        address = tl.load(row + 4)
+        if not ALIGNED:
+            address -= lead * (STORAGE.primitive_bitwidth // 8)
+        source = address.to(tl.pointer_type(MEMORY)) + begin
+        if ALIGNED:
+            source = tl.multiple_of(source, 16)
+        memory = tl.load(source + element, mask=inside)
+    else:
+        memory = tl.zeros((VECTORS, WIDTH), MEMORY)
+    if PAIRS:
+        weight = _unpack(memory, STORAGE)
+    else:
+        weight = memory.to(COMPUTE)
+
+    first = (offset + start) >> 3
+    a0, a1 = _key(keys, 0, a0, a1, KEYS_ON_DEVICE and KIND_A != NONE)
+    b0, b1 = _key(keys, AFTER_A, b0, b1, KEYS_ON_DEVICE)
+    if KIND_A != NONE:
+        noise = _noise(first, parameter, a0, a1, one, KIND_A, PAIRS, VECTORS, NATIVE)
+        scale = scale_a.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+        weight = _shifted(weight, scale, noise, KIND_A)
+        if KIND_B != NONE or UPDATE != NONE:
+            weight = _rounded(weight, STORAGE, PAIRS, NATIVE)
+    if KIND_B != NONE:
+        if not SAME:
+            noise = _noise(first, parameter, b0, b1, one, KIND_B, PAIRS, VECTORS, NATIVE)
+        scale = scale_b.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+        weight = _shifted(weight, scale, noise, KIND_B)
+    if UPDATE != NONE:
+        lr = tl.load(rate).to(COMPUTE)
+        if SEVERAL:
+            delta = tl.zeros_like(weight)
+            for s in range(samples):
+                k0, k1 = _key(keys, s + AFTER_A, b0, b1, True)
+                step = lr * tl.load(coefficients + s).to(COMPUTE)
+                if UPDATE != MIXED:
+                    noise = _noise(first, parameter, k0, k1, one, UPDATE, PAIRS, VECTORS, NATIVE)
+                    delta += _term(step, noise, UPDATE)
+                elif tl.load(keys + 4 * (s + AFTER_A) + 2) == GAUSSIAN:
+                    z = _noise(first, parameter, k0, k1, one, GAUSSIAN, PAIRS, VECTORS, NATIVE)
+                    delta += _term(step, z, GAUSSIAN)
+                else:
+                    sign = _noise(first, parameter, k0, k1, one, RADEMACHER, PAIRS, VECTORS, NATIVE)
+                    delta += _term(step, sign, RADEMACHER)
+        else:
+            if not SAME:
+                noise = _noise(first, parameter, b0, b1, one, UPDATE, PAIRS, VECTORS, NATIVE)
+            delta = _term(lr * tl.load(coefficients).to(COMPUTE), noise, UPDATE)
+        if DECAY:
+            decay = lr * weight_decay.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
+            delta = tl.where(decay == 0, delta, delta + decay * weight)
+        weight -= delta
+
+    if STOCHASTIC:
+        bits = rounding_bits(first, parameter, b0, b1, VECTORS)
+        if not PAIRS:
+            bits = bits.reshape(VECTORS, 8)
+        memory = _stored_stochastic(weight, bits, STORAGE, PAIRS)
+    else:
+        memory = _stored(weight, STORAGE, PAIRS, NATIVE)
+    tl.store(place + element, memory, mask=inside)
