@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zofo_kernels import uninterrupted
+from zofo_kernels import Weights, uninterrupted
 
 from .checks import (
     caller_level,
@@ -139,6 +139,7 @@ class HybridZOFO(Optimizer):
     def _reset(self) -> None:
         """What a fresh or unpickled optimizer starts with; nothing here affects the path."""
         self._evaluating: str | None = None
+        self._prepared: dict[int, Weights] = {}
         self._last_loss: Tensor | None = None
         self._projected_grads: Tensor | None = None
 
@@ -186,9 +187,21 @@ class HybridZOFO(Optimizer):
             if group.get("mode") != "zo":
                 continue
             params = list(dict.fromkeys(group["params"]))
-            result.append(ZOGroup(params, list(range(index, index + len(params))), group))
+            result.append(ZOGroup(self._weights(len(result), params, index), group))
             index += len(params)
         return result
+
+    def _weights(self, position: int, params: list[Tensor], index: int) -> Weights:
+        """Weights of the ZO group at ``position``, kept from step to step with their tables."""
+        indices = list(range(index, index + len(params)))
+        kept = self._prepared.get(position)
+        if (
+            kept is None
+            or kept.indices != indices
+            or any(a is not b for a, b in zip(kept.tensors, params, strict=True))
+        ):
+            kept = self._prepared[position] = Weights(params, indices)
+        return kept
 
     def _fo_parameters(self) -> list[Tensor]:
         return [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]

@@ -9,20 +9,27 @@ from typing import Any
 
 from torch import Tensor
 
-from zofo_kernels import Direction, Shift, perturb_, uninterrupted, update_
+from zofo_kernels import Direction, Shift, Weights, perturb_, uninterrupted, update_
 
 
 @dataclass
 class ZOGroup:
     """A zeroth-order parameter group, ready for one step.
 
-    ``indices`` are the parameters' places among all zeroth-order parameters, which select
-    their noise; ``options`` is the optimizer's own dictionary.
+    ``weights`` are its parameters, with their places among all zeroth-order parameters, which
+    select their noise; ``options`` is the optimizer's own dictionary.
     """
 
-    params: list[Tensor]
-    indices: list[int]
+    weights: Weights
     options: dict[str, Any]
+
+    @property
+    def params(self) -> list[Tensor]:
+        return self.weights.tensors
+
+    @property
+    def indices(self) -> list[int]:
+        return self.weights.indices
 
     @property
     def names(self) -> list[str]:
@@ -87,11 +94,10 @@ class InPlacePerturbation:
         direction, scale = shift if shift is not None else (None, 0.0)
         with uninterrupted():
             perturb_(
-                group.params,
+                group.weights,
                 direction,
                 scale,
                 recover=self._carried[position],
-                indices=group.indices,
                 backend=self._backend,
             )
             self._carried[position] = shift
@@ -108,14 +114,13 @@ class InPlacePerturbation:
         samples = range(coefficients.numel())
         with uninterrupted():
             update_(
-                group.params,
+                group.weights,
                 [group.direction(s, self._distribution) for s in samples],
                 -coefficients if group.options["maximize"] else coefficients,
                 lr,
                 weight_decay=group.options["weight_decay"],
                 recover=self._carried[position],
                 rounding=rounding,
-                indices=group.indices,
                 backend=self._backend,
             )
             self._carried[position] = None

@@ -58,6 +58,32 @@ def _key_rows(directions: Sequence[Direction]) -> NDArray[np.int64]:
     return np.array(rows, dtype=np.int64).reshape(len(rows), 3)
 
 
+def _tables(slots: Sequence[Slot]) -> list[tuple[torch.dtype, int, tuple[Any, ...]]]:
+    """For each dtype: number of elements, and the kernel's first arguments.
+
+    Made once where the sequence has a cache.
+    """
+    cache: dict[str, Any] = getattr(slots, "cache", {})
+    if "cpu" not in cache:
+        cache["cpu"] = tables = []
+        for dtype, (code, storage) in _STORAGE.items():
+            chosen = [slot for slot in slots if slot.tensor.dtype == dtype]
+            if not chosen:
+                continue
+            sizes = [slot.tensor.numel() for slot in chosen]
+            table = (
+                np.empty(0, dtype=storage),
+                code,
+                np.array([slot.tensor.data_ptr() for slot in chosen], dtype=np.int64),
+                np.array(sizes, dtype=np.int64),
+                np.array([slot.parameter for slot in chosen], dtype=np.int64),
+                np.array([slot.offset for slot in chosen], dtype=np.uint64),
+            )
+            tables.append((dtype, sum(sizes), table))
+    found: list[tuple[torch.dtype, int, tuple[Any, ...]]] = cache["cpu"]
+    return found
+
+
 def _run(
     slots: Sequence[Slot],
     shifts: Sequence[Shift],
@@ -69,10 +95,7 @@ def _run(
 ) -> None:
     """One pass: shifts, then the update where directions are given."""
     shift_keys, update_keys = _key_rows([s.direction for s in shifts]), _key_rows(directions)
-    for dtype, (code, storage) in _STORAGE.items():
-        chosen = [slot for slot in slots if slot.tensor.dtype == dtype]
-        if not chosen:
-            continue
+    for dtype, total, table in _tables(slots):
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         scales = torch.tensor([s.scale for s in shifts], dtype=compute).numpy()
         steps, decay = torch.empty(0, dtype=compute), torch.zeros(1, dtype=compute)
@@ -80,17 +103,8 @@ def _run(
             rate = lr.to(compute)
             steps = rate * coefficients.to(compute)
             decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1)
-        sizes = [slot.tensor.numel() for slot in chosen]
-        table = (
-            np.empty(0, dtype=storage),
-            code,
-            np.array([slot.tensor.data_ptr() for slot in chosen], dtype=np.int64),
-            np.array(sizes, dtype=np.int64),
-            np.array([slot.parameter for slot in chosen], dtype=np.int64),
-            np.array([slot.offset for slot in chosen], dtype=np.uint64),
-        )
         program = (shift_keys, scales, update_keys, steps.numpy(), decay.numpy()[0], stochastic)
-        _in_threads(sum(sizes), table, program)
+        _in_threads(total, table, program)
 
 
 def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) -> None:

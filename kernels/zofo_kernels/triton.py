@@ -23,6 +23,10 @@ from . import triton_kernels as kernels
 from .direction import NOISE_VERSION, Direction, Shift
 from .table import Slot
 
+_OLDEST = (3, 4)
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
+    raise ImportError(f"Triton must be 3.4 or later, got {triton.__version__}")
+
 INTERPRETED = not isinstance(kernels.pass_kernel, triton.JITFunction)
 """Whether Triton's interpreter runs the kernels, on CPU tensors."""
 
@@ -59,26 +63,20 @@ class _Launch(NamedTuple):
     items: Tensor
 
 
-def _rows(
-    slots: Sequence[Slot], sources: Sequence[Tensor] | None
-) -> Iterator[tuple[bool, list[int]]]:
-    """Rows of the kernels' table, with whether the row is aligned.
+def _rows(slot: Slot, source: Tensor) -> Iterator[tuple[bool, list[int]]]:
+    """The slot's rows of the kernels' table, with whether each is aligned.
 
     A tensor that is aligned but for its last elements gives two rows.
     """
-    for position, slot in enumerate(slots):
-        tensor, offset = slot.tensor, slot.offset
-        size, width = tensor.numel(), tensor.element_size()
-        address = tensor.data_ptr()
-        source = address if sources is None else sources[position].data_ptr()
-        aligned = address % 16 == 0 and source % 16 == 0 and offset % 128 == 0
-        body = size // 8 * 8 if aligned else 0
-        if body:
-            yield True, [address, body, offset, slot.parameter, source]
-        if body < size:
-            shift = body * width
-            row = [address + shift, size - body, offset + body, slot.parameter, source + shift]
-            yield False, row
+    tensor, offset = slot.tensor, slot.offset
+    size, width = tensor.numel(), tensor.element_size()
+    addresses = tensor.data_ptr(), source.data_ptr()
+    aligned = all(address % 16 == 0 for address in addresses) and offset % 128 == 0
+    body = size // 8 * 8 if aligned else 0
+    for yes, low, high in ((True, 0, body), (False, body, size)):
+        if low < high:
+            to, start = (address + low * width for address in addresses)
+            yield yes, [to, high - low, offset + low, slot.parameter, start]
 
 
 def _items(rows: NDArray[np.int64], aligned: bool) -> NDArray[np.int64]:
@@ -87,7 +85,10 @@ def _items(rows: NDArray[np.int64], aligned: bool) -> NDArray[np.int64]:
     pieces = -(-(rows[:, 1] + lead) // (8 * VECTORS))
     first = np.repeat(np.cumsum(pieces) - pieces, pieces)
     piece = np.arange(int(pieces.sum()), dtype=np.int64) - first
-    return np.repeat(np.arange(len(rows), dtype=np.int64), pieces) + (piece << 32)
+    items: NDArray[np.int64] = np.repeat(np.arange(len(rows), dtype=np.int64), pieces) + (
+        piece << 32
+    )
+    return items
 
 
 def _launches(slots: Sequence[Slot], sources: Sequence[Tensor] | None = None) -> list[_Launch]:
@@ -107,8 +108,8 @@ def _build(slots: Sequence[Slot], sources: Sequence[Tensor] | None) -> list[_Lau
             "run the same step on the same tensors once before capturing it"
         )
     groups: dict[tuple[torch.dtype, bool], list[list[int]]] = {}
-    for slot, source in zip(slots, sources or [None] * len(slots), strict=True):
-        for aligned, row in _rows([slot], None if source is None else [source]):
+    for slot, source in zip(slots, sources or [s.tensor for s in slots], strict=True):
+        for aligned, row in _rows(slot, source):
             groups.setdefault((slot.tensor.dtype, aligned), []).append(row)
     made = []
     for (dtype, aligned), rows in groups.items():

@@ -5,8 +5,8 @@ shifts and the update in the compute dtype, rounds and stores.  Nothing is autot
 kernel that works in place must run once.
 
 Tiles have the shape ``(VECTORS, 4, 2)`` where 16-bit weights are loaded as pairs, two in a
-32-bit word; else ``(VECTORS, 8)``.  All memory traffic is 16 bytes a thread, except where a tensor is not
-``ALIGNED``.
+32-bit word; else ``(VECTORS, 8)``.  Threads read and write 16 bytes at a time, except where a
+tensor is not ``ALIGNED``.
 """
 
 # mypy: ignore-errors
