@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python benchmarks/run.py [--only PATTERN] [--out DIR] [--quick]`."""
+"""Run the benchmarks: `python benchmarks/run.py [--only PATTERN] [--out DIR]`; see `--help`."""
 
 from zofo_bench.cli import main
 

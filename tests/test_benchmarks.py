@@ -1,7 +1,10 @@
 """The benchmarks: every one runs on tiny sizes, writes what it says, and refuses wrong results."""
 
+import contextlib
 import json
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +12,24 @@ import torch
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmarks need it")
 
-from zofo_bench import cli, mezo, registry, report, timing  # noqa: E402
+from zofo_bench import (  # noqa: E402
+    check,
+    cli,
+    foreach,
+    measure,
+    mezo,
+    perturb,
+    plots,
+    registry,
+    report,
+    timing,
+)
 
 import zofo_kernels  # noqa: E402
 
 CPU = torch.device("cpu")
+BENCHMARKS = ["perturb", "step", "causal_lm", "growth", "many_tensors"]
+NEED_TRANSFORMERS = ["step", "causal_lm", "many_tensors"]
 SPREAD = {"median", "p20", "p80"}
 needs_numba = pytest.mark.skipif(
     zofo_kernels.unavailable_reason("cpu") is not None, reason="the CPU backend needs numba"
@@ -35,11 +51,17 @@ def same_random_state():
         yield
 
 
-@pytest.mark.parametrize("name", ["perturb", "many_tensors", "step", "growth"])
-def test_quick_run(name, tmp_path, capsys):
-    if name in ("many_tensors", "step"):
+@pytest.fixture
+def name(request):
+    """A benchmark's name; its test is skipped where the models that it needs cannot be made."""
+    if request.param in NEED_TRANSFORMERS:
         pytest.importorskip("transformers")
         pytest.importorskip("peft")
+    return request.param
+
+
+@pytest.mark.parametrize("name", BENCHMARKS, indirect=True)
+def test_quick_run(name, tmp_path, capsys):
     assert cli.main(["--quick", "--repeats", "2", "--only", name, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     if not torch.cuda.is_available():
@@ -54,6 +76,12 @@ def test_quick_run(name, tmp_path, capsys):
     assert len({case["name"] for case in result["cases"]}) == len(result["cases"]) > 1
     for case in result["cases"]:
         check_case(case)
+        for variant in case["variants"].values():
+            assert ("torch_operations" in variant) == (name == "many_tensors")
+            assert ("bytes_per_second" in variant) == (name == "perturb")
+        if name in ("step", "causal_lm"):
+            assert set(case["peak_bytes"]) == {"inference", *case["variants"]}
+            assert set(case["peak_bytes"].values()) == {None}
 
 
 def check_machine(machine):
@@ -95,10 +123,8 @@ def wrong(function):
 
 @needs_numba
 @pytest.mark.parametrize("kernel", ["perturb", "update"])
-@pytest.mark.parametrize("name", ["perturb", "many_tensors", "step", "growth"])
+@pytest.mark.parametrize("name", BENCHMARKS, indirect=True)
 def test_wrong_kernel_is_not_timed(name, kernel, tmp_path, capsys, monkeypatch):
-    if name in ("many_tensors", "step"):
-        pytest.importorskip("transformers")
     from zofo_kernels import cpu
 
     def never(*_):
@@ -106,7 +132,7 @@ def test_wrong_kernel_is_not_timed(name, kernel, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(cpu, kernel, wrong(getattr(cpu, kernel)))
     if kernel == "perturb":  # else the cases before the first update are right
-        monkeypatch.setattr(cli, "interleave", never)
+        monkeypatch.setattr(cli, "measure", never)
     old = tmp_path / "cpu" / f"{name}.json"
     old.parent.mkdir()
     old.write_text("{}")
@@ -115,15 +141,51 @@ def test_wrong_kernel_is_not_timed(name, kernel, tmp_path, capsys, monkeypatch):
     assert not old.exists()
 
 
-def test_wrong_first_order_weights_are_found(monkeypatch):
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
+def quick_case(name, start):
+    """The first case of a benchmark's quick run whose name starts so."""
+    cases = registry.REGISTRY[name].cases(registry.Context(CPU, quick=True))
+    return next(case for case in cases if case.name.startswith(start))
+
+
+@pytest.mark.parametrize("name", ["step", "causal_lm"], indirect=True)
+def test_wrong_first_order_weights_are_found(name, monkeypatch):
     from zofo_optim import first_order
 
-    step = registry.REGISTRY["step"].cases(registry.Context(CPU, quick=True))
-    case = next(case for case in step if case.name.startswith("FO-LoRA"))
+    case = quick_case(name, "FO-LoRA")
     monkeypatch.setattr(first_order.FirstOrder, "step", lambda self: None)
     with pytest.raises(registry.WrongResult, match="first-order"):
+        case.check()
+
+
+@pytest.mark.parametrize("name", ["step"], indirect=True)
+def test_evaluations_with_other_random_draws_are_found(name, monkeypatch):
+    from zofo_optim import optimizer
+
+    case = quick_case(name, "ZO, two-sided")  # with dropout
+    monkeypatch.setattr(optimizer.GlobalRandomState, "restore", lambda self: None)
+    with pytest.raises(registry.WrongResult, match="random draws"):
+        case.check()
+
+
+def test_a_wrong_slope_is_found(monkeypatch):
+    from zofo_optim import estimators
+
+    case = quick_case("growth", "1,000")
+    right = estimators.Estimator.slope
+    monkeypatch.setattr(estimators.Estimator, "slope", lambda *args: 1.01 * right(*args))
+    with pytest.raises(registry.WrongResult, match="projected gradient"):
+        case.check()
+
+
+def test_evaluations_at_the_wrong_weights_are_found(monkeypatch):
+    from zofo_optim import optimizer
+
+    case = quick_case("growth", "1,000")
+    right = optimizer.InPlacePerturbation.move
+    monkeypatch.setattr(
+        optimizer.InPlacePerturbation, "move", lambda self, sample, sign: right(self, sample, -sign)
+    )
+    with pytest.raises(registry.WrongResult, match="weights of the evaluation"):
         case.check()
 
 
@@ -152,6 +214,39 @@ def test_mezo_step_descends_along_its_direction():
     assert float((weights**2).sum()) < before
 
 
+def test_foreach_baseline_displaces_and_updates():
+    start = [torch.randn(20_000) * 0.02, torch.randn(7)]
+    weights = [w.clone() for w in start]
+    foreach.perturb(weights, 1e-3, seed=3)
+    moved = [(w - s) / 1e-3 for w, s in zip(weights, start, strict=True)]
+    assert abs(float(moved[0].mean())) < 0.05
+    assert abs(float(moved[0].std()) - 1) < 0.05
+    foreach.restore_and_update(weights, -1e-3, 2.0, lr=1e-3, seed=3, weight_decay=0.1)
+    for w, s, z in zip(weights, start, moved, strict=True):
+        torch.testing.assert_close(w, s - 1e-3 * (2.0 * z + 0.1 * s), atol=1e-6, rtol=0)
+
+
+def test_stock_triton_baseline_displaces(interpreted):
+    from zofo_bench import stock_triton
+
+    weights = [torch.randn(5_003) * 0.02, torch.randn(17)]
+    tail = weights[1].clone()
+    check.require_displacement(
+        "tl.randn4x", lambda: stock_triton.perturb(weights, 1e-3, 7), weights, 1e-3
+    )
+    assert (weights[1] != tail).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.9e-3, -1e-3, math.nan])
+def test_a_baseline_that_displaces_wrongly_is_refused(scale):
+    weights = [torch.zeros(100_000)]
+    noise = torch.randn(100_000)
+    if scale == -1e-3:
+        noise += 0.1
+    with pytest.raises(registry.WrongResult, match="deviation"):
+        check.require_displacement("it", lambda: weights[0].add_(scale * noise), weights, 1e-3)
+
+
 def test_variants_are_timed_in_turn():
     calls = []
     variants = {name: (lambda name=name: calls.append(name)) for name in "ab"}
@@ -166,6 +261,117 @@ def test_slow_cases_get_fewer_repeats_within_the_budget(monkeypatch):
     assert len(samples["a"].seconds) == timing.LEAST_REPEATS
 
 
+def test_host_time_ends_when_the_call_returns(monkeypatch):
+    busy = []
+
+    def wait(device):
+        if busy:
+            busy.clear()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(timing, "synchronise", wait)
+    variants, effort = {"launch": lambda: busy.append(1)}, timing.Effort(repeats=3, sample=0.0)
+    whole = timing.interleave(variants, CPU, effort)["launch"]
+    host = timing.interleave(variants, CPU, effort, host=True)["launch"]
+    assert min(whole.seconds) >= 0.01 > max(host.seconds)
+
+
+def test_operations_are_counted():
+    counted = measure.count(lambda: torch.ones(2) + 1, CPU)
+    assert counted == {"torch_operations": 2, "launches": None}
+
+
+def test_launches_are_kernels_alone(monkeypatch):
+    names = ["pass_kernel", "Memcpy HtoD (Pinned -> Device)", "Memset (Device)", "pass_kernel"]
+
+    class Profile(contextlib.nullcontext):
+        def events(self):
+            kinds = {"CUDA": names, "CPU": ["cuLaunchKernel"]}
+            return [
+                SimpleNamespace(name=name, device_type=SimpleNamespace(name=kind))
+                for kind, found in kinds.items()
+                for name in found
+            ]
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profile())
+    monkeypatch.setattr(measure, "synchronise", lambda device: None)
+    assert measure.launches(lambda: None, torch.device("cuda")) == 2
+    names.clear()
+    assert measure.launches(lambda: None, torch.device("cuda")) is None
+
+
+def test_targets_belong_to_a_device():
+    def targets(kind, case, variants):
+        found = perturb._comparisons(case, variants, kind)
+        return {(c.name, c.shown_at): c.at_least for c in found if c.at_least is not None}
+
+    variants = ["MeZO", "copy_", "add_"]
+    assert targets("cpu", "perturb float32", variants) == {
+        ("MeZO / this =", "zofo gaussian"): 20,
+        ("MeZO / this =", "zofo rademacher"): 50,
+    }
+    assert targets("cpu", "perturb bfloat16", variants) == {}
+    assert targets("cuda", "perturb bfloat16", variants) == {
+        ("of copy bandwidth", "zofo gaussian"): 0.9,
+        ("of copy bandwidth", "zofo rademacher"): 0.95,
+        ("MeZO / this =", "zofo gaussian"): 10,
+        ("MeZO / this =", "zofo rademacher"): 10,
+    }
+
+
+def example_case(**kwargs):
+    """A case with one variant, compared with another's memory and host time."""
+    memory = registry.Comparison(
+        "memory", "a", "inference", "a", plus=-1, percent=True, at_most=0.01, of="peak_bytes"
+    )
+    host = registry.Comparison("host", "a", "a", "a", of="host_seconds")
+    return registry.Case("c", {}, {"a": lambda: None}, lambda: None, [memory, host], **kwargs)
+
+
+def test_memory_and_host_time_are_compared_where_measured():
+    seconds = {"a": timing.Samples((1.0, 1.0), 1)}
+    bare = report.case_result(example_case(), measure.Measured(seconds))
+    assert bare["comparisons"] == []
+    peaks = {"inference": 1000, "a": 1020}
+    found = report.case_result(example_case(), measure.Measured(seconds, seconds, peaks))
+    memory, host = found["comparisons"]
+    assert math.isclose(memory["median"], 0.02)
+    assert memory["met"] is False
+    assert report.comparison_text(memory) == "memory 2.0%; target <= 1.0% [red]missed[/red]"
+    assert host["median"] == 1
+    assert found["peak_bytes"] == peaks
+    assert found["variants"]["a"]["host_seconds"]["median"] == 1
+
+
+def test_what_fits_in_memory_is_kept(tmp_path, capsys, monkeypatch):
+    def cases(context):
+        yield example_case(peaks=lambda: {"inference": 1000, "a": 1000})
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    entry = registry.Benchmark("large", "it is large", cases, plots.steps, ("cpu",), False)
+    monkeypatch.setattr(registry, "REGISTRY", {"large": entry})
+    assert cli.main(["--quick", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    assert "out of memory" in capsys.readouterr().out
+    result = json.loads((tmp_path / "cpu" / "large.json").read_text())
+    assert [case["name"] for case in result["cases"]] == ["c"]
+    assert result["stopped"].startswith("out of memory")
+    assert (tmp_path / "cpu" / "large.png").exists()
+
+
+def test_only_the_device_asked_for(capsys, monkeypatch):
+    asked = []
+    entry = registry.Benchmark(
+        "any", "it is", lambda c: iter(asked.append(c) or ()), plots.steps, ("cpu", "cuda"), False
+    )
+    monkeypatch.setattr(registry, "REGISTRY", {"any": entry})
+    assert cli.main(["--device", "cpu"]) == 0
+    assert [context.device for context in asked] == [CPU]
+    assert "cuda" not in capsys.readouterr().out
+
+
 def test_comparisons_are_taken_round_by_round():
     comparison = registry.Comparison("overhead", "a", "b", "a", plus=-1, percent=True, at_most=0.35)
     case = registry.Case("c", {}, {}, lambda: None, [comparison])
@@ -173,7 +379,7 @@ def test_comparisons_are_taken_round_by_round():
         "a": timing.Samples((1.2, 2.4, 12.0), 1),
         "b": timing.Samples((1.0, 2.0, 10.0), 1),
     }
-    found = report.case_result(case, drifting)["comparisons"][0]
+    found = report.case_result(case, measure.Measured(drifting))["comparisons"][0]
     assert all(math.isclose(found[key], 0.2) for key in SPREAD)
     assert found["met"] is True
     assert "20.0%" in report.comparison_text(found)
@@ -184,4 +390,4 @@ def test_arguments_are_checked(capsys):
     for arguments in (["--only", "nothing"], ["--repeats", "0"]):
         with pytest.raises(SystemExit):
             cli.main(arguments)
-    assert "perturb, many_tensors, step, growth" in capsys.readouterr().err
+    assert "perturb, step, causal_lm, growth, many_tensors" in capsys.readouterr().err

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from zofo_kernels import Weights
+
 from .registry import WrongResult
 
 NOISE_TOLERANCE = 5e-4
@@ -14,7 +16,7 @@ NOISE_TOLERANCE = 5e-4
 
 
 Operation = Callable[..., None]
-"""A pass of zofo_kernels: takes tensors, and ``indices``, ``offsets``, ``backend`` by keyword."""
+"""A pass of zofo_kernels: takes weights, and ``indices``, ``offsets``, ``backend`` by keyword."""
 
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,6 +56,27 @@ def require_close(
         )
 
 
+def require_displacement(
+    what: str, run: Callable[[], object], tensors: Sequence[Tensor], scale: float
+) -> None:
+    """Raise where ``run`` does not add noise of mean 0 and deviation ``scale``: for baselines.
+
+    To within 5 %, or what chance does with fewer than 10,000 elements.
+    """
+
+    def some() -> Tensor:
+        return torch.cat([t.detach().view(-1)[:100_000].double() for t in tensors[:10]])
+
+    before = some()
+    run()
+    after = some()
+    moved = (after - before) / scale
+    allowed = max(0.05, 5 / moved.numel() ** 0.5)
+    mean, deviation = float(moved.mean()), float(moved.std())
+    if not (abs(mean) <= allowed and abs(deviation - 1) <= allowed):
+        raise WrongResult(f"{what}: noise has mean {mean:.3g} and deviation {deviation:.3g}")
+
+
 def windows(count: int, width: int, number: int) -> list[tuple[int, int]]:
     """Evenly spread ranges [start, end) of [0, count): first, last, across the middle, others."""
     if count <= width * number:
@@ -65,7 +88,7 @@ def windows(count: int, width: int, number: int) -> list[tuple[int, int]]:
 def check_operation(
     what: str,
     operation: Operation,
-    tensors: Sequence[Tensor],
+    weights: Weights,
     *,
     noise: float,
     ulps: float,
@@ -73,7 +96,8 @@ def check_operation(
     width: int = 4096,
     number: int = 8,
 ) -> None:
-    """Run ``operation`` on the whole tensors, and its reference on windows of them; compare."""
+    """Run ``operation`` on the whole weights, and its reference on windows of them; compare."""
+    tensors = weights.tensors
     pieces = [
         (i, start, end)
         for i, tensor in enumerate(tensors)
@@ -81,7 +105,7 @@ def check_operation(
     ]
     before = [tensors[i].view(-1)[start:end].clone() for i, start, end in pieces]
     expected = [piece.clone() for piece in before]
-    operation(tensors)
+    operation(weights)
     operation(
         expected,
         indices=[i for i, _, _ in pieces],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,18 @@ import torch
 from rich.console import Console
 
 from .machine import header, load_average
+from .measure import count, free_memory, measure
 from .registry import Benchmark, Context, Unavailable, WrongResult, missing_device, select
 from .report import SCHEMA, Printer, case_result, write_json
-from .timing import CompileTimer, Effort, interleave
+from .timing import CompileTimer, Effort
 
-for module in ("perturb", "many_tensors", "step", "growth"):
+# many_tensors last: the profiler, once used, may slow what follows
+for module in ("perturb", "step", "causal_lm", "growth", "many_tensors"):
     importlib.import_module(f".{module}", __package__)  # enters its benchmark in the registry
 
+DEVICES = ("cpu", "cuda")
 FULL = Effort(repeats=15, budget=45.0)
+CUDA_SAMPLE = 0.02  # seconds: waiting for the device costs some 20 µs a sample
 BUSY = 0.5  # load average
 WIDTH = 120  # columns, where no terminal says
 QUICK = Effort(repeats=3, budget=1.0, sample=0.0002)
@@ -29,6 +33,7 @@ QUICK = Effort(repeats=3, budget=1.0, sample=0.0002)
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Run the benchmarks of zofo_kernels and zofo_optim.")
     p.add_argument("--only", metavar="PATTERN", help="benchmarks whose name holds or matches this")
+    p.add_argument("--device", choices=DEVICES, help="only on this kind of device")
     p.add_argument("--out", type=Path, metavar="DIR", help="write DIR/DEVICE/BENCHMARK.json, .png")
     p.add_argument("--quick", action="store_true", help="tiny sizes: a test of the benchmarks")
     p.add_argument("--repeats", type=int, metavar="N", help="rounds of every timing, exactly")
@@ -58,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for entry in chosen:
         printer = Printer(console, entry)
         for kind in entry.devices:
+            if args.device not in (None, kind):
+                continue
             reason = missing_device(kind)
             if reason is not None:
                 printer.missing(entry.name, kind, reason)
@@ -74,8 +81,11 @@ def run(
     """Run one benchmark on one device; False where it refused a wrong result.
 
     A refused benchmark writes no file, so that no old or partial numbers pass for its result.
+    One that runs out of the device's memory keeps the cases that it had measured.
     """
     kind = context.device.type
+    if kind == "cuda" and not context.quick:
+        effort = replace(effort, sample=CUDA_SAMPLE)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "benchmark": entry.name,
@@ -88,24 +98,52 @@ def run(
     }
     files = [out / kind / f"{entry.name}.{ending}" for ending in ("json", "png")] if out else []
     compiling = CompileTimer()
+    stopped = None
     with compiling:
         try:
-            for case in entry.cases(context):
-                case.check()
-                timings = interleave(case.variants, context.device, effort)
-                result["cases"].append(case_result(case, timings))
-                printer.case(result["cases"][-1], kind)
-                del case
+            for found in _measured(entry, context, effort, printer):
+                result["cases"].append(found)
+            if entry.counts:
+                _count(entry, context, result["cases"])
         except Unavailable as error:
             printer.missing(entry.name, kind, str(error))
             return True
+        except torch.OutOfMemoryError as error:
+            stopped = f"out of memory: {str(error).splitlines()[0]}"
         except WrongResult as error:
             printer.refused(entry.name, kind, str(error))
             for file in files:
                 file.unlink(missing_ok=True)
             return False
+    for found in result["cases"]:
+        printer.case(found, kind)
+    if stopped is not None:
+        result["stopped"] = stopped
+        printer.missing("the rest", kind, stopped)
     result["numba_compile_seconds"] = compiling.seconds
-    if files:
+    if files and result["cases"]:
         write_json(result, files[0])
         entry.plot(result, files[1])
     return True
+
+
+def _measured(
+    entry: Benchmark, context: Context, effort: Effort, printer: Printer
+) -> Iterator[dict[str, Any]]:
+    """Results of one case after the other, each checked first; one at a time is in memory."""
+    for case in entry.cases(context):
+        printer.progress(f"{entry.name}, {context.device.type}: {case.name}")
+        case.check()
+        yield case_result(case, measure(case, context.device, effort))
+        del case
+        free_memory(context.device)
+
+
+def _count(entry: Benchmark, context: Context, results: list[dict[str, Any]]) -> None:
+    """Add what a call of each variant starts; when all is timed, since counting slows it."""
+    for case in entry.cases(context):
+        found = next(result for result in results if result["name"] == case.name)
+        for name, variant in case.variants.items():
+            found["variants"][name] |= count(variant, context.device)
+        del case
+        free_memory(context.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,9 @@ class Unavailable(Exception):
 class Comparison:
     """How one variant compares with another, round by round of the interleaved timing.
 
-    The value is seconds(top) / seconds(bottom) + ``plus``, shown beside variant ``shown_at``.
+    The value is seconds(top) / seconds(bottom) + ``plus``, shown beside variant ``shown_at``;
+    ``of`` takes the seconds until the call returns, or the peak memory, in place of seconds. A
+    comparison of what was not measured is left out.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Comparison:
     percent: bool = False
     at_least: float | None = None
     at_most: float | None = None
+    of: str = "seconds"  # or "host_seconds", "peak_bytes"
 
     def meets_target(self, value: float) -> bool | None:
         """None where there is no target."""
@@ -53,7 +57,9 @@ class Case:
     ``variants`` are timed in turn; each call does the whole work once. ``check`` runs first and
     raises :class:`WrongResult`. ``elements`` and ``bytes`` are what one call of a variant must
     touch (each weight read once and written once); they give rates, and are left out where a
-    rate would say little.
+    rate would say little. ``host`` asks also for the time until a call returns. ``peaks`` runs
+    after the check and gives the peak memory of the variants, and of whatever they are compared
+    with, in bytes; None where it is not known.
     """
 
     name: str
@@ -64,6 +70,8 @@ class Case:
     elements: int | None = None
     bytes: int | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    host: bool = False
+    peaks: Callable[[], dict[str, int | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,20 +88,28 @@ Plot = Callable[[dict[str, Any], Path], None]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """An entry of the registry; ``cases`` makes one case at a time, so that memory is freed."""
+    """An entry of the registry; ``cases`` makes one case at a time, so that memory is freed.
+
+    With ``counts`` the cases are made a second time, to count what their variants start.
+    """
 
     name: str
     summary: str
     cases: Cases
     plot: Plot
     devices: tuple[str, ...]
+    counts: bool
 
 
 REGISTRY: dict[str, Benchmark] = {}
 
 
 def benchmark(
-    name: str, *, plot: Plot, devices: tuple[str, ...] = ("cpu", "cuda")
+    name: str,
+    *,
+    plot: Plot,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    counts: bool = False,
 ) -> Callable[[Cases], Cases]:
     """Enter a generator of cases in the registry; its docstring's first line is the summary."""
 
@@ -101,7 +117,7 @@ def benchmark(
         if name in REGISTRY:
             raise ValueError(f"name must be unique, got {name!r} twice")
         summary = (cases.__doc__ or "").strip().splitlines()[0]
-        REGISTRY[name] = Benchmark(name, summary, cases, plot, devices)
+        REGISTRY[name] = Benchmark(name, summary, cases, plot, devices, counts)
         return cases
 
     return enter
@@ -122,6 +138,18 @@ def select(pattern: str | None) -> list[Benchmark]:
         known = ", ".join(REGISTRY)
         raise ValueError(f"--only must match a benchmark ({known}), got {pattern!r}")
     return chosen
+
+
+def require(package: str) -> Any:
+    """The package.
+
+    Raises:
+        Unavailable: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise Unavailable(f"{package} cannot be imported ({error})") from error
 
 
 def missing_device(kind: str) -> str | None:

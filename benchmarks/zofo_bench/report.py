@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .registry import Benchmark, Case
+from .measure import Measured
+from .registry import Benchmark, Case, Comparison
 from .timing import Samples, spread, tidy
 
 SCHEMA = 1
@@ -20,15 +21,17 @@ UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 Result = dict[str, Any]
 
 
-def case_result(case: Case, timings: dict[str, Samples]) -> Result:
+def case_result(case: Case, measured: Measured) -> Result:
     """One entry of ``cases`` in a result file."""
     comparisons = []
     for c in case.comparisons:
-        pairs = zip(timings[c.top].seconds, timings[c.bottom].seconds, strict=True)
-        value = spread([top / bottom + c.plus for top, bottom in pairs])
+        value = _compared(c, measured)
+        if value is None:
+            continue
         comparisons.append(
             {
                 "name": c.name,
+                "of": c.of,
                 "top": c.top,
                 "bottom": c.bottom,
                 "shown_at": c.shown_at,
@@ -40,7 +43,7 @@ def case_result(case: Case, timings: dict[str, Samples]) -> Result:
                 "met": c.meets_target(value["median"]),
             }
         )
-    return {
+    found: Result = {
         "name": case.name,
         "sizes": case.sizes,
         "notes": case.notes,
@@ -51,10 +54,27 @@ def case_result(case: Case, timings: dict[str, Samples]) -> Result:
                 "calls_per_repeat": samples.calls,
                 **_rates(case, samples),
             }
-            for name, samples in timings.items()
+            for name, samples in measured.seconds.items()
         },
         "comparisons": comparisons,
     }
+    for name, samples in measured.host_seconds.items():
+        found["variants"][name]["host_seconds"] = spread(samples.seconds)
+    if measured.peak_bytes:
+        found["peak_bytes"] = dict(measured.peak_bytes)
+    return found
+
+
+def _compared(c: Comparison, measured: Measured) -> dict[str, float] | None:
+    """Round by round; one value for memory; None where it was not measured."""
+    if c.of == "peak_bytes":
+        top, bottom = (measured.peak_bytes.get(name) for name in (c.top, c.bottom))
+        return None if top is None or bottom is None else spread([top / bottom + c.plus])
+    samples = measured.seconds if c.of == "seconds" else measured.host_seconds
+    if not samples:
+        return None
+    pairs = zip(samples[c.top].seconds, samples[c.bottom].seconds, strict=True)
+    return spread([one / other + c.plus for one, other in pairs])
 
 
 def _rates(case: Case, samples: Samples) -> dict[str, float]:
@@ -89,7 +109,9 @@ def comparison_text(comparison: Result) -> str:
         value = comparison[key]
         return f"{value:.1%}" if percent else f"{value:.3g}"
 
-    text = f"{comparison['name']} {show('median')} ({show('p20')} to {show('p80')})"
+    text = f"{comparison['name']} {show('median')}"
+    if comparison["of"] != "peak_bytes":
+        text += f" ({show('p20')} to {show('p80')})"
     if comparison["met"] is None:
         return text
     sign, key = (">=", "at_least") if comparison["at_least"] is not None else ("<=", "at_most")
@@ -110,6 +132,9 @@ class Printer:
         self._table.add_column("GB/s", justify="right", no_wrap=True)
         self._table.add_column("compared, round by round")
 
+    def progress(self, text: str) -> None:
+        self._console.print(f"[dim]{text}[/dim]")
+
     def missing(self, name: str, device: str, reason: str) -> None:
         self._table.add_row(f"[bold]{name}[/bold]", device, "not measured", "", "", reason)
 
@@ -117,21 +142,48 @@ class Printer:
         self._table.add_row(f"[bold]{name}[/bold]", device, "[red]refused[/red]", "", "", reason)
 
     def case(self, case: Result, device: str) -> None:
-        self._table.add_row(f"[bold]{case['name']}[/bold]")
+        self._table.add_row(f"[bold]{case['name']}[/bold]", "", "", "", "", _missing(case))
         for name, timing in case["variants"].items():
-            shown = [c for c in case["comparisons"] if c["shown_at"] == name]
+            shown = [comparison_text(c) for c in case["comparisons"] if c["shown_at"] == name]
             self._table.add_row(
                 f"  {name}",
                 device,
                 durations(timing["seconds"]),
                 _scaled(timing, "elements_per_second", 1e6, 0),
                 _scaled(timing, "bytes_per_second", 1e9, 1),
-                "\n".join(comparison_text(c) for c in shown),
+                "\n".join([*_also(case, name), *shown]),
             )
         self._table.add_section()
 
     def print(self) -> None:
         self._console.print(self._table)
+
+
+def _also(case: Result, name: str) -> list[str]:
+    """What was measured of a variant beside its time."""
+    timing = case["variants"][name]
+    lines = []
+    if "host_seconds" in timing:
+        lines.append(f"returns after {durations(timing['host_seconds'])}")
+    if "torch_operations" in timing:
+        started = f"torch operations: {timing['torch_operations']}"
+        if timing["launches"] is not None:
+            started += f"; launches: {timing['launches']}"
+        lines.append(started)
+    peak = case.get("peak_bytes", {}).get(name)
+    if peak is not None:
+        lines.append(f"peak memory: {peak / 1e9:.3f} GB")
+    return lines
+
+
+def _missing(case: Result) -> str:
+    """What could not be measured of a case."""
+    absent = []
+    if any(timing.get("launches", 1) is None for timing in case["variants"].values()):
+        absent.append("launches")
+    if None in case.get("peak_bytes", {}).values():
+        absent.append("peak memory")
+    return f"{' and '.join(absent)}: not measured" if absent else ""
 
 
 def _scaled(timing: Result, key: str, scale: float, digits: int) -> str:

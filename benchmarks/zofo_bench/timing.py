@@ -67,23 +67,41 @@ def _sample(run: Callable[[], object], calls: int, device: torch.device) -> floa
     return (time.perf_counter() - start) / calls
 
 
+def _host_sample(run: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Until each call returns; the device is idle when it starts, and never waited for in it."""
+    spent = 0.0
+    for _ in range(calls):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        spent += time.perf_counter() - start
+    synchronise(device)
+    return spent / calls
+
+
 def interleave(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, effort: Effort
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    effort: Effort,
+    *,
+    host: bool = False,
 ) -> dict[str, Samples]:
-    """Time all variants in turn; every variant has been called before the first sample."""
+    """Time all variants in turn; every variant has been called before the first sample.
+
+    A sample ends when the device has done the work, or with ``host`` when the last call returns.
+    """
+    take = _host_sample if host else _sample
     with quiet_collector():
         calls = {}
         for name, run in variants.items():
-            _sample(run, 1, device)  # warm-up
+            take(run, 1, device)  # warm-up
             calls[name] = max(1, math.ceil(effort.sample / max(_sample(run, 1, device), 1e-9)))
         start = time.perf_counter()
-        rounds = [{name: _sample(run, calls[name], device) for name, run in variants.items()}]
+        rounds = [{name: take(run, calls[name], device) for name, run in variants.items()}]
         affordable = int(effort.budget / (time.perf_counter() - start))
         repeats = min(effort.repeats, max(affordable, min(LEAST_REPEATS, effort.repeats)))
         while len(rounds) < repeats:
-            rounds.append(
-                {name: _sample(run, calls[name], device) for name, run in variants.items()}
-            )
+            rounds.append({name: take(run, calls[name], device) for name, run in variants.items()})
     return {name: Samples(tuple(one[name] for one in rounds), calls[name]) for name in variants}
 
 
