@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .capture import capturing, check_replayable
+
 Closure = Callable[[], Any]
 
 
@@ -27,7 +29,7 @@ class GlobalRandomState:
         self._accelerators = [
             (device, torch.get_device_module(device).get_rng_state(device))
             for device in sorted(set(devices), key=str)
-            if device.type not in ("cpu", "meta")
+            if device.type not in ("cpu", "meta") and not capturing()
         ]
         self._python = random.getstate()
         # the legacy generator is the global one
@@ -41,13 +43,14 @@ class GlobalRandomState:
         np.random.set_state(self._numpy)  # noqa: NPY002
 
 
-class _BackwardWatch(TorchFunctionMode):
-    """Notices, or swallows, the closure's own calls of backward."""
+class _ClosureWatch(TorchFunctionMode):
+    """Notices, or swallows, the closure's own calls of backward; refuses what graphs cannot do."""
 
     def __init__(self, swallow: bool) -> None:
         super().__init__()
         self.swallow = swallow
         self.called = False
+        self.captured = capturing()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -56,6 +59,8 @@ class _BackwardWatch(TorchFunctionMode):
             self.called = True
             if self.swallow:
                 return None
+        if self.captured:
+            check_replayable(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
@@ -84,7 +89,7 @@ def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
     """
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
-    watch = _BackwardWatch(swallow=not gradients)
+    watch = _ClosureWatch(swallow=not gradients)
     with torch.set_grad_enabled(gradients), watch:
         returned = closure()
     loss = scalar_loss(returned)

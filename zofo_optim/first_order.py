@@ -18,7 +18,10 @@ OWN_DEFAULTS = {
     "weight_decay": 0,
     "nesterov": False,
     "maximize": False,
+    "capturable": False,
 }
+NEEDLESS = ("lr", "maximize", "weight_decay", "capturable")
+"""Options that a class may lack."""
 CLASS_DECIDES = ("momentum", "dampening", "nesterov")
 """Options that keep the class's own default (Muon's momentum, say) until the user sets them."""
 
@@ -53,7 +56,7 @@ def first_order_options(
             continue
         if option in accepted or (anything and (option == "lr" or not ours)):
             options[option] = value
-        elif option not in ("lr", "maximize", "weight_decay") and value:
+        elif option not in NEEDLESS and value:
             raise TypeError(f"{option}={value!r} is no option of fo_optimizer={name}")
     # A trial instance checks the values, with the class's own messages, and fills defaults.
     trial = factory([torch.zeros(1, 1)], **options)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from zofo_kernels import Weights, uninterrupted
 
+from .capture import StepCounters, capturing
 from .checks import (
     caller_level,
     check_mode,
@@ -75,6 +76,10 @@ class HybridZOFO(Optimizer):
             the weights and raises ``FloatingPointError``.
         seed: of the directions, in [0, 2**64).
         backend: "auto", "triton", "cpu" or "reference"; see ``zofo_kernels``.
+        capturable: keep the step counter on the device, so that a step captured in a CUDA graph
+            takes new directions in every replay; also given to ``fo_optimizer`` where it has this
+            option. Run a few steps before capturing, pass ``lr`` as a tensor if it is to change,
+            and use no dropout.
         fo_optimizer: a torch optimizer class (or a callable like one) for the FO groups.
         **fo_options: further options of ``fo_optimizer``, such as ``betas``.
 
@@ -109,6 +114,7 @@ class HybridZOFO(Optimizer):
         nonfinite: str = "skip",
         seed: int = 0,
         backend: str = "auto",
+        capturable: bool = False,
         fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         **fo_options: Any,
     ) -> None:
@@ -122,8 +128,14 @@ class HybridZOFO(Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "capturable": capturable,
         }
         options, fo_defaults = first_order_options(fo_optimizer, shared, fo_options)
+        if capturable and nonfinite == "raise":
+            raise ValueError(
+                "nonfinite must be 'skip' where capturable=True, as a captured step cannot raise"
+            )
+        self._capturable = capturable
         self._fo = FirstOrder(fo_optimizer, options)
         self._pending: Pending | None = None
         self._monitor = Monitor()
@@ -140,6 +152,7 @@ class HybridZOFO(Optimizer):
         """What a fresh or unpickled optimizer starts with; nothing here affects the path."""
         self._evaluating: str | None = None
         self._prepared: dict[int, Weights] = {}
+        self._counters = StepCounters()
         self._last_loss: Tensor | None = None
         self._projected_grads: Tensor | None = None
 
@@ -177,7 +190,7 @@ class HybridZOFO(Optimizer):
             raise
         earlier = [g for g in self.param_groups[:-1] if g["mode"] == "zo"]
         if earlier and "zo_step" not in given:
-            param_group["zo_step"] = earlier[0]["zo_step"]
+            param_group["zo_step"] = int(earlier[0]["zo_step"])
 
     def zo_groups(self) -> list[ZOGroup]:
         """The zeroth-order groups with their noise indices, duplicates counted once."""
@@ -206,6 +219,14 @@ class HybridZOFO(Optimizer):
     def _fo_parameters(self) -> list[Tensor]:
         return [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; with ``capturable=True`` this waits for the device's step counters."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            if isinstance(group.get("zo_step"), Tensor):
+                group["zo_step"] = int(group["zo_step"])
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; seed and step of the directions are restored, so the path continues.
 
@@ -216,7 +237,7 @@ class HybridZOFO(Optimizer):
         self._pending = None  # belongs to the directions of the step that was left
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_zo_defaults", "_fo", "_pending", "_monitor", "_warned")
+        own = ("_settings", "_capturable", "_zo_defaults", "_fo", "_pending", "_monitor", "_warned")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -312,8 +333,15 @@ class HybridZOFO(Optimizer):
     def _perturber(self) -> InPlacePerturbation:
         if self._evaluating is not None:
             raise RuntimeError("a closure must not step the optimizer that is evaluating it")
-        settings = self._settings
-        return InPlacePerturbation(self.zo_groups(), settings.distribution, settings.backend)
+        settings, groups = self._settings, self.zo_groups()
+        if self._capturable:
+            self._counters.attach(groups)
+        elif groups and capturing():
+            raise RuntimeError(
+                "every replay of a CUDA graph would perturb along the same direction; construct "
+                "HybridZOFO with capturable=True to capture its steps"
+            )
+        return InPlacePerturbation(groups, settings.distribution, settings.backend)
 
     def _estimate(self, closure: Closure, perturber: InPlacePerturbation) -> Any:
         """Evaluate at all points and add to what is pending; leaves the weights displaced."""
@@ -324,18 +352,20 @@ class HybridZOFO(Optimizer):
         first_order = self._fo_parameters()
         self._warn_unused_gradients(groups, first_order)
         devices = {p.device for g in self.param_groups for p in g["params"]}
-        before, after = GlobalRandomState(devices), None
+        once = not groups  # then there are no draws to repeat
+        before, after = None if once else GlobalRandomState(devices), None
 
         def run(gradients: bool) -> Evaluation:
             nonlocal after
             try:
                 self._evaluating = "first" if after is None else "repeat"
-                if after is not None:
+                if before is not None and after is not None:
                     before.restore()
                 result = evaluate(closure, gradients=gradients)
             finally:
                 self._evaluating = None
-            after = after or GlobalRandomState(devices)
+            if not once:
+                after = after or GlobalRandomState(devices)
             return result
 
         clean: Evaluation | None = None

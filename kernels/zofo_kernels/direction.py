@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 NOISE_VERSION = 1
 """Version of the noise definition (hash, counter layout, transforms)."""
 
@@ -36,20 +39,21 @@ class Direction(NamedTuple):
 
     Args:
         seed: the optimizer's seed, ``0 <= seed < 2**64``.
-        step: the optimizer step t, ``0 <= step < 2**64``.
+        step: the optimizer step t, ``0 <= step < 2**64``; or a 0-dim int64 tensor that holds it,
+            which Triton's kernels read on its device when they run.
         sample: the index s of the direction within the step.
         distribution: ``"gaussian"``, N(0, 1) an element, or ``"rademacher"``, +1 or -1.
     """
 
     seed: int
-    step: int
+    step: int | Tensor
     sample: int = 0
     distribution: str = "gaussian"
 
     def key(self) -> tuple[int, int]:
-        """The 64-bit Philox key as two 32-bit words, low word first."""
+        """The 64-bit Philox key as two 32-bit words, low word first. Waits for a tensor step."""
         h = NOISE_VERSION
-        for value in (self.seed, self.step, self.sample):
+        for value in (self.seed, int(self.step), self.sample):
             h = _mix64(h ^ value)
         return h & 0xFFFFFFFF, h >> 32
 
@@ -72,6 +76,13 @@ def check_direction(direction: Direction) -> None:
         raise TypeError(f"direction must be a zofo_kernels.Direction, got {direction!r}")
     for name in ("seed", "step", "sample"):
         value = getattr(direction, name)
+        if name == "step" and isinstance(value, Tensor):
+            if value.dtype != torch.int64 or value.dim() != 0:
+                raise ValueError(
+                    "step must be a 0-dim int64 tensor, or an int, got shape "
+                    f"{tuple(value.shape)} of {value.dtype}"
+                )
+            continue
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if not 0 <= value <= _MASK64:

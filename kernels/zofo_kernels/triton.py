@@ -140,8 +140,10 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _same_step(a: Direction, b: Direction) -> bool:
-    known = isinstance(a.step, int) and isinstance(b.step, int)
-    return a.step == b.step if known else a.step is b.step
+    """Without waiting for the device: different tensors count as different steps."""
+    if isinstance(a.step, int) and isinstance(b.step, int):
+        return a.step == b.step
+    return a.step is b.step
 
 
 def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tensor:
@@ -206,7 +208,9 @@ def _run(
         "KIND_A": kinds[0] if shifts else _NONE,
         "KIND_B": kinds[1] if len(shifts) == 2 else _NONE,
         "UPDATE": update,
-        "SAME": len(along) == 2 and along[0] == along[1],
+        "SAME": len(along) == 2
+        and _same_step(*along)
+        and (along[0]._replace(step=0) == along[1]._replace(step=0)),
         "SEVERAL": len(directions) > 1,
         "DECAY": weight_decay != 0,
         "KEYS_ON_DEVICE": on_device,
