@@ -141,7 +141,7 @@ def test_capture_refuses_dropout(kind, monkeypatch):
     for module in (capture, evaluation):
         monkeypatch.setattr(module, "capturing", lambda: True)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="must not use .* while a CUDA graph is captured"):
+    with pytest.raises(RuntimeError, match=r"must not use .* while a CUDA graph is captured"):
         optimizer.step(closures[kind])
     for p, q in zip(before, model.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
