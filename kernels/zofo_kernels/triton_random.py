@@ -81,7 +81,8 @@ def gaussian(vector, parameter, k0, k1, one, VECTORS: tl.constexpr, NATIVE: tl.c
         log2 = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1
         )
-        square = log2 * -1.3862943611198906
+        # log2 of a number just below 1 is 0 to within 2^-22, of either sign
+        square = tl.abs(log2) * 1.3862943611198906
         radius = tl.inline_asm_elementwise(
             "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [square], tl.float32, True, 1
         )
