@@ -78,11 +78,11 @@ def gaussian(vector, parameter, k0, k1, one, VECTORS: tl.constexpr, NATIVE: tl.c
     turn = (turn & 0xFFFFC000).to(tl.float32, bitcast=True)
     angle = tl.fma(turn, 6.283185307179586, -6.283185307179586 * (1.5 - 2.0**-10))
     if NATIVE:
+        # log2 of a number just below 1 is 0 to within 2^-22, of either sign: take it positive
         log2 = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1
+            "lg2.approx.ftz.f32 $0, $1; abs.f32 $0, $0;", "=f,f", [u], tl.float32, True, 1
         )
-        # log2 of a number just below 1 is 0 to within 2^-22, of either sign
-        square = tl.abs(log2) * 1.3862943611198906
+        square = log2 * 1.3862943611198906
         radius = tl.inline_asm_elementwise(
             "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [square], tl.float32, True, 1
         )
