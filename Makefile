@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint format bench build clean
+.PHONY: demo test lint format bench gpu sass build clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/finetune.py --out runs/demo
@@ -24,6 +24,15 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
+
+# On a machine with a GPU, in an environment that has torch with CUDA and what `.[dev]` lists.
+GPU_PYTHON ?= $(BIN)/python
+gpu:
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) benchmarks/run.py --device cuda --out benchmarks/results
+
+sass: $(STAMP)
+	$(BIN)/python benchmarks/sass.py --check
 
 build: $(STAMP)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

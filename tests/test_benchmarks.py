@@ -16,6 +16,7 @@ from zofo_bench import (  # noqa: E402
     check,
     cli,
     foreach,
+    machine,
     measure,
     mezo,
     perturb,
@@ -66,7 +67,7 @@ def test_quick_run(name, tmp_path, capsys):
     printed = capsys.readouterr().out
     if not torch.cuda.is_available():
         assert "not measured" in printed
-        assert not (tmp_path / "cuda").exists()
+        assert [folder.name for folder in tmp_path.iterdir()] == ["cpu"]
     assert (tmp_path / "cpu" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "cpu" / f"{name}.json").read_text())
     assert result["schema"] == report.SCHEMA
@@ -391,3 +392,10 @@ def test_arguments_are_checked(capsys):
         with pytest.raises(SystemExit):
             cli.main(arguments)
     assert "perturb, step, causal_lm, growth, many_tensors" in capsys.readouterr().err
+
+
+def test_results_of_a_gpu_go_to_a_folder_of_its_name(monkeypatch):
+    assert machine.folder(CPU) == "cpu"
+    for name, expected in (("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert machine.folder(torch.device("cuda", 0)) == expected

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .machine import header, load_average
+from .machine import folder, header, load_average
 from .measure import count, free_memory, measure
 from .registry import Benchmark, Context, Unavailable, WrongResult, missing_device, select
 from .report import SCHEMA, Printer, case_result, write_json
@@ -96,7 +96,8 @@ def run(
         "effort": asdict(effort),
         "cases": [],
     }
-    files = [out / kind / f"{entry.name}.{ending}" for ending in ("json", "png")] if out else []
+    where = out / folder(context.device) if out else None
+    files = [where / f"{entry.name}.{ending}" for ending in ("json", "png")] if where else []
     compiling = CompileTimer()
     stopped = None
     with compiling:

@@ -54,6 +54,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def folder(device: torch.device) -> str:
+    """Where results of this device belong: "cpu", or the GPU's name, "h200" for NVIDIA H200."""
+    if device.type != "cuda":
+        return device.type
+    name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia ")
+    return "-".join(name.split())
+
+
 def header(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, threads and date, for the head of a result file."""
     found = {
