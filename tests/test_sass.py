@@ -84,6 +84,39 @@ def test_table_names_what_it_counts():
         pytest.fail("no row for perturb")
 
 
+EVERY_PATH = """
+import itertools, sys
+sys.path.insert(0, sys.argv[1])
+import sass
+
+def compiled(dtype, distribution, rounding, **constants):
+    kernel = sass.ours("restore_and_update, decay", dtype, distribution, rounding)
+    kernel = kernel._replace(constants={**kernel.constants, **constants})
+    assert len(sass.compile_for(kernel, 90)) > 1000
+
+for dtype, distribution in itertools.product(sass.DTYPES, sass.KINDS):
+    rounding = "stochastic" if "16" in dtype else "nearest"
+    compiled(dtype, distribution, rounding, ALIGNED=False)
+    compiled(dtype, distribution, rounding, SEVERAL=True, SAME=False, KEYS_ON_DEVICE=True)
+mixed = dict(UPDATE=2, SEVERAL=True, SAME=False, KEYS_ON_DEVICE=True, KIND_A=-1)
+compiled("float16", "gaussian", "stochastic", **mixed)
+compiled("float16", "gaussian", "stochastic", **mixed, ALIGNED=False)
+other = dict(KIND_A=0, KIND_B=1, UPDATE=-1, DECAY=False, SAME=False, KEYS_ON_DEVICE=True)
+compiled("bfloat16", "gaussian", "nearest", **other)
+compiled("float32", "gaussian", "nearest", **other, SOURCE=1, ALIGNED=False)
+compiled("float64", "gaussian", "nearest", **other, SOURCE=2)
+print("all compiled")
+"""
+
+
+def test_every_path_compiles():
+    """Branches that the interpreter runs alike may still have types that do not compile."""
+    command = [sys.executable, "-c", EVERY_PATH, str(SCRIPT.parent)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert "all compiled" in done.stdout, done.stderr[-2000:]
+
+
 def test_exceeded_budgets_are_found(monkeypatch):
     spec = importlib.util.spec_from_file_location("sass", SCRIPT)
     sass = importlib.util.module_from_spec(spec)

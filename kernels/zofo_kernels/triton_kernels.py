@@ -180,26 +180,22 @@ def _stored_stochastic(value, bits, STORAGE: tl.constexpr, PAIRS: tl.constexpr):
     pattern = value.to(tl.uint32, bitcast=True)
     if STORAGE == tl.bfloat16:
         # an infinity's low half is 0, so no carry reaches its exponent; a NaN's may not be
-        pattern = tl.where(value == value, pattern + bits, pattern | 0x400000)
-        if PAIRS:
-            low, high = tl.split(pattern)
-            return (low >> 16) | (high & 0xFFFF0000)
-        else:
-            return (pattern >> 16).to(tl.uint16).to(STORAGE, bitcast=True)
+        half = tl.where(value == value, pattern + bits, pattern | 0x400000) >> 16
     else:
+        # the exponent's bias differs by 112; past the largest number lies infinity
+        half = (((pattern & 0x7FFFFFFF) + (bits >> 3)) >> 13) - (112 << 10)
+        half = tl.minimum(half, 0x7C00)
+        # below 2^-14 fp16 is fixed point with steps of 2^-24: the bits are the number of steps
         size = tl.abs(value)
-        up = ((pattern + (bits >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        # below 2^-14 fp16 is fixed point with steps of 2^-24
-        units = size * 16777216.0
-        whole = tl.floor(units)
-        more = (units - whole) * 65536.0 >= (65536 - bits.to(tl.int32)).to(tl.float32)
-        tiny = (whole + more.to(tl.float32)) * 5.9604644775390625e-08
-        tiny = (tiny.to(tl.uint32, bitcast=True) | (pattern & 0x80000000)).to(
-            tl.float32, bitcast=True
-        )
-        up = tl.where(size < 6.103515625e-05, tiny, up)
-        value = tl.where(size < float("inf"), up, value)
-        return _stored(value, STORAGE, PAIRS, False)
+        small = size < 6.103515625e-05
+        steps = (tl.where(small, size, 0.0) * 1099511627776.0).to(tl.int32).to(tl.uint32)
+        half = tl.where(small, (steps + bits) >> 16, half)
+        half = tl.where(value == value, half, 0x7E00) | ((pattern >> 16) & 0x8000)
+    if PAIRS:
+        low, high = tl.split(half)
+        return low | (high << 16)
+    else:
+        return half.to(tl.uint16).to(STORAGE, bitcast=True)
 
 
 @triton.jit(
