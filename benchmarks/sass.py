@@ -67,6 +67,7 @@ ARGUMENTS = {
     "scale_b": "i64",
     "weight_decay": "i64",
     "samples": "i32",
+    **{f"only_{name}": "i64" for name in ("address", "size", "offset", "parameter", "source")},
 }
 
 
@@ -107,6 +108,7 @@ def ours(name: str, dtype: str, distribution: str | None, rounding: str | None) 
     base = {
         "STORAGE": DTYPES[dtype],
         "ALIGNED": True,
+        "ONLY": False,
         "SOURCE": kernels.IN_PLACE.value,
         "KIND_A": NONE,
         "KIND_B": NONE,

@@ -52,15 +52,22 @@ _IN_PLACE, _COPY, _NO_SOURCE = (
     kernels.NO_SOURCE.value,
 )
 _KEYS_PER_LAUNCH = 64
+_NO_ROW = [0] * kernels.COLUMNS.value
 
 
 class _Launch(NamedTuple):
-    """What one launch works on: tensors of a dtype that are all aligned, or that are not."""
+    """What one launch works on: tensors of a dtype that are all aligned, or that are not.
+
+    ``only`` is the row of the only tensor, passed by value; else there are ``table`` and
+    ``items`` on the device (which are any tensors where not read).
+    """
 
     dtype: torch.dtype
     aligned: bool
+    programs: int
     table: Tensor
     items: Tensor
+    only: list[int] | None = None
 
 
 def _rows(slot: Slot, source: Tensor) -> Iterator[tuple[bool, list[int]]]:
@@ -91,13 +98,25 @@ def _items(rows: NDArray[np.int64], aligned: bool) -> NDArray[np.int64]:
     return items
 
 
-def _launches(slots: Sequence[Slot], sources: Sequence[Tensor] | None = None) -> list[_Launch]:
-    """The tables of these slots, built once where the sequence has a cache."""
-    cache: dict[str, Any] = getattr(slots, "cache", {}) if sources is None else {}
+def _launches(slots: Sequence[Slot], sources: Sequence[Tensor] | None) -> list[_Launch]:
+    """Tables of these slots, made once where the sequence has a cache; none for one slot."""
+    cache: dict[str, Any] | None = getattr(slots, "cache", None)
+    if cache is None and len(slots) == 1:
+        source = slots[0].tensor if sources is None else sources[0]
+        return [_single(slots[0], aligned, row) for aligned, row in _rows(slots[0], source)]
+    if cache is None or sources is not None:
+        return _build(slots, sources)
     if "triton" not in cache:
-        cache["triton"] = _build(slots, sources)
+        cache["triton"] = _build(slots, None)
     found: list[_Launch] = cache["triton"]
     return found
+
+
+def _single(slot: Slot, aligned: bool, row: list[int]) -> _Launch:
+    """A launch that needs no table, for tensors that serve one pass."""
+    lead = 0 if aligned else row[2] % 128
+    programs = -(-(row[1] + lead) // (8 * VECTORS))
+    return _Launch(slot.tensor.dtype, aligned, programs, slot.tensor, slot.tensor, row)
 
 
 def _build(slots: Sequence[Slot], sources: Sequence[Tensor] | None) -> list[_Launch]:
@@ -122,7 +141,7 @@ def _build(slots: Sequence[Slot], sources: Sequence[Tensor] | None) -> list[_Lau
         buffer[: table.size] = torch.from_numpy(table).flatten()
         buffer[room:] = torch.from_numpy(items)
         buffer = buffer.to(device, non_blocking=True)
-        made.append(_Launch(dtype, aligned, buffer[: table.size], buffer[room:]))
+        made.append(_Launch(dtype, aligned, items.size, buffer[: table.size], buffer[room:]))
     return made
 
 
@@ -232,11 +251,13 @@ def _start(
     variant: dict[str, Any],
     stochastic: bool,
 ) -> None:
-    kernels.pass_kernel[(launch.items.numel(),)](
+    kernels.pass_kernel[(launch.programs,)](
         launch.table,
         launch.items,
         *pointers,
         *scalars,
+        *(launch.only or _NO_ROW),
+        ONLY=launch.only is not None,
         STORAGE=_DTYPES[launch.dtype],
         ALIGNED=launch.aligned,
         STOCHASTIC=stochastic and launch.dtype in (torch.bfloat16, torch.float16),

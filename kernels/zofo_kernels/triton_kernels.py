@@ -198,9 +198,11 @@ def _stored_stochastic(value, bits, STORAGE: tl.constexpr, PAIRS: tl.constexpr):
         return half.to(tl.uint16).to(STORAGE, bitcast=True)
 
 
-@triton.jit(
-    do_not_specialize=["a0", "a1", "b0", "b1", "scale_a", "scale_b", "weight_decay", "samples"]
-)
+_BY_VALUE = ["a0", "a1", "b0", "b1", "scale_a", "scale_b", "weight_decay", "samples"]
+_BY_VALUE += ["only_address", "only_size", "only_offset", "only_parameter", "only_source"]
+
+
+@triton.jit(do_not_specialize=_BY_VALUE)
 def pass_kernel(
     table,
     items,
@@ -215,7 +217,13 @@ def pass_kernel(
     scale_b: tl.int64,
     weight_decay: tl.int64,
     samples: tl.int32,
+    only_address: tl.int64,
+    only_size: tl.int64,
+    only_offset: tl.int64,
+    only_parameter: tl.int64,
+    only_source: tl.int64,
     STORAGE: tl.constexpr,
+    ONLY: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOURCE: tl.constexpr,
     KIND_A: tl.constexpr,
@@ -239,6 +247,8 @@ def pass_kernel(
         coefficients: floating, (samples,), and rate: floating, one element: the update's.
         a0, a1, b0, b1: key of shift a, and of shift b or the update's direction.
         scale_a, scale_b, weight_decay: bits of doubles: launches pass floats as fp32.
+        only_address ... only_source: the row of the only tensor, where ONLY: nothing is made on
+            the device for one pass.
         KIND_A, KIND_B, UPDATE: distribution of the shifts and of the update's directions.
         SAME: b, or the update, is along the direction of a.
         SEVERAL: the update has several directions (or keys only known on the device).
@@ -250,13 +260,16 @@ def pass_kernel(
     MEMORY: tl.constexpr = tl.uint32 if PAIRS else STORAGE
     WIDTH: tl.constexpr = 4 if PAIRS else 8
     AFTER_A: tl.constexpr = 1 if KIND_A != NONE else 0  # the next row of keys
-    item = tl.load(items + tl.program_id(0))
-    row = table + COLUMNS * (item & 0xFFFFFFFF)
-    address = tl.load(row)
-    size = tl.load(row + 1)
-    offset = tl.load(row + 2)
-    parameter = tl.load(row + 3)
-    start = (item >> 32) * (8 * VECTORS)
+    if ONLY:
+        address, size = only_address.to(tl.int64), only_size.to(tl.int64)
+        offset, parameter = only_offset.to(tl.int64), only_parameter.to(tl.int64)
+        start = tl.program_id(0).to(tl.int64) * (8 * VECTORS)
+    else:
+        item = tl.load(items + tl.program_id(0))
+        row = table + COLUMNS * (item & 0xFFFFFFFF)
+        address, size = tl.load(row), tl.load(row + 1)
+        offset, parameter = tl.load(row + 2), tl.load(row + 3)
+        start = (item >> 32) * (8 * VECTORS)
     one = 0x3F800000 ^ (size >> 63).to(tl.uint32)  # see gaussian
 
     # the memory of the tile
@@ -277,7 +290,10 @@ def pass_kernel(
     if SOURCE == IN_PLACE:
         memory = tl.load(place + element, mask=inside)
     elif SOURCE == COPY:
-        address = tl.load(row + 4)
+        if ONLY:
+            address = only_source.to(tl.int64)
+        else:
+            address = tl.load(row + 4)
         if not ALIGNED:
             address -= lead * (STORAGE.primitive_bitwidth // 8)
         source = address.to(tl.pointer_type(MEMORY)) + begin
