@@ -28,8 +28,9 @@ from .evaluation import Closure, Evaluation, GlobalRandomState, evaluate, gradie
 from .first_order import FirstOrder, first_order_options
 from .monitor import Monitor
 from .pending import Pending
-from .perturbation import InPlacePerturbation, ZOGroup
+from .perturbation import InPlacePerturbation, Perturbation, Update, ZOGroup
 from .settings import Settings
+from .streamed import StreamedPerturbation
 
 
 class HybridZOFO(Optimizer):
@@ -67,7 +68,9 @@ class HybridZOFO(Optimizer):
             error O(mu^2)).
         num_samples: number q of directions averaged in a step.
         distribution: "gaussian" or "rademacher".
-        perturbation: "in_place".
+        perturbation: "in_place" moves the weights and back, which rounds; "streamed" hands torch
+            functions perturbed copies and writes weights in updates only. See the README on
+            which to take.
         rounding: "stochastic" or "nearest", for updates of bf16 and fp16 ZO weights.
         nonfinite: "skip" turns a non-finite projected gradient into 0, without waiting for the
             device, and counts it in :attr:`skipped_steps`; where the first evaluation's loss is
@@ -152,6 +155,9 @@ class HybridZOFO(Optimizer):
         """What a fresh or unpickled optimizer starts with; nothing here affects the path."""
         self._evaluating: str | None = None
         self._prepared: dict[int, Weights] = {}
+        self._verified: list[Tensor] | None = None
+        self._path: list[tuple[int, int]] = []
+        self._listeners: list[Callable[[list[Update]], None]] = []
         self._counters = StepCounters()
         self._last_loss: Tensor | None = None
         self._projected_grads: Tensor | None = None
@@ -330,7 +336,7 @@ class HybridZOFO(Optimizer):
             self._apply(perturber)
         return returned
 
-    def _perturber(self) -> InPlacePerturbation:
+    def _perturber(self) -> Perturbation:
         if self._evaluating is not None:
             raise RuntimeError("a closure must not step the optimizer that is evaluating it")
         settings, groups = self._settings, self.zo_groups()
@@ -341,9 +347,11 @@ class HybridZOFO(Optimizer):
                 "every replay of a CUDA graph would perturb along the same direction; construct "
                 "HybridZOFO with capturable=True to capture its steps"
             )
-        return InPlacePerturbation(groups, settings.distribution, settings.backend)
+        streamed = settings.perturbation == "streamed"
+        kind = StreamedPerturbation if streamed else InPlacePerturbation
+        return kind(groups, settings.distribution, settings.backend, self._path)
 
-    def _estimate(self, closure: Closure, perturber: InPlacePerturbation) -> Any:
+    def _estimate(self, closure: Closure, perturber: Perturbation) -> Any:
         """Evaluate at all points and add to what is pending; leaves the weights displaced."""
         if not callable(closure):
             raise TypeError(f"closure must be callable, got {type(closure).__name__}")
@@ -361,7 +369,8 @@ class HybridZOFO(Optimizer):
                 self._evaluating = "first" if after is None else "repeat"
                 if before is not None and after is not None:
                     before.restore()
-                result = evaluate(closure, gradients=gradients)
+                with perturber.evaluating():
+                    result = evaluate(closure, gradients=gradients)
             finally:
                 self._evaluating = None
             if not once:
@@ -379,6 +388,8 @@ class HybridZOFO(Optimizer):
                     for sign in estimator.signs:
                         perturber.move(sample, sign)
                         points.append(run(gradients=False))
+                        if isinstance(perturber, StreamedPerturbation):
+                            self._verify(perturber, run, points[-1].loss)
                     losses = [point.loss for point in points[-len(estimator.signs) :]]
                     slopes.append(estimator.slope(losses, clean.loss if clean else None))
         finally:
@@ -397,6 +408,23 @@ class HybridZOFO(Optimizer):
         self._last_loss = torch.stack([point.loss for point in points]).mean()
         number = not isinstance(points[0].returned, Tensor)
         return self._last_loss.item() if number else self._last_loss
+
+    def _verify(
+        self, perturber: StreamedPerturbation, run: Callable[..., Evaluation], loss: Tensor
+    ) -> None:
+        """Once for every set of ZO parameters: streaming reaches all that the loss depends on."""
+        parameters = [p for group in perturber.groups for p in group.params]
+        if self._verified is not None and len(self._verified) == len(parameters):
+            if all(a is b for a, b in zip(self._verified, parameters, strict=True)):
+                return
+        if not perturber.verify(lambda: run(gradients=False).loss, loss):
+            self._warn_once(
+                "not verified",
+                "closure gave two losses at the same point, so it cannot be verified that "
+                "perturbation='streamed' reaches every use of the zeroth-order parameters; it "
+                "must use the same batch whenever it is called",
+            )
+        self._verified = parameters
 
     def _collect(
         self, groups: list[ZOGroup], slope: Tensor, clean: Tensor | None, flat: Tensor
@@ -423,25 +451,30 @@ class HybridZOFO(Optimizer):
             self._projected_grads / self._settings.num_samples, finite.any(), clean_finite
         )
 
-    def _apply(self, perturber: InPlacePerturbation) -> None:
+    def _apply(self, perturber: Perturbation) -> None:
         """FO step first: if it raises, the perturber still restores the ZO weights."""
         pending = self._pending
         assert pending is not None
         with uninterrupted():
             if pending.first_order_is_healthy(self._fo_parameters()):
                 self._fo.step()
+            updates = []
             for position, group in enumerate(perturber.groups):
                 if pending.coefficients is None:  # a ZO group added after backward()
                     break
                 if position < len(pending.coefficients):
-                    perturber.update(
+                    update = perturber.update(
                         position,
                         pending.coefficients[position],
                         pending.gate(group.options["lr"]),
                         self._settings.rounding,
                     )
+                    updates.append(update)
                 group.options["zo_step"] += 1
             self._pending = None
+            self._path.clear()
+            for listener in self._listeners:
+                listener(updates)
 
     # ---- warnings ---------------------------------------------------------------------------
 

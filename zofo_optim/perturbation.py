@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -52,20 +53,45 @@ class ZOGroup:
         return Direction(options["seed"], options["zo_step"], sample, distribution)
 
 
-class InPlacePerturbation:
-    """Perturbs all groups together; leaving the ``with`` block restores what is displaced.
+class Update(NamedTuple):
+    """All that one step did to the weights of one ZO group; enough to do it again.
 
-    One pass a move: weights go from one displaced point to the next by recovering first
-    (w + mu z -> w -> w - mu z), which keeps 16-bit weights near where they were.
+    ``path`` lists the passes since the last update: (sample, sign) for a move to w + sign mu v,
+    (0, 0) for a restoration. The update starts from where it ends. Streamed perturbation has none.
+    ``coefficients``, shape (samples,), and ``lr``, 0-dim, are on the device, with the signs and
+    zeros that the update used.
     """
 
-    def __init__(self, groups: Sequence[ZOGroup], distribution: str, backend: str) -> None:
+    group: int
+    step: int
+    path: tuple[tuple[int, int], ...]
+    mu: float
+    coefficients: Tensor
+    lr: Tensor
+    weight_decay: float
+
+
+class Perturbation:
+    """Evaluations at w + scale v for all groups together, and the update.
+
+    ``move`` chooses the point, ``evaluating`` is entered for each evaluation there; leaving the
+    ``with`` block of the object itself restores what is displaced.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ZOGroup],
+        distribution: str,
+        backend: str,
+        path: list[tuple[int, int]] | None = None,
+    ) -> None:
         self.groups = list(groups)
+        self.path = path if path is not None else []
         self._distribution = distribution
         self._backend = backend
         self._carried: list[Shift | None] = [None] * len(groups)
 
-    def __enter__(self) -> InPlacePerturbation:
+    def __enter__(self) -> Perturbation:
         return self
 
     def __exit__(
@@ -78,13 +104,65 @@ class InPlacePerturbation:
 
     def move(self, sample: int, sign: int) -> None:
         """Every group to w + sign mu z of direction ``sample``."""
-        for position, group in enumerate(self.groups):
-            shift = Shift(group.direction(sample, self._distribution), sign * group.mu)
-            self._pass(position, shift)
+        raise NotImplementedError
 
     def restore(self) -> None:
         """Every group back to w."""
+        raise NotImplementedError
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """What an evaluation at the present point needs around it."""
+        return nullcontext()
+
+    def _shift(self, group: ZOGroup, sample: int, sign: int) -> Shift:
+        return Shift(group.direction(sample, self._distribution), sign * group.mu)
+
+    def update(
+        self,
+        position: int,
+        coefficients: Tensor,
+        lr: Tensor,
+        rounding: str,
+    ) -> Update:
+        """Take group ``position`` from wherever it is to its updated weights, in one pass."""
+        group = self.groups[position]
+        samples = range(coefficients.numel())
+        if group.options["maximize"]:
+            coefficients = -coefficients
+        decay = group.options["weight_decay"]
+        with uninterrupted():
+            update_(
+                group.weights,
+                [group.direction(s, self._distribution) for s in samples],
+                coefficients,
+                lr,
+                weight_decay=decay,
+                recover=self._carried[position],
+                rounding=rounding,
+                backend=self._backend,
+            )
+            self._carried[position] = None
+        step, path = group.options["zo_step"], tuple(self.path)
+        return Update(position, step, path, group.mu, coefficients, lr, float(decay))
+
+
+class InPlacePerturbation(Perturbation):
+    """The weights themselves move: no memory, three passes over them a two-sided step.
+
+    One pass a move: weights go from one displaced point to the next by recovering first
+    (w + mu z -> w -> w - mu z), which keeps 16-bit weights near where they were.
+    """
+
+    def move(self, sample: int, sign: int) -> None:
+        with uninterrupted():  # all groups take the same path
+            self.path.append((sample, sign))
+            for position, group in enumerate(self.groups):
+                self._pass(position, self._shift(group, sample, sign))
+
+    def restore(self) -> None:
         with uninterrupted():  # all groups, before a Ctrl-C is raised
+            if any(self._carried):
+                self.path.append((0, 0))
             for position, carried in enumerate(self._carried):
                 if carried is not None:
                     self._pass(position, None)
@@ -101,26 +179,3 @@ class InPlacePerturbation:
                 backend=self._backend,
             )
             self._carried[position] = shift
-
-    def update(
-        self,
-        position: int,
-        coefficients: Tensor,
-        lr: float | Tensor,
-        rounding: str,
-    ) -> None:
-        """Take group ``position`` from wherever it is to its updated weights, in one pass."""
-        group = self.groups[position]
-        samples = range(coefficients.numel())
-        with uninterrupted():
-            update_(
-                group.weights,
-                [group.direction(s, self._distribution) for s in samples],
-                -coefficients if group.options["maximize"] else coefficients,
-                lr,
-                weight_decay=group.options["weight_decay"],
-                recover=self._carried[position],
-                rounding=rounding,
-                backend=self._backend,
-            )
-            self._carried[position] = None

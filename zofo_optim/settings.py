@@ -8,7 +8,7 @@ from zofo_kernels import BACKENDS, DISTRIBUTIONS, ROUNDINGS, unavailable_reason
 
 from .estimators import ESTIMATORS
 
-PERTURBATIONS = ("in_place",)
+PERTURBATIONS = ("in_place", "streamed")
 NONFINITE = ("skip", "raise")
 
 
