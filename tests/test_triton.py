@@ -502,7 +502,7 @@ def test_a_table_is_built_once(built):
 
 
 def new_storage(p, q):
-    p.data = weights((24,), torch.float32, 9)
+    p.data = weights((24,), p.dtype, 9)
 
 
 def new_dtype(p, q):
@@ -514,7 +514,7 @@ def same_bytes_of_another_dtype(p, q):
 
 
 def new_size(p, q):
-    p.data = weights((4099,), torch.float32, 9)
+    p.data = weights((4099,), p.dtype, 9)
 
 
 def shorter(p, q):
@@ -526,7 +526,7 @@ def misaligned(p, q):
 
 
 def emptied(p, q):
-    p.data = torch.empty(0)
+    p.data = torch.empty(0, dtype=p.dtype)
 
 
 def exchanged(p, q):
@@ -539,7 +539,7 @@ def transposed(p, q):
 
 def to_double_and_back(p, q):
     p.data = p.data.double()
-    p.data = p.data.float()
+    p.data = p.data.bfloat16()
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def to_double_and_back(p, q):
     ],
 )
 def test_a_table_is_built_again_where_a_tensor_has_changed(built, change):
-    p, q, r = (torch.nn.Parameter(weights((24,), torch.float32, seed)) for seed in (1, 2, 3))
+    p, q, r = (torch.nn.Parameter(weights((24,), torch.bfloat16, seed)) for seed in (1, 2, 3))
     kept = Weights([p, q, r])
     check_three_passes(kept)
     old, content = p.data, None
