@@ -226,21 +226,32 @@ class HybridZOFO(Optimizer):
         return [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; with ``capturable=True`` this waits for the device's step counters."""
+        """As in torch; the state of accumulation is in the first ZO group.
+
+        Holds no gradients: save ``.grad`` too where first-order groups are in the midst of
+        accumulating. Waits for the device where it accumulates or ``capturable=True``.
+        """
         state = super().state_dict()
+        zo = [group for group in state["param_groups"] if group.get("mode") == "zo"]
         for group in state["param_groups"]:
             if isinstance(group.get("zo_step"), Tensor):
                 group["zo_step"] = int(group["zo_step"])
+        if zo and self._pending is not None:
+            zo[0]["zo_pending"] = self._pending.saved()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; seed and step of the directions are restored, so the path continues.
+        """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
 
         Raises:
             ValueError: the groups' number, sizes or modes differ.
         """
         super().load_state_dict(state_dict)
         self._pending = None  # belongs to the directions of the step that was left
+        for group in self.param_groups:
+            saved = group.pop("zo_pending", None)
+            if saved is not None:
+                self._pending = Pending.loaded(saved, group["params"][0].device)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_settings", "_capturable", "_zo_defaults", "_fo", "_pending", "_monitor", "_warned")

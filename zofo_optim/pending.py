@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,33 @@ class Pending:
         self.usable = self.usable | usable
         if clean is not None:
             self.clean = clean if self.clean is None else self.clean & clean
+
+    def saved(self) -> dict[str, Any]:
+        """Plain numbers, exact, for a state dict."""
+
+        def plain(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.tolist()
+
+        dtype = None if self.coefficients is None else self.coefficients.dtype
+        return {
+            "coefficients": plain(self.coefficients),
+            "dtype": str(dtype).removeprefix("torch."),
+            "usable": plain(self.usable),
+            "clean": plain(self.clean),
+        }
+
+    @classmethod
+    def loaded(cls, saved: dict[str, Any], device: torch.device) -> Pending:
+        """The inverse of :meth:`saved`."""
+
+        def tensor(name: str, dtype: torch.dtype) -> Tensor | None:
+            value = saved[name]
+            return None if value is None else torch.tensor(value, dtype=dtype, device=device)
+
+        exact = getattr(torch, saved["dtype"], torch.float32)
+        return cls(
+            tensor("coefficients", exact), tensor("usable", torch.bool), tensor("clean", torch.bool)
+        )
 
     def gate(self, lr: float | Tensor) -> Tensor:
         """The learning rate, or 0 where no coefficient was finite, so that nothing decays."""

@@ -1,0 +1,69 @@
+"""Checkpoint and resume, to the bit, across processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import resumable
+from conftest import same_bits
+from resumable import STEPS, Run, options
+
+SCRIPT = Path(resumable.__file__)
+ESTIMATORS = ["one_sided", "two_sided"]
+
+
+@pytest.mark.parametrize(
+    "text", ["two_sided,1,gaussian,in_place", "one_sided,2,rademacher,streamed"]
+)
+@pytest.mark.parametrize("cut", [6, 7], ids=["between steps", "while accumulating"])
+def test_across_processes(text, cut, tmp_path):
+    whole = Run(**options(text))
+    whole.halves(0, 2 * STEPS)
+    first, last = tmp_path / "first.pt", tmp_path / "last.pt"
+    for arguments in ((0, cut, "-", first), (cut, 2 * STEPS, first, last)):
+        command = [sys.executable, str(SCRIPT), text, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+        assert done.returncode == 0, done.stderr
+    found = Run(**options(text))
+    found.load(last)
+    for a, b in zip(whole.weights(), found.weights(), strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("perturbation", ["in_place", "streamed"])
+@pytest.mark.parametrize("cut", range(1, 2 * STEPS, 3))
+def test_at_every_place(estimator, perturbation, cut, tmp_path):
+    text = f"{estimator},2,gaussian,{perturbation}"
+    whole = Run(**options(text))
+    whole.halves(0, cut)
+    whole.save(tmp_path / "cut.pt")
+    whole.halves(cut, 2 * STEPS)
+    resumed = Run(**options(text))
+    resumed.load(tmp_path / "cut.pt")
+    resumed.halves(cut, 2 * STEPS)
+    for a, b in zip(whole.weights(), resumed.weights(), strict=True):
+        assert same_bits(a, b)
+    assert (
+        resumed.optimizer.state_dict()["param_groups"]
+        == whole.optimizer.state_dict()["param_groups"]
+    )
+
+
+def test_a_finished_step_saves_nothing_in_flight():
+    run = Run()
+    run.halves(0, 1)
+    assert "zo_pending" in run.optimizer.state_dict()["param_groups"][0]
+    run.halves(1, 2)
+    assert "zo_pending" not in run.optimizer.state_dict()["param_groups"][0]
+
+
+def test_loading_leaves_no_trace_in_the_groups():
+    run, other = Run(), Run()
+    run.halves(0, 1)
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert "zo_pending" not in other.optimizer.param_groups[0]
+    other.optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        other.optimizer.step()
