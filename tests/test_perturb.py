@@ -374,3 +374,16 @@ def test_bad_arguments(backend, change, error, message):
     with pytest.raises(error, match=message):
         perturb_(**(arguments | change))
     assert all(w.eq(1).all() for w in tensors)
+
+
+def test_offsets_leave_room_for_the_elements(backend):
+    w = torch.zeros(129)
+    for run in (
+        lambda: perturb_([w], GAUSSIAN, 1.0, offsets=[2**63 - 128], backend=backend),
+        lambda: perturbed(w, GAUSSIAN, 1.0, offset=2**63 - 128, backend=backend),
+        lambda: noise((129,), GAUSSIAN, offset=2**63 - 128, backend=backend),
+    ):
+        with pytest.raises(ValueError, match=r"offsets must leave room .* below 2\*\*63"):
+            run()
+    assert w.eq(0).all()
+    perturb_([w[:128]], GAUSSIAN, 1.0, offsets=[2**63 - 128], backend=backend)

@@ -477,3 +477,16 @@ def test_a_bad_tensor_leaves_earlier_ones_alone(backend):
             update_([good, strided, bad], [GAUSSIAN], ONE, 0.1, backend=backend)
     assert good.eq(1).all()
     assert strided.eq(1).all()
+
+
+def test_lazily_negated_coefficients_and_rates(backend):
+    """torch keeps the sign of some views aside; their memory has the other one."""
+    lazy = torch.complex(torch.ones(1), torch.full((1,), 2.0)).conj().imag
+    assert lazy.is_neg()
+    for coefficients, lr in ((lazy, 0.5), (torch.ones(1), lazy)):
+        got, expected = torch.zeros(100), torch.zeros(100)
+        update_([got], [RADEMACHER], coefficients, lr, backend=backend)
+        plain = lr.clone().resolve_neg() if isinstance(lr, torch.Tensor) else lr
+        update_([expected], [RADEMACHER], coefficients.clone().resolve_neg(), plain)
+        assert torch.equal(got, expected)
+        assert got.abs().max() > 0

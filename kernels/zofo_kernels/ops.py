@@ -131,7 +131,7 @@ def perturbed(
     check_weight(tensor)
     check_direction(direction)
     _check_finite("scale", scale)
-    check_places([index], [offset], 1)
+    check_places([index], [offset], [tensor.numel()])
     with torch.no_grad():
         source = tensor.detach().resolve_neg().contiguous()
         out = torch.empty_like(source)
@@ -201,7 +201,7 @@ def update_(
             engines[device].update(
                 slots,
                 directions,
-                coefficients.detach().to(device, non_blocking=True),
+                coefficients.detach().resolve_neg().to(device, non_blocking=True),
                 rate,
                 float(weight_decay),
                 recover,
@@ -213,6 +213,6 @@ def update_(
 def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:
     """lr as a 0-dim tensor on ``device``; a number fills it without waiting for the device."""
     if isinstance(lr, Tensor):
-        return lr.detach().reshape(()).to(device, non_blocking=True)
+        return lr.detach().resolve_neg().reshape(()).to(device, non_blocking=True)
     real = torch.float32 if device.type == "mps" else torch.float64
     return torch.full((), float(lr), dtype=real, device=device)

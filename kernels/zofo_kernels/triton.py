@@ -181,6 +181,11 @@ def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tenso
         ):
             high += 1
         on_device = isinstance(first.step, Tensor)
+        if isinstance(first.step, Tensor) and first.step.device != device:
+            raise ValueError(
+                f"step must be on the device of the weights, {device}, got a tensor on "
+                f"{first.step.device}"
+            )
         kernels.keys_kernel[(1,)](
             keys[low:],
             first.seed,

@@ -58,13 +58,18 @@ def _check_list(
 
 
 def check_places(
-    indices: Sequence[int] | None, offsets: Sequence[int] | None, count: int
+    indices: Sequence[int] | None, offsets: Sequence[int] | None, sizes: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Indices and offsets of ``count`` tensors, with their defaults; see :class:`Weights`."""
-    return (
-        _check_list("indices", indices, list(range(count)), 1 << 32),
-        _check_list("offsets", offsets, [0] * count, 1 << 63),
-    )
+    """Indices and offsets of tensors of these sizes, with their defaults; see :class:`Weights`."""
+    indices = _check_list("indices", indices, list(range(len(sizes))), 1 << 32)
+    offsets = _check_list("offsets", offsets, [0] * len(sizes), 1 << 63)
+    for offset, size in zip(offsets, sizes, strict=True):
+        if offset + size > 1 << 63:
+            raise ValueError(
+                f"offsets must leave room for the tensor's elements below 2**63, got {offset} "
+                f"for {size} elements"
+            )
+    return indices, offsets
 
 
 class Weights:
@@ -94,7 +99,8 @@ class Weights:
         if isinstance(tensors, Tensor):
             raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor]")
         self.tensors = list(tensors)
-        self.indices, self.offsets = check_places(indices, offsets, len(self.tensors))
+        sizes = [t.numel() if isinstance(t, Tensor) else 0 for t in self.tensors]
+        self.indices, self.offsets = check_places(indices, offsets, sizes)
         self._seen: list[tuple[object, ...]] | None = None
         self._slots: dict[torch.device, Slots] = {}
 
