@@ -1,0 +1,193 @@
+"""Zeroth-order fine-tuning of one model in fp32 and in 16 bits, by several recipes."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from heads import set_prompt_head
+from models import (
+    Batch,
+    Method,
+    ModelError,
+    classification_loss,
+    default_model,
+    evaluate,
+    load_model,
+    prepare,
+)
+from sixteen_bit_rounding import DTYPES, PRIME, MeZO
+from tasks import TASKS, Encoded, load_examples, shuffled_batches
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from zofo_optim import HybridZOFO
+
+Step = Callable[[Callable[[], Tensor], float], Any]
+
+EVAL_BATCH = 64
+LOSS_EXAMPLES = 256
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The weights' dtype, and how they are perturbed and updated; None: MeZO's recipe."""
+
+    dtype: str
+    perturbation: str | None = "in_place"
+    rounding: str = "stochastic"
+
+
+RECIPES = {
+    "fp32": Recipe("fp32"),
+    "bf16 in place": Recipe("bf16"),
+    "bf16 streamed": Recipe("bf16", "streamed"),
+    "bf16 nearest": Recipe("bf16", rounding="nearest"),
+    "fp32 MeZO's recipe": Recipe("fp32", None),
+    "bf16 MeZO's recipe": Recipe("bf16", None),
+    "fp16 in place": Recipe("fp16"),
+    "fp16 MeZO's recipe": Recipe("fp16", None),
+}
+DEFAULT_RECIPES = [name for name, recipe in RECIPES.items() if recipe.dtype != "fp16"]
+
+
+@dataclass
+class Problem:
+    """A pre-trained model, its data and its loss."""
+
+    name: str
+    base: PreTrainedModel
+    train: Encoded
+    dev: Encoded
+    loss: Callable[[nn.Module, Batch], Tensor]
+    evaluate: Callable[[nn.Module, Iterable[Batch]], dict[str, float]]
+
+
+def language_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of the next token, in float32 whatever the weights are; padding left out."""
+    mask = batch["attention_mask"]
+    logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+    targets = batch["input_ids"].masked_fill(mask == 0, -100)[:, 1:]
+    return nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction=reduction
+    )
+
+
+@torch.no_grad()
+def evaluate_language(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean loss a token."""
+    loss, tokens = 0.0, 0
+    for batch in batches:
+        loss += float(language_loss(model, batch, "sum"))
+        tokens += int(batch["attention_mask"][:, 1:].sum())
+    return {"loss": loss / tokens}
+
+
+def evaluate_classes(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    accuracy, loss = evaluate(model, batches)
+    return {"loss": loss, "accuracy": accuracy}
+
+
+def load_problem(args: argparse.Namespace) -> Problem:
+    """The classification task or, with `--text`, its sentences as language modelling."""
+    task = TASKS[args.task]
+    if args.text:
+        if args.model is None:
+            raise ModelError("--text needs a causal language model: name one with --model")
+        examples = load_examples(args.data, task)
+        long = [[e for e in part if len(e.text[0].split()) >= args.min_words] for part in examples]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+            base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the model {args.model!r}: {error}") from error
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        train = Encoded(long[0][: args.train_size], tokenizer, CPU)
+        dev = Encoded(long[1][: args.dev_size], tokenizer, CPU)
+        return Problem("language model", base, train, dev, language_loss, evaluate_language)
+    examples = load_examples(args.data, task, args.train_size, args.dev_size)
+    torch.manual_seed(0)
+    base, tokenizer = load_model(
+        args.model or default_model(), task.label_names, dtype=torch.float32
+    )
+    train, dev = (Encoded(part, tokenizer, CPU) for part in examples)
+    set_prompt_head(base, tokenizer, task.prompts, train.fixed_batches(EVAL_BATCH))
+    return Problem("classifier", base, train, dev, classification_loss, evaluate_classes)
+
+
+def stepper(recipe: Recipe, groups: list[dict[str, Any]], seed: int) -> Step:
+    """A function of the closure and the learning rate that makes one step."""
+    if recipe.perturbation is None:
+        parameters = [p for group in groups for p in group["params"]]
+        mezo = MeZO(parameters, lambda: torch.zeros(()), lr=0.0, eps=groups[0]["mu"])
+        mezo.seed = seed * PRIME
+
+        def mezo_step(closure: Callable[[], Tensor], lr: float) -> Any:
+            mezo.closure, mezo.lr = closure, lr
+            return mezo.step()
+
+        return mezo_step
+    optimizer = HybridZOFO(
+        groups, perturbation=recipe.perturbation, rounding=recipe.rounding, seed=seed
+    )
+
+    def step(closure: Callable[[], Tensor], lr: float) -> Any:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return optimizer.step(closure)
+
+    return step
+
+
+def run(
+    problem: Problem,
+    recipe: Recipe,
+    lr: float,
+    seed: int,
+    args: argparse.Namespace,
+    advance: Callable[[], Any],
+) -> dict[str, Any]:
+    """One run: losses on the training and dev set every so often, and seconds a step.
+
+    The clock runs in steps only, and leaves out the first, which may compile.
+    """
+    base = copy.deepcopy(problem.base).to(DTYPES[recipe.dtype])
+    method = Method(zo_base=True, adapter=False)
+    zo = {"lr": lr, "mu": args.mu}
+    model, groups = prepare(method, base, lora={}, zo=zo, fo={}, include=args.include, device=CPU)
+    model.eval()
+    step = stepper(recipe, groups, seed)
+    dev = problem.dev.fixed_batches(EVAL_BATCH)
+    train = problem.train.fixed_batches(EVAL_BATCH, first=LOSS_EXAMPLES)
+    curve: list[dict[str, float]] = []
+
+    def record(number: int) -> None:
+        point = {"step": number, "train_loss": problem.evaluate(model, train)["loss"]}
+        point |= {f"dev_{key}": value for key, value in problem.evaluate(model, dev).items()}
+        curve.append(point)
+
+    record(0)
+    seconds = 0.0
+    batches = shuffled_batches(len(problem.train), args.batch_size, seed)
+    for number, indices in enumerate(islice(batches, args.steps), start=1):
+        batch = problem.train.batch(indices)
+        started = time.perf_counter()
+        rate = lr * (1 - (number - 1) / args.steps) if args.schedule == "linear" else lr
+        step(lambda batch=batch: problem.loss(model, batch), rate)
+        seconds += time.perf_counter() - started if number > 1 else 0.0
+        if number % args.eval_every == 0 or number == args.steps:
+            record(number)
+        advance()
+    parameters = sum(p.numel() for group in groups for p in group["params"])
+    return {
+        "seconds_per_step": seconds / max(args.steps - 1, 1),
+        "parameters": parameters,
+        "curve": curve,
+    }
