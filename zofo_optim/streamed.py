@@ -3,12 +3,16 @@
 While a loss is evaluated at w + scale z, a torch-function mode sees every torch call and replaces
 each zeroth-order parameter among its arguments by a fresh, perturbed copy. A copy lives as long as
 the call needs it; the weights themselves are written by updates only, so they cannot drift.
+
+Compiled code makes no torch calls, so ``torch.compile`` is off while a closure is evaluated, also
+at w itself: losses that are subtracted come from the same arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -48,101 +52,144 @@ _METADATA = _methods(
     "is_inference",
     "is_shared",
     "is_pinned",
+    "is_same_size",
     "get_device",
     "data_ptr",
     "untyped_storage",
     "requires_grad_",
     "register_hook",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
     "__hash__",
     "__len__",
     "has_names",
-) | {torch.is_floating_point, torch.is_complex, torch.is_same_size, torch.numel}
+) | {
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.is_same_size,
+    torch.numel,
+    torch.empty_like,
+    torch.zeros_like,
+    torch.ones_like,
+    torch.rand_like,
+    torch.randn_like,
+}
 """Calls that read no element."""
 _CONTENT = {
     getattr(Tensor, name).__get__ for name in ("data", "T", "H", "mT", "mH", "real", "imag")
 }
 """Attributes that hold elements; others are metadata."""
-_IN_PLACE = {
-    "__setitem__",
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
-    *(f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift")),
-}
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-def _writes_first(func: Callable[..., Any]) -> bool:
-    """Whether a torch function changes its first argument."""
-    name = getattr(func, "__name__", "")
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+def _takes(values: Iterable[Any], sources: Mapping[int, Source]) -> bool:
+    """Whether a parameter is among a call's arguments, or in lists, tuples or dicts there."""
+    for value in values:
+        if id(value) in sources:
+            return True
+        kind = type(value)
+        if kind is list or kind is tuple:
+            if _takes(value, sources):
+                return True
+        elif kind is dict and _takes(value.values(), sources):
+            return True
+    return False
 
 
 class Streaming(TorchFunctionMode):
     """Perturbed copies in place of parameters, for the torch calls made within.
 
+    A copy has its parameter's shape and strides. Calls without parameters pass at once.
+
     Args:
         sources: by ``id`` of the parameter.
         shifts: each group's displacement.
         backend: of ``zofo_kernels``.
-
-    ``caught`` collects the ids of the parameters that some call took.
+        displaced: ids of parameters that are displaced already: copied as they are.
     """
 
     def __init__(
-        self, sources: Mapping[int, Source], shifts: Sequence[Shift], backend: str
+        self,
+        sources: Mapping[int, Source],
+        shifts: Sequence[Shift],
+        backend: str,
+        displaced: Collection[int] = (),
     ) -> None:
         super().__init__()
         self._sources = sources
         self._shifts = shifts
         self._backend = backend
-        self.caught: set[int] = set()
+        self._displaced = displaced
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        sources = self._sources
+        if not (_takes(args, sources) or (kwargs and _takes(kwargs.values(), sources))):
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__" and func not in _CONTENT:
             return func(*args, **kwargs)
-        sources = self._sources
-        if args and id(args[0]) in sources and (name == "__set__" or _writes_first(func)):
-            if name == "__set__" and func != Tensor.data.__set__:  # type: ignore[attr-defined]
-                return func(*args, **kwargs)
-            self._refuse(func, args[0])
-        if "out" in kwargs and id(kwargs["out"]) in sources:
-            self._refuse(func, kwargs["out"])
-        copies: dict[int, Tensor] = {}
-        args = tuple([self._replaced(a, copies) for a in args])
-        if kwargs:
-            kwargs = {key: self._replaced(a, copies) for key, a in kwargs.items()}
-        return func(*args, **kwargs)
+        if name in ("__set__", "__delete__") and id(args[0]) in sources:
+            if func == _SET_DATA:
+                self._refuse(func, sources[id(args[0])])
+            return func(*args, **kwargs)
+        copies: dict[int, tuple[Tensor, int]] = {}
+        result = func(
+            *[self._replaced(value, copies) for value in args],
+            **{key: self._replaced(value, copies) for key, value in kwargs.items()},
+        )
+        for where, (copy, version) in copies.items():
+            if copy._version != version:
+                self._refuse(func, sources[where])
+        return result
 
-    def _replaced(self, value: Any, copies: dict[int, Tensor]) -> Any:
-        source = self._sources.get(id(value))
-        if source is not None:
-            return self._copy(source, copies)
-        if type(value) in (list, tuple):
-            return type(value)([self._replaced(item, copies) for item in value])
-        if type(value) is dict:
+    def _replaced(self, value: Any, copies: dict[int, tuple[Tensor, int]]) -> Any:
+        where = id(value)
+        if where in self._sources:
+            if where not in copies:
+                copy = self._copy(self._sources[where])
+                copies[where] = copy, copy._version
+            return copies[where][0]
+        kind = type(value)
+        if kind is list or kind is tuple:
+            return kind([self._replaced(item, copies) for item in value])
+        if kind is dict:
             return {key: self._replaced(item, copies) for key, item in value.items()}
         return value
 
-    def _copy(self, source: Source, copies: dict[int, Tensor]) -> Tensor:
-        where = id(source.parameter)
-        if where not in copies:
-            self.caught.add(where)
-            direction, scale = self._shifts[source.group]
-            copies[where] = perturbed(
-                source.parameter, direction, scale, index=source.noise_index, backend=self._backend
-            )
-        return copies[where]
+    def _copy(self, source: Source) -> Tensor:
+        parameter, index, _, group = source
+        # inference tensors would not count the writes to them
+        outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+        with outside or nullcontext(), torch.no_grad():
+            if id(parameter) in self._displaced:
+                content = parameter.detach()
+            else:
+                direction, scale = self._shifts[group]
+                content = perturbed(parameter, direction, scale, index=index, backend=self._backend)
+                if content.stride() == parameter.stride():
+                    return content
+            size, stride = parameter.size(), parameter.stride()
+            copy = torch.empty_strided(size, stride, dtype=content.dtype, device=content.device)
+            return copy.copy_(content)
 
-    def _refuse(self, func: Any, parameter: Any) -> None:
-        name = self._sources[id(parameter)].name
+    def _refuse(self, func: Any, source: Source) -> None:
         raise RuntimeError(
-            f"closure must not write to the zeroth-order parameter {name!r} (it called "
+            f"closure must not write to the zeroth-order parameter {source.name!r} (it called "
             f"{getattr(func, '__name__', func)}) where perturbation='streamed'"
         )
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled functions run as they were written, by torch calls."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class StreamedPerturbation(Perturbation):
@@ -157,7 +204,7 @@ class StreamedPerturbation(Perturbation):
     ) -> None:
         super().__init__(groups, distribution, backend, path)
         self._shifts: list[Shift] = []
-        self._as_written: set[int] = set()
+        self._kept: dict[int, Tensor] = {}  # contents of parameters that verify() displaces
         self._sources = {
             id(parameter): Source(parameter, index, name, position)
             for position, group in enumerate(groups)
@@ -168,15 +215,18 @@ class StreamedPerturbation(Perturbation):
         self._shifts = [self._shift(group, sample, sign) for group in self.groups]
 
     def restore(self) -> None:
+        self._put_back()
         self._shifts = []
 
-    def evaluating(self) -> AbstractContextManager[Any]:
-        if not self._shifts:
-            return nullcontext()
-        left = self._sources
-        if self._as_written:
-            left = {key: s for key, s in left.items() if key not in self._as_written}
-        return Streaming(left, self._shifts, self._backend)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._sources:
+                stack.enter_context(_uncompiled())
+            if self._shifts:
+                mode = Streaming(self._sources, self._shifts, self._backend, self._kept.keys())
+                stack.enter_context(mode)
+            yield
 
     # ---- verification -----------------------------------------------------------------------
 
@@ -184,7 +234,8 @@ class StreamedPerturbation(Perturbation):
         """Compare with evaluations in which the weights themselves are perturbed, in parts.
 
         Parts are as large as the largest weight, whose content is kept aside: the weights are
-        written, and then restored to the bit.
+        written, and then restored to the bit. Torch functions get copies of these too, so that
+        the loss is the same to the bit unless something else reads the weights.
 
         Args:
             evaluate: evaluates the loss at the present point.
@@ -234,26 +285,29 @@ class StreamedPerturbation(Perturbation):
 
     @contextmanager
     def _written(self, part: list[Source]) -> Iterator[None]:
-        """These weights are perturbed in place, and not streamed; then restored to the bit."""
-        with torch.no_grad():
-            kept = [source.parameter.detach().clone() for source in part]
-            self._as_written = {id(source.parameter) for source in part}
-            try:
-                for source in part:
-                    direction, scale = self._shifts[source.group]
-                    perturb_(
-                        [source.parameter],
-                        direction,
-                        scale,
-                        indices=[source.noise_index],
-                        backend=self._backend,
-                    )
-                yield
-            finally:
-                with uninterrupted():
-                    for source, content in zip(part, kept, strict=True):
-                        source.parameter.detach().copy_(content)
-                    self._as_written = set()
+        """These weights are perturbed in place; then restored to the bit."""
+        self._kept = {id(s.parameter): s.parameter.detach().clone() for s in part}
+        try:
+            for source in part:
+                direction, scale = self._shifts[source.group]
+                perturb_(
+                    [source.parameter],
+                    direction,
+                    scale,
+                    indices=[source.noise_index],
+                    backend=self._backend,
+                )
+            yield
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        with uninterrupted(), torch.no_grad():
+            for where, content in self._kept.items():
+                parameter = self._sources[where].parameter
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.copy_(content)
+            self._kept = {}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
