@@ -189,7 +189,8 @@ def _uncompiled() -> AbstractContextManager[Any]:
     """Compiled functions run as they were written, by torch calls."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class StreamedPerturbation(Perturbation):
