@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Update(NamedTuple):
     weight_decay: float
 
 
-class Perturbation:
+class Perturbation(ABC):
     """Evaluations at w + scale v for all groups together, and the update.
 
     ``move`` chooses the point, ``evaluating`` is entered for each evaluation there; leaving the
@@ -102,13 +103,13 @@ class Perturbation:
     ) -> None:
         self.restore()
 
+    @abstractmethod
     def move(self, sample: int, sign: int) -> None:
         """Every group to w + sign mu z of direction ``sample``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self) -> None:
         """Every group back to w."""
-        raise NotImplementedError
 
     def evaluating(self) -> AbstractContextManager[Any]:
         """What an evaluation at the present point needs around it."""

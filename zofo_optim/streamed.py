@@ -122,6 +122,10 @@ class Streaming(TorchFunctionMode):
         self._backend = backend
         self._displaced = displaced
 
+    def stop(self) -> None:
+        """See no parameters from now on, should a Ctrl-C have kept the mode from being left."""
+        self._sources = {}
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -163,10 +167,14 @@ class Streaming(TorchFunctionMode):
         return value
 
     def _copy(self, source: Source) -> Tensor:
-        parameter, index, _, group = source
-        # inference tensors would not count the writes to them
-        outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
-        with outside or nullcontext(), torch.no_grad():
+        """The perturbed parameter as a plain tensor, whatever the closure is in the midst of."""
+        # functorch would wrap new tensors, and those of inference mode do not count writes
+        with ExitStack() as stack:
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                stack.enter_context(torch._C._DisableFuncTorch())
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            parameter, index, _, group = source
             if id(parameter) in self._displaced:
                 content = parameter.detach()
             else:
@@ -205,6 +213,7 @@ class StreamedPerturbation(Perturbation):
     ) -> None:
         super().__init__(groups, distribution, backend, path)
         self._shifts: list[Shift] = []
+        self._mode: Streaming | None = None
         self._kept: dict[int, Tensor] = {}  # contents of parameters that verify() displaces
         self._sources = {
             id(parameter): Source(parameter, index, name, position)
@@ -221,13 +230,16 @@ class StreamedPerturbation(Perturbation):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self._sources:
-                stack.enter_context(_uncompiled())
-            if self._shifts:
-                mode = Streaming(self._sources, self._shifts, self._backend, self._kept.keys())
-                stack.enter_context(mode)
+        if not self._sources:
             yield
+        elif not self._shifts:
+            with _uncompiled():
+                yield
+        else:
+            displaced = self._kept.keys()
+            self._mode = Streaming(self._sources, self._shifts, self._backend, displaced)
+            with _uncompiled(), self._mode:
+                yield
 
     # ---- verification -----------------------------------------------------------------------
 
@@ -304,6 +316,8 @@ class StreamedPerturbation(Perturbation):
 
     def _put_back(self) -> None:
         with uninterrupted(), torch.no_grad():
+            if self._mode is not None:
+                self._mode.stop()
             for where, content in self._kept.items():
                 parameter = self._sources[where].parameter
                 with torch.inference_mode(parameter.is_inference()):
