@@ -46,18 +46,27 @@ def check_mu(mu: Any) -> None:
         raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
 
 
-def check_zo_options(
-    group: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
-    """Options of a ZO group; ``given`` are those that the group itself set."""
+def check_step_options(group: Mapping[str, Any]) -> None:
+    """Options of a ZO group that a user may change between steps; waits for no device."""
     lr, decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    if not 0.0 <= float(lr) < math.inf:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    elif not 0.0 <= lr < math.inf:
         raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
     check_mu(group["mu"])
     if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {decay!r} (must be finite and >= 0)")
+
+
+def check_zo_options(
+    group: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Options of a ZO group; ``given`` are those that the group itself set."""
+    check_step_options(group)
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and not 0.0 <= float(lr) < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
     for option in ("momentum", "dampening", "nesterov"):
         if given.get(option) and given[option] != defaults.get(option):
             raise ValueError(

@@ -20,6 +20,7 @@ from .checks import (
     check_mu,
     check_same_modes,
     check_seed,
+    check_step_options,
     check_zo_options,
     check_zo_parameters,
 )
@@ -28,7 +29,7 @@ from .evaluation import Closure, Evaluation, GlobalRandomState, evaluate, gradie
 from .first_order import FirstOrder, first_order_options
 from .monitor import Monitor
 from .pending import Pending
-from .perturbation import InPlacePerturbation, Perturbation, Update, ZOGroup
+from .perturbation import InPlacePerturbation, Move, Perturbation, StepListener, ZOGroup
 from .settings import Settings
 from .streamed import StreamedPerturbation
 
@@ -141,6 +142,7 @@ class HybridZOFO(Optimizer):
         self._capturable = capturable
         self._fo = FirstOrder(fo_optimizer, options)
         self._pending: Pending | None = None
+        self._path: list[Move] = []  # since the last update
         self._monitor = Monitor()
         self._warned: set[str] = set()
         self._reset()
@@ -156,8 +158,7 @@ class HybridZOFO(Optimizer):
         self._evaluating: str | None = None
         self._prepared: dict[int, Weights] = {}
         self._verified: list[Tensor] | None = None
-        self._path: list[tuple[int, int]] = []
-        self._listeners: list[Callable[[list[Update]], None]] = []
+        self._listeners: list[StepListener] = []
         self._counters = StepCounters()
         self._last_loss: Tensor | None = None
         self._projected_grads: Tensor | None = None
@@ -171,10 +172,16 @@ class HybridZOFO(Optimizer):
 
         Raises:
             TypeError, ValueError: as in the constructor; nothing is added.
+            RuntimeError: a journal is attached, and the group is zeroth-order.
         """
         given = dict(param_group) if isinstance(param_group, dict) else {}
         if isinstance(param_group, dict):
             if param_group.get("mode", self.defaults["mode"]) == "zo":
+                if self.__dict__.get("_listeners"):
+                    raise RuntimeError(
+                        "a zeroth-order group cannot be added while a journal is attached; close "
+                        "it, and begin a new one after"
+                    )
                 for name, value in self._zo_defaults.items():  # not what fo_optimizer made of them
                     param_group.setdefault(name, value)
         super().add_param_group(param_group)
@@ -238,6 +245,8 @@ class HybridZOFO(Optimizer):
                 group["zo_step"] = int(group["zo_step"])
         if zo and self._pending is not None:
             zo[0]["zo_pending"] = self._pending.saved()
+        if zo and self._path:
+            zo[0]["zo_path"] = [[move.sample, list(move.scales)] for move in self._path]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,13 +257,19 @@ class HybridZOFO(Optimizer):
         """
         super().load_state_dict(state_dict)
         self._pending = None  # belongs to the directions of the step that was left
+        self._path.clear()
         for group in self.param_groups:
             saved = group.pop("zo_pending", None)
             if saved is not None:
                 self._pending = Pending.loaded(saved, group["params"][0].device)
+            for sample, scales in group.pop("zo_path", ()):
+                self._path.append(Move(sample, tuple(scales)))
+        for listener in self._listeners:
+            listener.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_capturable", "_zo_defaults", "_fo", "_pending", "_monitor", "_warned")
+        own = ["_settings", "_capturable", "_zo_defaults", "_fo"]
+        own += ["_pending", "_path", "_monitor", "_warned"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -351,6 +366,8 @@ class HybridZOFO(Optimizer):
         if self._evaluating is not None:
             raise RuntimeError("a closure must not step the optimizer that is evaluating it")
         settings, groups = self._settings, self.zo_groups()
+        for group in groups:  # now, as in the midst of a step some groups would have moved
+            check_step_options(group.options)
         if self._capturable:
             self._counters.attach(groups)
         elif groups and capturing():
@@ -485,7 +502,7 @@ class HybridZOFO(Optimizer):
             self._pending = None
             self._path.clear()
             for listener in self._listeners:
-                listener(updates)
+                listener.stepped(updates)
 
     # ---- warnings ---------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -54,22 +54,45 @@ class ZOGroup:
         return Direction(options["seed"], options["zo_step"], sample, distribution)
 
 
+class Move(NamedTuple):
+    """A pass over all ZO groups, to w + scale v of direction ``sample``, a scale for each group.
+
+    Scales are 0 where the pass restored w.
+    """
+
+    sample: int
+    scales: tuple[float, ...]
+
+
 class Update(NamedTuple):
     """All that one step did to the weights of one ZO group; enough to do it again.
 
-    ``path`` lists the passes since the last update: (sample, sign) for a move to w + sign mu v,
-    (0, 0) for a restoration. The update starts from where it ends. Streamed perturbation has none.
-    ``coefficients``, shape (samples,), and ``lr``, 0-dim, are on the device, with the signs and
-    zeros that the update used.
+    ``path`` has the (sample, scale) of the moves since the last update, which starts from where
+    they end; streamed perturbation has none. ``coefficients``, shape (samples,), and ``lr``,
+    0-dim, are on the device, with the signs and zeros that the update used.
     """
 
-    group: int
+    seed: int
     step: int
-    path: tuple[tuple[int, int], ...]
-    mu: float
+    path: tuple[tuple[int, float], ...]
     coefficients: Tensor
     lr: Tensor
     weight_decay: float
+
+
+class StepListener(Protocol):
+    """Learns what an optimizer does to its zeroth-order weights."""
+
+    def stepped(self, updates: Sequence[Update]) -> None:
+        """A step has ended; one update a group."""
+
+    def state_loaded(self) -> None:
+        """A state dict was loaded."""
+
+
+def path_of(moves: Sequence[Move], position: int) -> tuple[tuple[int, float], ...]:
+    """(sample, scale) of each move of the group at ``position``, since it was added."""
+    return tuple((m.sample, m.scales[position]) for m in moves if position < len(m.scales))
 
 
 class Perturbation(ABC):
@@ -84,7 +107,7 @@ class Perturbation(ABC):
         groups: Sequence[ZOGroup],
         distribution: str,
         backend: str,
-        path: list[tuple[int, int]] | None = None,
+        path: list[Move] | None = None,
     ) -> None:
         self.groups = list(groups)
         self.path = path if path is not None else []
@@ -143,8 +166,15 @@ class Perturbation(ABC):
                 backend=self._backend,
             )
             self._carried[position] = None
-        step, path = group.options["zo_step"], tuple(self.path)
-        return Update(position, step, path, group.mu, coefficients, lr, float(decay))
+        options = group.options
+        return Update(
+            options["seed"],
+            options["zo_step"],
+            path_of(self.path, position),
+            coefficients,
+            lr,
+            float(decay),
+        )
 
 
 class InPlacePerturbation(Perturbation):
@@ -156,14 +186,14 @@ class InPlacePerturbation(Perturbation):
 
     def move(self, sample: int, sign: int) -> None:
         with uninterrupted():  # all groups take the same path
-            self.path.append((sample, sign))
+            self.path.append(Move(sample, tuple(sign * group.mu for group in self.groups)))
             for position, group in enumerate(self.groups):
                 self._pass(position, self._shift(group, sample, sign))
 
     def restore(self) -> None:
         with uninterrupted():  # all groups, before a Ctrl-C is raised
             if any(self._carried):
-                self.path.append((0, 0))
+                self.path.append(Move(0, (0.0,) * len(self.groups)))
             for position, carried in enumerate(self._carried):
                 if carried is not None:
                     self._pass(position, None)

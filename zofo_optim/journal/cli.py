@@ -1,0 +1,176 @@
+"""The command line: what a journal says, whether it is sound, and replaying it on files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .errors import JournalError
+from .match import match
+from .reader import Recording, read
+from .player import apply, check_start, choose, verify_end
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0, or 1 with what is wrong on standard error.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (JournalError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m zofo_optim.journal", description="Journals of zeroth-order training."
+    )
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("journal", help="the journal's file")
+        added.set_defaults(run=run)
+        return added
+
+    info = command("info", _info, "Print what a journal says of itself.")
+    info.add_argument("--json", action="store_true", help="its whole header, as JSON")
+    verify = command("verify", _verify, "Check every record, and weights by their fingerprints.")
+    verify.add_argument("--base", help="the starting weights: a safetensors file, or a folder")
+    verify.add_argument("--result", help="the trained weights, likewise")
+    run = command("replay", _replay, "Write the weights to which a journal leads.")
+    run.add_argument("--base", required=True, help="the starting weights, as for verify")
+    run.add_argument("--out", required=True, help="a new file, or a new folder for a folder")
+    run.add_argument("--stop", type=int, help="the step to go to; default: the last")
+    run.add_argument(
+        "--partial", action="store_true", help="go as far as a damaged or unclosed journal is sound"
+    )
+    run.add_argument("--device", default="cpu", help="where to compute; default: cpu")
+    return parser
+
+
+def _info(options: argparse.Namespace) -> None:
+    recording = read(options.journal)
+    header = recording.header
+    if options.json:
+        print(json.dumps(header, indent=1))
+        return
+    kinds = recording.kinds()
+    per_step = (recording.size - recording.first) / max(len(recording.steps), 1)
+    lines = {
+        "steps": f"{recording.start} to {recording.stop}",
+        "state": recording.fault or "closed",
+        "size": f"{recording.size:,} bytes, {per_step:.1f} a step beside the header",
+        "weights": f"{sum(math.prod(shape) for _, shape, _ in kinds):,} in {len(kinds)} tensors "
+        f"of {len(header['groups'])} groups, "
+        + ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in kinds})),
+        "noise": f"{header['distribution']}, version {header['noise_version']}, seeds "
+        + ", ".join(str(group["seed"]) for group in header["groups"]),
+        "estimator": f"{header['estimator']}, {header['num_samples']} samples",
+        "made by": f"{header['perturbation']} perturbation, {header['rounding']} rounding, "
+        f"backends {', '.join(sorted(recording.backends()))}",
+        "metadata": json.dumps(header["metadata"]),
+    }
+    for name, value in lines.items():
+        print(f"{name:>9}  {value}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    recording = read(options.journal)
+    print(recording.fault or f"{recording.path}: all {len(recording.steps)} steps are sound")
+    if options.base:
+        for file, tensors, keys in _files(recording, Checkpoint(options.base)):
+            check_start(recording, 0, _chosen(recording, file, tensors, keys))
+        print(f"{options.base}: every parameter is as at the journal's start")
+    if options.result:
+        count = len(recording.steps)
+        if recording.fingerprints(count) is None:
+            raise JournalError(f"{recording.path} has no fingerprints of its last weights")
+        for file, tensors, keys in _files(recording, Checkpoint(options.result)):
+            if not verify_end(recording, count, _chosen(recording, file, tensors, keys), "auto"):
+                raise JournalError(f"{file} has not the weights that were trained")
+        print(f"{options.result}: every parameter is as at the journal's end")
+    if recording.fault:
+        raise JournalError("the journal is not whole")
+
+
+def _replay(options: argparse.Namespace) -> None:
+    recording = read(options.journal)
+    span = choose(recording, None, options.stop, options.partial)
+    checkpoint, out = Checkpoint(options.base), Path(options.out)
+    checkpoint.refuse_existing(out)
+    for file, tensors, keys in _files(recording, checkpoint):  # all, before any is replayed
+        check_start(recording, 0, _chosen(recording, file, tensors, keys))
+    checkpoint.copy_rest(out)
+    verified: set[bool | None] = set()
+    for file, tensors, keys in _files(recording, checkpoint):
+        chosen = _chosen(recording, file, tensors, keys)
+        chosen = {name: tensor.to(options.device) for name, tensor in chosen.items()}
+        apply(recording, span, chosen, progress=_Progress(file.name))
+        verified.add(verify_end(recording, span.high, chosen, "auto"))
+        tensors.update({keys[name]: tensor.cpu() for name, tensor in chosen.items()})
+        checkpoint.write(out, file, tensors)
+    if False in verified:
+        said = "not bit-identical to those trained"
+    else:
+        said = "not verified" if None in verified else "bit-identical to those trained"
+    print(f"{out}: weights of step {span.stop}, {said}")
+
+
+_File = tuple[Path, dict[str, Tensor], dict[str, str]]
+
+
+def _files(recording: Recording, checkpoint: Checkpoint) -> Iterator[_File]:
+    """Each file with its tensors, and the keys of the journal's parameters in it, by name."""
+    where = match(recording, checkpoint.names(), str(checkpoint.path))
+    for file, tensors in checkpoint.tensors():
+        yield file, tensors, {name: key for name, key in where.items() if key in tensors}
+
+
+def _chosen(
+    recording: Recording, file: Path, tensors: dict[str, Tensor], keys: dict[str, str]
+) -> dict[str, Tensor]:
+    """The journal's parameters in a file, in the dtype in which they were trained.
+
+    Other dtypes are converted, as loading the model in the training's dtype did; fingerprints
+    tell whether that is what was done.
+    """
+    found = {}
+    for name, shape, dtype in recording.kinds():
+        if name in keys:
+            tensor = tensors[keys[name]]
+            if tensor.shape != shape:
+                raise JournalError(
+                    f"{keys[name]!r} in {file} must have shape {tuple(shape)} as in "
+                    f"{recording.path}, got {tuple(tensor.shape)}"
+                )
+            found[name] = tensor.to(dtype)
+    return found
+
+
+class _Progress:
+    """A bar that appears where somebody looks at it."""
+
+    def __init__(self, name: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=name, unit=" weights", unit_scale=True, disable=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()

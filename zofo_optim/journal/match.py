@@ -1,0 +1,79 @@
+"""Finding a journal's parameters among a model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from .errors import JournalError
+from .reader import Recording
+
+_WRAPPERS = ("", "base_model.model.", "base_model.")  # none, tuners, prompt learning
+_LAYERS = (".base_layer.", ".original_module.")
+
+
+def _forms(name: str) -> list[str]:
+    """A parameter's name, and the names without what peft adds to that of the base model."""
+    plain = name
+    for layer in _LAYERS:
+        plain = plain.replace(layer, ".")
+    return [name, *(plain.removeprefix(w) for w in _WRAPPERS if plain.startswith(w))]
+
+
+def match(recording: Recording, available: Iterable[str], where: str) -> dict[str, str]:
+    """For each parameter of the journal its name in ``available``, with or without peft's parts.
+
+    Raises:
+        JournalError: some have none.
+    """
+    known: dict[str, str] = {}
+    exact = set(available)
+    for name in available:
+        for form in _forms(name):
+            known.setdefault(form, name)
+    names = recording.names()
+    found: dict[str, str] = {}
+    for name in names:
+        for form in _forms(name):
+            if form in exact or form in known:
+                found[name] = form if form in exact else known[form]
+                break
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise JournalError(
+            f"{where} must have the {len(names)} parameters of {recording.path}, but "
+            f"{len(missing)} are missing: {some(missing)}"
+        )
+    return found
+
+
+def by_name(model: nn.Module | Mapping[str, Tensor], recording: Recording) -> dict[str, Tensor]:
+    """The zeroth-order parameters of the journal, by its names.
+
+    Raises:
+        TypeError: ``model`` is no module and no mapping.
+        JournalError: parameters are missing or have other shapes or dtypes.
+    """
+    if isinstance(model, nn.Module):
+        available: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    elif isinstance(model, Mapping):
+        available = model
+    else:
+        raise TypeError(
+            f"model must be a torch.nn.Module or a mapping of tensors, got {type(model).__name__}"
+        )
+    found = {ours: available[name] for ours, name in match(recording, available, "model").items()}
+    for name, shape, dtype in recording.kinds():
+        tensor = found[name]
+        if (tensor.shape, tensor.dtype) != (shape, dtype):
+            raise JournalError(
+                f"parameter {name!r} must have shape {tuple(shape)} and dtype {dtype} as in "
+                f"{recording.path}, got shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+            )
+    return found
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,300 @@
+"""Remaking trained weights from their starting point and a journal."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zofo_kernels import NOISE_VERSION, Direction, Shift, Weights, perturb_, update_
+
+from ..checks import caller_level
+from .errors import JournalError
+from .fingerprint import backend_name, fingerprints
+from .format import Part
+from .match import by_name, some
+from .reader import Recording, read
+
+# Elements that go through all steps together: in a core's cache on the CPU. A GPU has enough to
+# do only with more, and moves them fast.
+_PIECE = {"cpu": 1 << 18}
+_LARGE_PIECE = 1 << 26
+
+
+class Replayed(NamedTuple):
+    """What :func:`replay` did."""
+
+    start: int
+    """Step of the given weights: the number of updates in them."""
+    stop: int
+    """Step of the weights now."""
+    verified: bool | None
+    """Whether they are the trained weights to the bit; None where the journal has no fingerprints
+    of the weights at that step."""
+
+
+class Span(NamedTuple):
+    """The part of a journal that is to be applied."""
+
+    low: int
+    high: int
+    """Range in the journal's step records."""
+    start: int
+    stop: int
+    parts: list[tuple[Part, ...]]
+
+
+def replay(
+    model: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str] | Recording,
+    *,
+    start: int | None = None,
+    stop: int | None = None,
+    partial: bool = False,
+    check: bool = True,
+    backend: str = "auto",
+    progress: Callable[[int, int], Any] | None = None,
+) -> Replayed:
+    """Take a model's zeroth-order weights through the steps of a journal, in place.
+
+    The result is bit-identical to the trained weights: with Rademacher noise on every backend and
+    device, with Gaussian noise on the backend that trained. With Gaussian noise on another one,
+    it agrees to the rounding of the noise. Needs no data and no forward pass. In-place
+    perturbations are done again, as they round; streamed ones leave nothing to do.
+
+    Each piece of the weights goes through all steps before the next one is touched. An error
+    before the first write (everything but running out of memory, or a Ctrl-C) changes nothing.
+
+    Args:
+        model: holds the starting weights: the base model, its peft model, or a mapping from
+            parameter names to tensors, such as a state dict. Parameters have the dtypes in which
+            they were trained.
+        path: the journal, or what :func:`read` made of it.
+        start: the step of the given weights, if they are a later checkpoint; default: the
+            journal's first.
+        stop: the step to go to; default: the journal's last.
+        partial: where the journal was not closed, or is damaged, go as far as it is sound, with
+            a warning. Not needed if ``stop`` is within its sound part.
+        check: compare fingerprints before (where there are any for the step) and after. Reads
+            all weights twice.
+        backend: as in :class:`HybridZOFO`.
+        progress: called with the number of elements done and in all.
+
+    Returns:
+        :class:`Replayed`.
+
+    Raises:
+        JournalError: the journal is damaged or incomplete, belongs to other weights, or the result
+            is not what was trained where it must be.
+        TypeError, ValueError: an argument that cannot be used.
+        OSError: the file cannot be read.
+    """
+    recording = path if isinstance(path, Recording) else read(path)
+    span = choose(recording, start, stop, partial)
+    found = by_name(model, recording)
+    if check:
+        check_start(recording, span.low, found)
+    apply(recording, span, found, backend, progress)
+    verified = verify_end(recording, span.high, found, backend) if check else None
+    return Replayed(span.start, span.stop, verified)
+
+
+def choose(recording: Recording, start: int | None, stop: int | None, partial: bool) -> Span:
+    """The records to apply; see :func:`replay` for what it raises."""
+    version = recording.header["noise_version"]
+    if version != NOISE_VERSION:
+        raise JournalError(
+            f"{recording.path} was made with noise version {version}; this is version "
+            f"{NOISE_VERSION}, which draws other directions"
+        )
+    steps = recording.steps
+    first, last = recording.start, recording.stop
+    begin = first if start is None else start
+    end = last if stop is None else stop
+    for name, value in (("start", begin), ("stop", end)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    if stop is not None and stop > last and partial:
+        end = last
+    if not first <= begin <= end <= last:
+        raise JournalError(
+            f"start and stop must be in order and within the journal's sound steps {first} to "
+            f"{last}, got {begin} and {end}" + (f"; {recording.fault}" if recording.fault else "")
+        )
+    if recording.fault and (stop is None or stop > last):
+        if not partial:
+            raise JournalError(
+                f"{recording.fault}. Pass partial=True to go to step {last}, or stop=<step>"
+            )
+        warnings.warn(f"{recording.fault}; replaying up to step {last}", stacklevel=caller_level())
+    low = sum(parts[0].step < begin for parts in steps)
+    high = len(steps) if stop is None else sum(parts[0].step < end for parts in steps)
+    return Span(low, high, begin, end, steps[low:high])
+
+
+def check_start(recording: Recording, low: int, found: Mapping[str, Tensor]) -> None:
+    """These weights, some or all, are as the journal says before its record ``low``.
+
+    Raises:
+        JournalError: they are not; names the parameters.
+    """
+    wrong = _different(recording, low, found)
+    if wrong:
+        raise JournalError(
+            f"model must have the weights that {recording.path} starts from, but "
+            f"{len(wrong)} of {len(found)} zeroth-order parameters differ: {some(wrong)}; is it "
+            "the same base model and revision, in the same dtype? The journal's metadata: "
+            f"{recording.header['metadata']}"
+        )
+
+
+def verify_end(
+    recording: Recording, high: int, found: Mapping[str, Tensor], backend: str
+) -> bool | None:
+    """Compare with the fingerprints of the trained weights; see :class:`Replayed`.
+
+    Raises:
+        JournalError: they differ though they must not.
+    """
+    wrong = _different(recording, high, found)
+    if not wrong:
+        return None if wrong is None else True
+    if recording.header["distribution"] == "rademacher":
+        raise JournalError(
+            f"replaying {recording.path} did not give the weights that were trained: "
+            f"{some(wrong)} differ"
+        )
+    warnings.warn(
+        f"the weights replayed from {recording.path} are not bit-identical to those trained: with "
+        "Gaussian noise only the same backend on the same kind of machine gives the same bits "
+        f"(trained with {sorted(recording.backends())}, replayed with "
+        f"{sorted({backend_name(p.device, backend) for p in found.values()})})",
+        stacklevel=caller_level(),
+    )
+    return False
+
+
+def _different(recording: Recording, count: int, found: Mapping[str, Tensor]) -> list[str] | None:
+    """Names whose fingerprints differ after ``count`` records; None where it has none."""
+    known = recording.fingerprints(count)
+    if known is None:
+        return None
+    ours = zip(found, fingerprints(found.values()), strict=True)
+    return [name for name, mark in ours if known[name] != mark]
+
+
+# ---- applying -------------------------------------------------------------------------------
+
+
+def apply(
+    recording: Recording,
+    span: Span,
+    found: Mapping[str, Tensor],
+    backend: str = "auto",
+    progress: Callable[[int, int], Any] | None = None,
+) -> None:
+    """Take these weights, some or all, through the steps."""
+    header = recording.header
+    done, total = 0, sum(p.numel() for p in found.values())
+    for position, group in enumerate(header["groups"]):
+        parts = [every[position] for every in span.parts]
+        places = [
+            (found[name], index)
+            for name, index in zip(group["names"], group["indices"], strict=True)
+            if name in found
+        ]
+        for device in {p.device for p, _ in places}:
+            here = [(p, index) for p, index in places if p.device == device]
+            program = _Program(parts, header, device, group["float64"], backend)
+            for weights, size in _pieces(here, _PIECE.get(device.type, _LARGE_PIECE)):
+                program.apply(weights)
+                done += size
+                if progress is not None:
+                    progress(done, total)
+
+
+def _pieces(places: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[Weights, int]]:
+    """The tensors as lists of views of together about ``room`` elements, with their places."""
+    views: list[Tensor] = []
+    indices: list[int] = []
+    offsets: list[int] = []
+    used = 0
+    for tensor, index in places:
+        content = tensor.detach()
+        dense = content.resolve_neg().contiguous()
+        copied = dense.data_ptr() != content.data_ptr()
+        flat = dense.view(-1)
+        for low in range(0, flat.numel(), room):
+            piece = flat[low : low + room]
+            if used and used + piece.numel() > room:
+                yield Weights(views, indices, offsets), used
+                views, indices, offsets, used = [], [], [], 0
+            views.append(piece)
+            indices.append(index)
+            offsets.append(low)
+            used += piece.numel()
+        if copied:  # before the copy is written back
+            if used:
+                yield Weights(views, indices, offsets), used
+            views, indices, offsets, used = [], [], [], 0
+            content.copy_(dense)
+    if used:
+        yield Weights(views, indices, offsets), used
+
+
+class _Program:
+    """The passes of one group's steps, with what they need on the device."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        header: dict[str, Any],
+        device: torch.device,
+        wide: bool,
+        backend: str,
+    ) -> None:
+        self._parts = parts
+        self._distribution = header["distribution"]
+        self._rounding = header["rounding"]
+        self._backend = backend
+        numbers = [x for part in parts for x in (part.lr, *part.coefficients)]
+        dtype = torch.float64 if wide else torch.float32
+        self._numbers = torch.tensor(numbers, dtype=dtype).to(device)
+
+    def apply(self, weights: Weights) -> None:
+        at = 0
+        carried: Shift | None = None
+        for part in self._parts:
+            carried = self._move(weights, part, carried)
+            samples = len(part.coefficients)
+            if samples:
+                update_(
+                    weights,
+                    [self._direction(part, s) for s in range(samples)],
+                    self._numbers[at + 1 : at + 1 + samples],
+                    self._numbers[at],
+                    weight_decay=part.weight_decay,
+                    recover=carried,
+                    rounding=self._rounding,
+                    backend=self._backend,
+                )
+                carried = None
+            at += 1 + samples
+
+    def _direction(self, part: Part, sample: int) -> Direction:
+        return Direction(part.seed, part.step, sample, self._distribution)
+
+    def _move(self, weights: Weights, part: Part, carried: Shift | None) -> Shift | None:
+        for sample, scale in part.path:
+            if scale == 0:
+                perturb_(weights, None, recover=carried, backend=self._backend)
+                carried = None
+            else:
+                shift = Shift(self._direction(part, sample), scale)
+                perturb_(weights, *shift, recover=carried, backend=self._backend)
+                carried = shift
+        return carried

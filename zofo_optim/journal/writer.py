@@ -1,0 +1,442 @@
+"""Journal: writes what each step did to the zeroth-order weights, as it happens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zofo_kernels import NOISE_VERSION
+
+from ..checks import caller_level
+from ..optimizer import HybridZOFO
+from ..perturbation import Update, ZOGroup, path_of
+from .errors import JournalError
+from .fingerprint import backend_name, fingerprints
+from .format import FORMAT_VERSION, Chain, Part, decode_records, encode_header, precise
+from .reader import Recording, read
+
+_MUST_MATCH = ("noise_version", "distribution", "rounding", "perturbation")
+
+
+class _Waiting(NamedTuple):
+    """A step whose numbers are on their way from the device."""
+
+    steps: list[tuple[Update, tuple[tuple[int, float], ...]]]
+    values: Tensor
+    arrived: Any
+
+
+class Journal:
+    """Writes one small record a step to a file, from which :func:`replay` remakes the weights.
+
+    A record has about 10 bytes: the projected gradients, and what else is new. It goes to the
+    file at every step (on a GPU a few steps late, as nothing waits for the device), so it
+    outlives the process; every ``fsync_every`` steps it is made to outlive the machine. With
+    first-order groups, save these (the adapter) and ``optimizer.state_dict()`` as usual; the
+    base model need not be saved.
+
+    Args:
+        path: the file; it must not exist, unless ``resume=True``.
+        resume: go on with the file where there is one. What it has past the optimizer's step,
+            from a run that was not saved, is cut off; the file as it was is kept beside as
+            ``<path>.bak``.
+        fsync_every: steps between calls of ``fsync``; 0 for none but those of ``flush``.
+        metadata: what else the header should say, such as ``{"base": "facebook/opt-1.3b"}``;
+            must be valid JSON.
+
+    Raises:
+        FileExistsError: there is a file and ``resume=False``.
+        TypeError, ValueError: an argument that cannot be used.
+
+    Example:
+        >>> with Journal("run.zofo").attach(optimizer):
+        ...     for batch in loader:
+        ...         optimizer.step(lambda: model(**batch).loss)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        fsync_every: int = 100,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        if not isinstance(fsync_every, int) or isinstance(fsync_every, bool) or fsync_every < 0:
+            raise ValueError(f"fsync_every must be an int >= 0, got {fsync_every!r}")
+        self._resume = resume
+        self._fsync_every = fsync_every
+        self._metadata = dict(metadata or {})
+        self._refuse_existing()
+        encode_header({"metadata": self._metadata})  # raises where it is no JSON
+        self._optimizer: HybridZOFO | None = None
+        self._file: Any = None
+        self._chain: Chain
+        self._buffer = bytearray()
+        self._waiting: deque[_Waiting] = deque()
+        self._told = 0  # moves since the last update that are in the file
+        self._unsynced = 0
+
+    def _refuse_existing(self) -> None:
+        if not self._resume and self.path.exists():
+            raise FileExistsError(
+                f"path must not exist unless resume=True, got {str(self.path)!r}, which does"
+            )
+
+    # ---- beginning --------------------------------------------------------------------------
+
+    def attach(self, optimizer: HybridZOFO, model: nn.Module | None = None) -> Journal:
+        """Write down every step of ``optimizer`` from now on.
+
+        Reads all zeroth-order weights once, for their fingerprints, where the file is new.
+        Loading a state dict into the optimizer later moves the journal to the loaded step.
+
+        Args:
+            optimizer: with at least one zeroth-order group; its weights are the journal's
+                starting point. To resume, load its state dict first.
+            model: names the parameters, where the groups have no ``param_names``
+                (``hybrid_param_groups`` sets them).
+
+        Returns:
+            The journal.
+
+        Raises:
+            TypeError, ValueError: an optimizer that cannot be recorded.
+            RuntimeError: called twice, or while a closure is evaluated.
+            FileExistsError: see the class.
+            JournalError: the file belongs to other parameters or settings, or lacks steps
+                before the optimizer's.
+        """
+        if not isinstance(optimizer, HybridZOFO):
+            raise TypeError(f"optimizer must be a HybridZOFO, got {type(optimizer).__name__}")
+        if self._optimizer is not None:
+            raise RuntimeError("the journal is attached already; use one journal an optimizer")
+        _check_recordable(optimizer)
+        header = _header(optimizer, model, self._metadata)
+        if self._resume and self.path.exists():
+            self._go_on(optimizer, header)
+        else:
+            self._begin(optimizer, header)
+        self._optimizer = optimizer
+        optimizer._listeners.append(self)
+        return self
+
+    def _begin(self, optimizer: HybridZOFO, header: dict[str, Any]) -> None:
+        self._refuse_existing()
+        for group, entry in zip(optimizer.zo_groups(), header["groups"], strict=True):
+            entry["fingerprints"] = fingerprints(group.params)
+        optimizer._path.clear()  # the fingerprints are of what those moves left
+        content, crc = encode_header(header)
+        fresh = self.path.with_name(self.path.name + ".new")
+        with open(fresh, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.path)  # so that no header is ever cut short
+        self._chain = Chain(header, crc)
+        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+        self._file.seek(0, os.SEEK_END)
+        self._lock()
+
+    def _go_on(self, optimizer: HybridZOFO, header: dict[str, Any]) -> None:
+        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+        try:
+            self._lock()
+            recording = read(self.path)
+            _check_same(recording, header)
+            self._cut(optimizer, recording)
+        except BaseException:
+            self._file.close()
+            raise
+        if set(header["backends"]) - recording.backends():
+            self._put(self._chain.event({"backends": header["backends"]}))
+
+    def _cut(self, optimizer: HybridZOFO, recording: Recording) -> None:
+        """Stand after the update before the optimizer's step; drop what follows."""
+        steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
+        kept = 0
+        for record in recording.records:
+            if any(part.step >= at for part, at in zip(record.parts, steps, strict=False)):
+                break
+            kept += 1
+        chain = Chain(recording.header, recording.crc)
+        data = recording.path.read_bytes()
+        end = recording.first
+        for record in islice(decode_records(data, recording.first, chain), kept):
+            end = record.end
+        for part, at in zip(chain.last, steps, strict=True):
+            if part.next_step != at:
+                raise JournalError(
+                    f"{self.path} must reach the optimizer's step {at} to be resumed, got steps "
+                    f"{recording.start} to {part.next_step} "
+                    f"({recording.fault or 'it was closed there'}); load a state dict of one of "
+                    "these steps, or begin a new journal"
+                )
+        if end < recording.size:
+            dropped = recording.stop - chain.last[0].next_step
+            if dropped or recording.end < recording.size:
+                backup = self.path.with_name(self.path.name + ".bak")
+                shutil.copyfile(self.path, backup)
+                warnings.warn(
+                    f"{self.path} is cut at the optimizer's step {steps[0]}: {dropped} later "
+                    f"steps and what is incomplete are dropped; the file as it was is {backup}",
+                    stacklevel=caller_level(),
+                )
+            self._file.truncate(end)
+        self._file.seek(end)
+        self._chain, self._told = chain, 0
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JournalError(f"{self.path} is being written by another journal") from None
+        except OSError:  # a file system without locks
+            return
+
+    # ---- recording --------------------------------------------------------------------------
+
+    def stepped(self, updates: Sequence[Update]) -> None:
+        """Called by the optimizer at the end of each step."""
+        steps = [(update, update.path[self._told :]) for update in updates]
+        self._told = 0
+        real = [t for u in updates for t in (u.coefficients, u.lr.reshape(1))]
+        kind = real[0].device.type
+        exact = torch.float32 if kind == "mps" else torch.float64
+        values = torch.cat([t.detach().to(exact) for t in real])
+        arrived = None
+        if kind != "cpu":
+            values = values.to("cpu", non_blocking=True)
+            arrived = torch.get_device_module(kind).Event()
+            arrived.record()
+        self._waiting.append(_Waiting(steps, values, arrived))
+        self._encode(wait=False)
+        self._unsynced += 1
+        self._write()
+        if self._fsync_every and self._unsynced >= self._fsync_every:
+            self._sync()
+
+    def _encode(self, wait: bool) -> None:
+        """Turn the steps whose numbers have arrived into records."""
+        while self._waiting:
+            steps, values, arrived = self._waiting[0]
+            if arrived is not None and not arrived.query():
+                if not wait:
+                    return
+                arrived.synchronize()
+            self._waiting.popleft()
+            numbers = iter(values.tolist())
+            parts = []
+            for position, (update, path) in enumerate(steps):
+                wide = self._chain.wide[position]
+                found = [precise(next(numbers), wide) for _ in range(update.coefficients.numel())]
+                lr = precise(next(numbers), wide)
+                parts.append(
+                    Part(update.step, update.seed, path, tuple(found), lr, update.weight_decay)
+                )
+            self._buffer += self._chain.step(parts)
+
+    def _put(self, record: bytes) -> None:
+        self._buffer += record
+        self._write()
+
+    def _write(self) -> None:
+        while self._buffer:  # what a full disk refuses stays here for the next attempt
+            del self._buffer[: self._file.write(self._buffer)]
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
+
+    def state_loaded(self) -> None:
+        """Called by the optimizer when a state dict was loaded: go to its step."""
+        optimizer = self._optimizer
+        assert optimizer is not None
+        self.flush()
+        steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
+        if not self._told and steps == [part.next_step for part in self._chain.last]:
+            return
+        try:
+            self._cut(optimizer, read(self.path))
+        except JournalError:
+            self._detach()
+            raise
+
+    def flush(self) -> None:
+        """Write all steps so far, durably. Waits for the device."""
+        self._require_attached()
+        self._encode(wait=True)
+        self._write()
+        self._sync()
+
+    # ---- ending -----------------------------------------------------------------------------
+
+    def stamp(self) -> None:
+        """Write fingerprints of the weights as they are, by which :func:`replay` checks its own.
+
+        Reads all zeroth-order weights once.
+
+        Raises:
+            RuntimeError: not attached, or called while a closure is evaluated.
+        """
+        self._mark(closed=False)
+
+    def close(self, stamp: bool = True) -> None:
+        """End the journal: the last records, fingerprints of the weights, and a closing mark.
+
+        Args:
+            stamp: see :meth:`stamp`. Does nothing where the journal is not attached.
+        """
+        if self._optimizer is None:
+            return
+        self._mark(closed=True, stamp=stamp)
+        self._detach()
+
+    def _mark(self, closed: bool, stamp: bool = True) -> None:
+        optimizer = self._require_attached()
+        if optimizer._evaluating is not None:
+            raise RuntimeError("a journal must not be stamped or closed inside a closure")
+        self._encode(wait=True)
+        event: dict[str, Any] = {"closed": True} if closed else {}
+        groups = optimizer.zo_groups()
+        self._tell_moves(optimizer, groups)
+        if stamp:
+            event["fingerprints"] = [fingerprints(group.params) for group in groups]
+        self._put(self._chain.event(event))
+        self._sync()
+
+    def _tell_moves(self, optimizer: HybridZOFO, groups: Sequence[ZOGroup]) -> None:
+        """Moves that no update followed yet: they may have rounded the weights."""
+        paths = [path_of(optimizer._path, i)[self._told :] for i in range(len(groups))]
+        if not any(paths):
+            return
+        parts = [
+            Part(
+                group.options["zo_step"],
+                group.options["seed"],
+                path,
+                (),
+                last.lr,
+                last.weight_decay,
+            )
+            for group, path, last in zip(groups, paths, self._chain.last, strict=True)
+        ]
+        self._buffer += self._chain.step(parts)
+        self._told = len(optimizer._path)
+
+    def _detach(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer._listeners.remove(self)
+        self._optimizer = None
+        self._file.close()
+
+    def _require_attached(self) -> HybridZOFO:
+        if self._optimizer is None:
+            raise RuntimeError("the journal is not attached to an optimizer")
+        return self._optimizer
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _check_recordable(optimizer: HybridZOFO) -> None:
+    groups = optimizer.zo_groups()
+    if not groups:
+        raise ValueError("optimizer must have a group with mode='zo', got first-order groups only")
+    if optimizer._capturable:
+        raise ValueError(
+            "optimizer must not be capturable, as replays of a CUDA graph cannot be recorded"
+        )
+    if optimizer._evaluating is not None:
+        raise RuntimeError("a journal must not be attached inside a closure")
+    if optimizer._listeners:
+        raise RuntimeError("optimizer has a journal already; close that first")
+    pending = optimizer._pending
+    if pending is not None:
+        known = 0 if pending.coefficients is None else len(pending.coefficients)
+        if known != len(groups):
+            raise RuntimeError(
+                "optimizer must not be in the midst of accumulating for other groups; call "
+                "step() or zero_grad() first"
+            )
+
+
+def _header(
+    optimizer: HybridZOFO, model: nn.Module | None, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    settings = optimizer._settings
+    groups = optimizer.zo_groups()
+    devices = {p.device for group in groups for p in group.params}
+    backends = {backend_name(device, settings.backend) for device in devices}
+    return {
+        "format": FORMAT_VERSION,
+        "noise_version": NOISE_VERSION,
+        "distribution": settings.distribution,
+        "rounding": settings.rounding,
+        "perturbation": settings.perturbation,
+        "estimator": settings.estimator,
+        "num_samples": settings.num_samples,
+        "backends": sorted(backends),
+        "metadata": metadata,
+        "groups": [
+            {
+                "names": _names(group, model),
+                "shapes": [list(p.shape) for p in group.params],
+                "dtypes": [str(p.dtype).removeprefix("torch.") for p in group.params],
+                "indices": group.indices,
+                "float64": any(p.dtype == torch.float64 for p in group.params),
+                "seed": group.options["seed"],
+                "step": group.options["zo_step"],
+            }
+            for group in groups
+        ],
+    }
+
+
+def _names(group: ZOGroup, model: nn.Module | None) -> list[str]:
+    if model is not None:
+        known = {id(p): name for name, p in model.named_parameters()}
+        missing = [
+            name for p, name in zip(group.params, group.names, strict=True) if id(p) not in known
+        ]
+        if missing:
+            raise ValueError(f"model must hold all zeroth-order parameters, not so: {missing}")
+        return [known[id(p)] for p in group.params]
+    if "param_names" in group.options:
+        return group.names
+    return [str(index) for index in group.indices]
+
+
+def _check_same(recording: Recording, header: dict[str, Any]) -> None:
+    """The journal is of this optimizer."""
+    ours, theirs = header, recording.header
+    for key in _MUST_MATCH:
+        if ours[key] != theirs[key]:
+            raise JournalError(
+                f"{recording.path} was made with {key}={theirs[key]!r}, the optimizer has "
+                f"{ours[key]!r}"
+            )
+    for key in ("names", "shapes", "dtypes", "indices"):
+        wanted, found = ([group[key] for group in h["groups"]] for h in (theirs, ours))
+        if wanted != found:
+            raise JournalError(
+                f"{recording.path} is of other zeroth-order parameters: {key} are {wanted} there, "
+                f"{found} in the optimizer"
+            )
