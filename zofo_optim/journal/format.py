@@ -153,7 +153,8 @@ def decode_header(data: bytes, path: object) -> tuple[dict[str, Any], int, int]:
         JournalError: not a journal, of another version, or damaged.
     """
     if data[: len(MAGIC)] != MAGIC:
-        kind = "of another format version" if data[:7] == MAGIC[:7] else "no journal"
+        version = len(data) >= len(MAGIC) and data[:7] == MAGIC[:7]
+        kind = "of another format version" if version else "no journal"
         raise JournalError(f"{path} is {kind}: it must begin with {MAGIC!r}, got {data[:8]!r}")
     cursor = _Cursor(data, len(MAGIC))
     try:
