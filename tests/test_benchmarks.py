@@ -29,8 +29,8 @@ from zofo_bench import (  # noqa: E402
 import zofo_kernels  # noqa: E402
 
 CPU = torch.device("cpu")
-BENCHMARKS = ["perturb", "step", "causal_lm", "growth", "many_tensors"]
-NEED_TRANSFORMERS = ["step", "causal_lm", "many_tensors"]
+BENCHMARKS = ["perturb", "step", "causal_lm", "journal", "growth", "many_tensors"]
+NEED_TRANSFORMERS = ["step", "causal_lm", "journal", "many_tensors"]
 SPREAD = {"median", "p20", "p80"}
 needs_numba = pytest.mark.skipif(
     zofo_kernels.unavailable_reason("cpu") is not None, reason="the CPU backend needs numba"
@@ -391,7 +391,7 @@ def test_arguments_are_checked(capsys):
     for arguments in (["--only", "nothing"], ["--repeats", "0"]):
         with pytest.raises(SystemExit):
             cli.main(arguments)
-    assert "perturb, step, causal_lm, growth, many_tensors" in capsys.readouterr().err
+    assert ", ".join(BENCHMARKS) in capsys.readouterr().err
 
 
 def test_results_of_a_gpu_go_to_a_folder_of_its_name(monkeypatch):

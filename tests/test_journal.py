@@ -129,7 +129,8 @@ def test_several_groups(path):
 
 def test_awkward_tensors_in_small_pieces(path, monkeypatch):
     """Not contiguous, empty, 0-dim; pieces end in the midst of tensors and of Philox calls."""
-    monkeypatch.setattr("zofo_optim.journal.player._PIECE", {"cpu": 100})
+    monkeypatch.setattr("zofo_optim.journal.player.PIECE_STEPS", 1)
+    monkeypatch.setattr("zofo_optim.journal.player.SMALLEST_PIECE", 100)
     torch.manual_seed(0)
     base = {
         "a": torch.randn(31, 17).t(),

@@ -7,7 +7,8 @@ same integers, and bit-identical weights with Rademacher noise.
 from .direction import DISTRIBUTIONS, NOISE_VERSION, Direction, Shift
 from .dispatch import BACKENDS, backend_for, unavailable_reason
 from .interrupt import uninterrupted
-from .ops import ROUNDINGS, noise, perturb_, perturbed, update_
+from .ops import ROUNDINGS, noise, perturb_, perturbed, replay_, update_
+from .passes import Pass, Passes
 from .weights import DTYPES, Weights, check_weight
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "NOISE_VERSION",
     "ROUNDINGS",
     "Direction",
+    "Pass",
+    "Passes",
     "Shift",
     "Weights",
     "backend_for",
@@ -24,6 +27,7 @@ __all__ = [
     "noise",
     "perturb_",
     "perturbed",
+    "replay_",
     "unavailable_reason",
     "uninterrupted",
     "update_",

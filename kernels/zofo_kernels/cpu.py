@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import cpu_kernels as kernels
 from .direction import Direction, Shift
+from .passes import Passes
 from .table import Slot
 
 if sys.byteorder != "little":
@@ -107,7 +109,12 @@ def _run(
         _in_threads(total, table, program)
 
 
-def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) -> None:
+def _in_threads(
+    total: int,
+    table: tuple[Any, ...],
+    program: tuple[Any, ...],
+    kernel: Callable[..., None] = kernels.run_pass,
+) -> None:
     """Elements [0, total) in pieces, taken by the threads as they come free.
 
     Pieces, since a core may be busy for a while: torch's own threads spin on after each of its
@@ -120,7 +127,7 @@ def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) ->
 
     def work() -> None:
         for low, high in pieces:  # next() of a list's iterator is atomic
-            kernels.run_pass(*table, low, high, *program)
+            kernel(*table, low, high, *program)
 
     futures = [_get_pool(threads - 1).submit(work) for _ in range(threads - 1)]
     try:
@@ -135,11 +142,26 @@ def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
     _run(slots, shifts)
 
 
+_NO_KEYS = _key_rows([])
+_NO_STEPS = {kind: np.empty(0, dtype=kind) for kind in (np.float32, np.float64)}
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_key_rows(direction: Direction) -> NDArray[np.int64]:
+    """Of one direction whose step is a number."""
+    return _key_rows([direction])
+
+
 def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift) -> None:
-    """See :func:`zofo_kernels.reference.perturb_copy`."""
+    """See :func:`zofo_kernels.reference.perturb_copy`. Called for many small ones: costs little."""
     for slot, source in zip(slots, sources, strict=True):
         slot.tensor.copy_(source)
-    perturb(slots, [shift])
+    direction = shift.direction
+    keys = _fixed_key_rows(direction) if type(direction.step) is int else _key_rows([direction])
+    for dtype, total, table in _tables(slots):
+        compute = np.float64 if dtype == torch.float64 else np.float32
+        scales = np.array([shift.scale], dtype=compute)
+        _in_threads(total, table, (keys, scales, _NO_KEYS, _NO_STEPS[compute], compute(0), False))
 
 
 def update(
@@ -154,6 +176,36 @@ def update(
     """See :func:`zofo_kernels.reference.update`."""
     shifts = () if recover is None else (Shift(recover.direction, -recover.scale),)
     _run(slots, shifts, directions, coefficients, lr, weight_decay, stochastic)
+
+
+def replay(slots: Sequence[Slot], passes: Passes, stochastic: bool) -> None:
+    """All passes in turn, a chunk that fits in the cache at a time."""
+    for dtype, total, table in _tables(slots):
+        compute = np.float64 if dtype == torch.float64 else np.float32
+        if compute not in passes.cache:
+            passes.cache[compute] = _program(passes, compute)
+        _in_threads(total, table, (*passes.cache[compute], stochastic), kernels.run_passes)
+
+
+def _program(passes: Passes, compute: type) -> tuple[Any, ...]:
+    """What ``run_passes`` takes of the passes."""
+
+    def array(values: Iterable[float]) -> NDArray[Any]:
+        return np.array(list(values), dtype=compute)
+
+    shifts = [shift for one in passes for shift in one.shifts]
+    counts = np.array([len(one.directions) for one in passes], dtype=np.int64)
+    lr = array(one.lr for one in passes)
+    coefficients = array(c for one in passes for c in one.coefficients)
+    return (
+        np.cumsum([len(one.shifts) for one in passes]),
+        _key_rows([shift.direction for shift in shifts]),
+        array(shift.scale for shift in shifts),
+        np.cumsum(counts),
+        _key_rows([direction for one in passes for direction in one.directions]),
+        np.repeat(lr, counts) * coefficients,
+        lr * array(one.weight_decay for one in passes),
+    )
 
 
 def fill_noise(out: Slot, direction: Direction) -> None:

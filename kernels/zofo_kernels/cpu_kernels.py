@@ -266,6 +266,90 @@ def _workspace_overload(memory, buffer):
 
 
 @njit(**FAST)
+def run_passes(
+    example,
+    code,
+    addresses,
+    sizes,
+    indices,
+    offsets,
+    begin,
+    end,
+    shift_ends,
+    shifts,
+    scales,
+    key_ends,
+    keys,
+    steps,
+    decays,
+    stochastic,
+):
+    """All passes over elements [begin, end), chunk by chunk: shifts, then an update if it has one.
+
+    Args:
+        example: an empty array of the storage type: float32, float64 or uint16.
+        code: FP32, BF16, FP16 or FP64.
+        addresses, sizes, indices, offsets: the table, one row a tensor.
+        begin, end: range in the concatenation of the tensors; threads get disjoint ranges.
+        shift_ends, key_ends: for each pass, the end of its rows in those below.
+        shifts: int64 (k, 3): key low, key high, distribution of each shift; scales: (k,).
+        keys: int64 (S, 3) likewise for the updates' directions; steps: (S,), lr times c_s.
+        decays: for each pass lr times weight decay. stochastic: round 16-bit updates
+            stochastically.
+    """
+    words = np.empty(CHUNK // 2, np.uint32)
+    z = np.empty(CHUNK, np.float32)
+    total = np.empty(CHUNK, scales.dtype)
+    buffer = np.empty(CHUNK, np.float32)
+    base = 0
+    for t in range(sizes.shape[0]):
+        low, high = max(begin - base, 0), min(end - base, sizes[t])
+        base += sizes[t]
+        tensor = carray(_pointer(addresses[t]), sizes[t], example.dtype)
+        while low < high:
+            start = np.uint64(offsets[t]) + np.uint64(low)
+            lead = np.int64(start % np.uint64(128))
+            count = min(high - low, CHUNK - lead)
+            memory = tensor[low : low + count]
+            shift, key = 0, 0
+            for k in range(shift_ends.shape[0]):
+                its_shifts, its_scales = (
+                    shifts[shift : shift_ends[k]],
+                    scales[shift : shift_ends[k]],
+                )
+                its_keys, its_steps = keys[key : key_ends[k]], steps[key : key_ends[k]]
+                shift, key = shift_ends[k], key_ends[k]
+                signs_only = (
+                    code == FP32
+                    and lead == 0
+                    and its_steps.shape[0] == 0
+                    and its_shifts.shape[0] == 1
+                    and its_shifts[0, 2] == RADEMACHER
+                )
+                if signs_only:
+                    _shift_by_signs(memory, words, start, count, indices[t], its_shifts, its_scales)
+                    continue
+                _process(
+                    code,
+                    memory,
+                    _workspace(memory, buffer),
+                    start,
+                    count,
+                    indices[t],
+                    its_shifts,
+                    its_scales,
+                    its_keys,
+                    its_steps,
+                    decays[k],
+                    stochastic,
+                    words,
+                    z,
+                    total,
+                )
+            low += count
+
+
+@njit(**FAST)
 def run_pass(
     example,
     code,
@@ -282,52 +366,22 @@ def run_pass(
     decay,
     stochastic,
 ):
-    """Apply shifts, then (where steps is not empty) the update, to elements [begin, end).
-
-    Args:
-        example: an empty array of the storage type: float32, float64 or uint16.
-        code: FP32, BF16, FP16 or FP64.
-        addresses, sizes, indices, offsets: the table, one row a tensor.
-        begin, end: range in the concatenation of the tensors; threads get disjoint ranges.
-        shifts: int64 (k, 3): key low, key high, distribution of each shift; scales: (k,).
-        keys: int64 (S, 3) likewise for the update's directions; steps: (S,), lr times c_s.
-        decay: lr times weight decay. stochastic: round 16-bit updates stochastically.
-    """
-    words = np.empty(CHUNK // 2, np.uint32)
-    z = np.empty(CHUNK, np.float32)
-    total = np.empty(CHUNK, scales.dtype)
-    buffer = np.empty(CHUNK, np.float32)
-    signs_only = (
-        code == FP32 and steps.shape[0] == 0 and shifts.shape[0] == 1 and shifts[0, 2] == RADEMACHER
+    """One pass; see :func:`run_passes`."""
+    run_passes(
+        example,
+        code,
+        addresses,
+        sizes,
+        indices,
+        offsets,
+        begin,
+        end,
+        np.array([shifts.shape[0]]),
+        shifts,
+        scales,
+        np.array([steps.shape[0]]),
+        keys,
+        steps,
+        np.array([decay]),
+        stochastic,
     )
-    base = 0
-    for t in range(sizes.shape[0]):
-        low, high = max(begin - base, 0), min(end - base, sizes[t])
-        base += sizes[t]
-        tensor = carray(_pointer(addresses[t]), sizes[t], example.dtype)
-        while low < high:
-            start = np.uint64(offsets[t]) + np.uint64(low)
-            lead = np.int64(start % np.uint64(128))
-            count = min(high - low, CHUNK - lead)
-            memory = tensor[low : low + count]
-            if signs_only and lead == 0:
-                _shift_by_signs(memory, words, start, count, indices[t], shifts, scales)
-            else:
-                _process(
-                    code,
-                    memory,
-                    _workspace(memory, buffer),
-                    start,
-                    count,
-                    indices[t],
-                    shifts,
-                    scales,
-                    keys,
-                    steps,
-                    decay,
-                    stochastic,
-                    words,
-                    z,
-                    total,
-                )
-            low += count

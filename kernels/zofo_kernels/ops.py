@@ -1,4 +1,4 @@
-"""The four operations on weights: noise, perturb_, perturbed, update_.
+"""The operations on weights: noise, perturb_, perturbed, update_, replay_.
 
 All take a list of tensors as one flat vector: tensor ``i`` draws the noise of parameter
 ``indices[i]`` (default ``i``) from element ``offsets[i]`` (default 0) on. Tensors may have
@@ -9,6 +9,7 @@ are skipped. ``Weights`` in place of the list saves the host's work on repeated 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from .direction import Direction, Shift, check_direction
 from .dispatch import backend_for
 from .interrupt import uninterrupted
-from .table import Slot
+from .passes import Passes
+from .table import Slot, Slots
 from .weights import DTYPES, Weights, as_weights, check_places, check_weight
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -125,19 +127,35 @@ def perturbed(
     *,
     index: int = 0,
     offset: int = 0,
-    backend: str = "auto",
+    rows: Tensor | None = None,
+    backend: str | ModuleType = "auto",
 ) -> Tensor:
-    """RN(w + scale * z) as a new contiguous tensor; ``tensor`` is not written. See perturb_."""
+    """RN(w + scale * z) as a new contiguous tensor; ``tensor`` is not written. See perturb_.
+
+    Args:
+        tensor, direction, scale, index, offset: see :func:`perturb_`.
+        rows: for a matrix, row numbers of any shape: ``perturbed(tensor, ...)[rows]`` to the bit,
+            without the rest. The host reads them.
+        backend: a name, or what ``backend_for`` gave, which saves looking it up.
+    """
     check_weight(tensor)
     check_direction(direction)
     _check_finite("scale", scale)
     check_places([index], [offset], [tensor.numel()])
-    with torch.no_grad():
-        source = tensor.detach().resolve_neg().contiguous()
-        out = torch.empty_like(source)
+    shift = Shift(direction, float(scale))
+    engine = backend_for(tensor.device, backend) if isinstance(backend, str) else backend
+    if rows is not None:
+        out = torch.embedding(tensor.detach(), rows).resolve_neg()
+        width = tensor.shape[1]
+        places = zip(out.view(-1, width).unbind(), rows.flatten().tolist(), strict=True)
+        slots = [Slot(row, index, offset + width * place) for row, place in places]
         if out.numel() > 0:
-            slot, shift = Slot(out, index, offset), Shift(direction, float(scale))
-            backend_for(out.device, backend).perturb_copy([slot], [source], shift)
+            engine.perturb(slots, [shift])
+        return out
+    content = tensor.detach().resolve_neg().contiguous()
+    out = torch.empty_like(content)
+    if out.numel() > 0:
+        engine.perturb_copy([Slot(out, index, offset)], [content], shift)
     return out
 
 
@@ -208,6 +226,83 @@ def update_(
                 rounding == "stochastic",
             )
         weights.mark_changed()
+
+
+def replay_(
+    tensors: Weights | Sequence[Tensor],
+    passes: Passes,
+    *,
+    rounding: str = "stochastic",
+    indices: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> None:
+    """Many passes over the weights, bit for bit as ``perturb_`` and ``update_`` do them in turn.
+
+    On the CPU every few thousand weights go through all of them while they are in a core's cache,
+    and noise that successive shifts and the update share is made once.
+
+    Args:
+        tensors: weights, changed in place: a list of tensors, or :class:`Weights`.
+        passes: what to do; keep the object where it is used again.
+        rounding, indices, offsets, backend: see :func:`update_`.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used; nothing is changed.
+        RuntimeError: the backend is not available here.
+    """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+    _check_passes(passes)
+    weights = as_weights(tensors, indices, offsets)
+    with torch.no_grad(), uninterrupted(), weights.slots() as by_device:
+        engines = {device: backend_for(device, backend) for device in by_device}
+        for device, slots in by_device.items():
+            engine = engines[device]
+            if hasattr(engine, "replay"):
+                engine.replay(slots, passes, rounding == "stochastic")
+            else:
+                _in_turn(engine, device, slots, passes, rounding == "stochastic")
+        weights.mark_changed()
+
+
+def _check_passes(passes: Passes) -> None:
+    if not isinstance(passes, Passes):
+        raise TypeError(f"passes must be a zofo_kernels.Passes, got {type(passes).__name__}")
+    if "checked" in passes.cache:
+        return
+    for one in passes:
+        for shift in one.shifts:
+            _check_shift("shifts", shift)
+        for direction in one.directions:
+            check_direction(direction)
+        if len(one.directions) != len(one.coefficients):
+            raise ValueError(
+                f"coefficients must be as many as directions ({len(one.directions)}), got "
+                f"{len(one.coefficients)}"
+            )
+        _check_finite("weight_decay", one.weight_decay)
+    passes.cache["checked"] = True
+
+
+def _in_turn(
+    engine: ModuleType, device: torch.device, slots: Slots, passes: Passes, stochastic: bool
+) -> None:
+    if device not in passes.cache:
+        numbers = [x for one in passes for x in (one.lr, *one.coefficients)]
+        real = torch.float32 if device.type == "mps" else torch.float64
+        passes.cache[device] = torch.tensor(numbers, dtype=real).to(device)
+    numbers, at = passes.cache[device], 0
+    for one in passes:
+        for shift in one.shifts:
+            engine.perturb(slots, [shift])
+        last = at + 1 + len(one.directions)
+        if one.directions:
+            coefficients, lr = numbers[at + 1 : last], numbers[at]
+            engine.update(
+                slots, one.directions, coefficients, lr, one.weight_decay, None, stochastic
+            )
+        at = last
 
 
 def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:

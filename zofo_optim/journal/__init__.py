@@ -6,8 +6,8 @@ kilobytes.
 """
 
 from .errors import JournalError
-from .reader import Recording, read
 from .player import Replayed, replay
+from .reader import Recording, read
 from .writer import Journal
 
 __all__ = ["Journal", "JournalError", "Recording", "Replayed", "read", "replay"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import JournalError
 from .match import match
-from .reader import Recording, read
 from .player import apply, check_start, choose, verify_end
+from .reader import Recording, read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from zofo_kernels import NOISE_VERSION, Direction, Shift, Weights, perturb_, update_
+from zofo_kernels import NOISE_VERSION, Direction, Pass, Passes, Shift, Weights, replay_
 
 from ..checks import caller_level
 from .errors import JournalError
@@ -19,10 +18,9 @@ from .format import Part
 from .match import by_name, some
 from .reader import Recording, read
 
-# Elements that go through all steps together: in a core's cache on the CPU. A GPU has enough to
-# do only with more, and moves them fast.
-_PIECE = {"cpu": 1 << 18}
-_LARGE_PIECE = 1 << 26
+PIECE_STEPS = 1 << 32
+"""Elements times steps between calls of ``progress``: some seconds on a CPU."""
+SMALLEST_PIECE = 1 << 20
 
 
 class Replayed(NamedTuple):
@@ -201,7 +199,7 @@ def apply(
     header = recording.header
     done, total = 0, sum(p.numel() for p in found.values())
     for position, group in enumerate(header["groups"]):
-        parts = [every[position] for every in span.parts]
+        passes = _passes([every[position] for every in span.parts], header["distribution"])
         places = [
             (found[name], index)
             for name, index in zip(group["names"], group["indices"], strict=True)
@@ -209,12 +207,16 @@ def apply(
         ]
         for device in {p.device for p, _ in places}:
             here = [(p, index) for p, index in places if p.device == device]
-            program = _Program(parts, header, device, group["float64"], backend)
-            for weights, size in _pieces(here, _PIECE.get(device.type, _LARGE_PIECE)):
-                program.apply(weights)
+            for weights, size in _pieces(here, _room(len(passes))):
+                replay_(weights, passes, rounding=header["rounding"], backend=backend)
                 done += size
                 if progress is not None:
                     progress(done, total)
+
+
+def _room(steps: int) -> int:
+    """Elements that go through all steps together."""
+    return max(SMALLEST_PIECE, PIECE_STEPS // max(steps, 1))
 
 
 def _pieces(places: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[Weights, int]]:
@@ -246,55 +248,24 @@ def _pieces(places: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[W
         yield Weights(views, indices, offsets), used
 
 
-class _Program:
-    """The passes of one group's steps, with what they need on the device."""
+def _passes(parts: Sequence[Part], distribution: str) -> Passes:
+    """One group's steps as passes over its weights."""
+    return Passes(_pass(part, distribution) for part in parts)
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        header: dict[str, Any],
-        device: torch.device,
-        wide: bool,
-        backend: str,
-    ) -> None:
-        self._parts = parts
-        self._distribution = header["distribution"]
-        self._rounding = header["rounding"]
-        self._backend = backend
-        numbers = [x for part in parts for x in (part.lr, *part.coefficients)]
-        dtype = torch.float64 if wide else torch.float32
-        self._numbers = torch.tensor(numbers, dtype=dtype).to(device)
 
-    def apply(self, weights: Weights) -> None:
-        at = 0
-        carried: Shift | None = None
-        for part in self._parts:
-            carried = self._move(weights, part, carried)
-            samples = len(part.coefficients)
-            if samples:
-                update_(
-                    weights,
-                    [self._direction(part, s) for s in range(samples)],
-                    self._numbers[at + 1 : at + 1 + samples],
-                    self._numbers[at],
-                    weight_decay=part.weight_decay,
-                    recover=carried,
-                    rounding=self._rounding,
-                    backend=self._backend,
-                )
-                carried = None
-            at += 1 + samples
+def _pass(part: Part, distribution: str) -> Pass:
+    """Each move takes off what the one before it added; the update starts from where they end."""
 
-    def _direction(self, part: Part, sample: int) -> Direction:
-        return Direction(part.seed, part.step, sample, self._distribution)
+    def along(sample: int) -> Direction:
+        return Direction(part.seed, part.step, sample, distribution)
 
-    def _move(self, weights: Weights, part: Part, carried: Shift | None) -> Shift | None:
-        for sample, scale in part.path:
-            if scale == 0:
-                perturb_(weights, None, recover=carried, backend=self._backend)
-                carried = None
-            else:
-                shift = Shift(self._direction(part, sample), scale)
-                perturb_(weights, *shift, recover=carried, backend=self._backend)
-                carried = shift
-        return carried
+    shifts: list[Shift] = []
+    carried: Shift | None = None
+    for sample, scale in (*part.path, (0, 0.0)):
+        if carried is not None:
+            shifts.append(carried._replace(scale=-carried.scale))
+        carried = Shift(along(sample), scale) if scale else None
+        if carried is not None:
+            shifts.append(carried)
+    directions = tuple(along(sample) for sample in range(len(part.coefficients)))
+    return Pass(tuple(shifts), directions, part.coefficients, part.lr, part.weight_decay)
