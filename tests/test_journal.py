@@ -1,5 +1,6 @@
 """Journals: what is recorded, replayed, resumed."""
 
+import dataclasses
 import itertools
 import warnings
 
@@ -12,6 +13,7 @@ from torch import nn
 from zofo_kernels import perturb_
 from zofo_optim import HybridZOFO, Journal, replay
 from zofo_optim.journal import JournalError, read
+from zofo_optim.journal.format import Part, precise
 
 
 @pytest.fixture
@@ -187,6 +189,26 @@ def test_a_record_is_small(path):
             sizes.append(path.stat().st_size)
     assert sizes[50] - sizes[0] == 50 * 10
     assert sizes[100] - sizes[50] == 50 * 14
+
+
+def test_a_long_training_of_a_large_model_is_small(path):
+    """20,000 steps of Llama-7B, with a learning rate that changes in every step."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+    named = dict(model.named_parameters())
+    assert sum(p.numel() for p in named.values()) > 6.7e9
+    small = [torch.zeros(2, dtype=torch.bfloat16) for _ in named]
+    groups = [dict(params=small, param_names=list(named), mode="zo")]
+    optimizer = HybridZOFO(groups)
+    with Journal(path).attach(optimizer) as journal:
+        chain, data = journal._chain, bytearray()
+        for step in range(20_000):
+            part = Part(step, 0, ((0, 1e-3), (0, -1e-3)), (float(step),), 1e-6 / (1 + step), 0.0)
+            data += chain.step([dataclasses.replace(part, lr=precise(part.lr, wide=False))])
+        journal._put(bytes(data))
+        shapes = sum(len(str(list(p.shape))) for p in named.values())
+    assert path.stat().st_size + shapes < 350_000
 
 
 def test_records_reach_the_file_in_the_step(path):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,17 @@ def test_loading_leaves_no_trace_in_the_groups():
     other.optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="needs a closure"):
         other.optimizer.step()
+
+
+def test_other_settings_are_told():
+    """The step goes on, along other directions."""
+    run, other = Run(), Run(distribution="rademacher", num_samples=2)
+    run.halves(0, 2)
+    state = run.optimizer.state_dict()
+    with pytest.warns(UserWarning, match=r"num_samples=1 \(here 2\), distribution='gaussian'"):
+        other.optimizer.load_state_dict(state)
+    assert "zo_settings" not in other.optimizer.param_groups[0]
+    other.halves(2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Run().optimizer.load_state_dict(state)

@@ -243,6 +243,8 @@ class HybridZOFO(Optimizer):
         for group in state["param_groups"]:
             if isinstance(group.get("zo_step"), Tensor):
                 group["zo_step"] = int(group["zo_step"])
+        for group in zo:
+            group["zo_settings"] = self._settings.of_the_path()
         if zo and self._pending is not None:
             zo[0]["zo_pending"] = self._pending.saved()
         if zo and self._path:
@@ -252,18 +254,24 @@ class HybridZOFO(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
 
+        Warns where the state was saved by an optimizer with other settings: it then goes on along
+        other directions.
+
         Raises:
             ValueError: the groups' number, sizes or modes differ.
         """
         super().load_state_dict(state_dict)
         self._pending = None  # belongs to the directions of the step that was left
         self._path.clear()
+        settings: dict[str, Any] = {}
         for group in self.param_groups:
             saved = group.pop("zo_pending", None)
             if saved is not None:
                 self._pending = Pending.loaded(saved, group["params"][0].device)
+            settings = group.pop("zo_settings", settings)
             for sample, scales in group.pop("zo_path", ()):
                 self._path.append(Move(sample, tuple(scales)))
+        self._warn_about_settings(settings)
         for listener in self._listeners:
             listener.state_loaded()
 
@@ -510,6 +518,21 @@ class HybridZOFO(Optimizer):
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=caller_level())
+
+    def _warn_about_settings(self, saved: dict[str, Any]) -> None:
+        ours = self._settings.of_the_path()
+        others = [
+            f"{name}={value!r} (here {ours[name]!r})"
+            for name, value in saved.items()
+            if name in ours and value != ours[name]
+        ]
+        if others:
+            warnings.warn(
+                "state_dict was saved by an optimizer constructed with "
+                + ", ".join(others)
+                + "; the same path is followed only with the same settings",
+                stacklevel=caller_level(),
+            )
 
     def _warn_about_losses(
         self,

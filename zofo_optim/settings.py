@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from zofo_kernels import BACKENDS, DISTRIBUTIONS, ROUNDINGS, unavailable_reason
 
@@ -44,3 +45,13 @@ class Settings:
             reason = unavailable_reason(self.backend)
             if reason is not None:
                 raise RuntimeError(f"backend={self.backend!r} is not available: {reason}")
+
+    def of_the_path(self) -> dict[str, Any]:
+        """Those by which the weights would come out differently."""
+        return {
+            "estimator": self.estimator,
+            "num_samples": self.num_samples,
+            "distribution": self.distribution,
+            "perturbation": self.perturbation,
+            "rounding": self.rounding,
+        }
