@@ -18,6 +18,13 @@ from zofo_optim import HybridZOFO
 POINTS = 60  # random places a case
 
 
+@pytest.fixture(autouse=True)
+def grad_mode():
+    """Ctrl-C in the exit of torch's own no_grad, around a step, leaves gradients off."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 class Fault(Exception):
     pass
 

@@ -96,6 +96,60 @@ def test_inactive_adapters_are_left_out():
     assert not any("lora_" in n or "modules_to_save" in n for n in parts["zo"])
 
 
+def unused(model, **batch):
+    """Zeroth-order names that do not reach the loss, and reaching ones that are left out."""
+    parts = split(model)
+    chosen = {id(p) for group in parts.values() for p in group.values()}
+    model.eval()
+    idle, missed = set(), set()
+    with torch.no_grad():
+        before = model(**batch).loss
+        for name, p in model.named_parameters():
+            kept = p.clone()
+            p.add_(torch.randn_like(p))
+            reaches = model(**batch).loss != before
+            p.copy_(kept)
+            if name in parts["zo"] and not reaches:
+                idle.add(name)
+            if id(p) not in chosen and reaches:
+                missed.add(name)
+    return idle, missed
+
+
+@pytest.mark.parametrize("state", ["active", "merged", "disabled", "other"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("LNTuningConfig", {}), ("FrodConfig", {"target_modules": ["q_proj", "v_proj"]})],
+)
+def test_base_layers_that_an_adapter_replaces(kind, options, state):
+    """They are left out as long as the forward pass goes by the adapter."""
+    if not hasattr(peft, kind):
+        pytest.skip(f"peft {peft.__version__} has no {kind}")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(tiny_llama(tie=False), config)
+    if state == "merged":
+        model.merge_adapter()
+    elif state == "disabled":
+        model.base_model.disable_adapter_layers()
+    elif state == "other":
+        model.add_adapter("other", config)
+        model.set_adapter("other")
+    tokens = torch.arange(50).reshape(5, 10)
+    assert unused(model, input_ids=tokens, labels=tokens) == (set(), set())
+    if state == "active":
+        replaced = [n for n in split(model)["zo"] if n.endswith("base_layer.weight")]
+        assert replaced == []
+
+
+def test_saved_modules_that_are_disabled():
+    model = lora_bert()
+    model.base_model.disable_adapter_layers()
+    parts = split(model)
+    assert list(parts) == ["zo"]
+    assert sum("original_module" in name for name in parts["zo"]) == 2
+    assert not any("lora_" in n or "modules_to_save" in n for n in parts["zo"])
+
+
 def test_non_float_tensors_and_plain_models():
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(3), requires_grad=False)

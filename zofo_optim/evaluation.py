@@ -90,8 +90,15 @@ def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
     watch = _ClosureWatch(swallow=not gradients)
-    with torch.set_grad_enabled(gradients), watch:
-        returned = closure()
+    recording = torch.is_grad_enabled()
+    try:
+        with torch.set_grad_enabled(gradients), watch:
+            returned = closure()
+    finally:
+        # Ctrl-C at the block's edges can skip their own undoing: a mode that stays on torch's
+        # stack must only pass calls on
+        watch.swallow = watch.captured = False
+        torch.set_grad_enabled(recording)
     loss = scalar_loss(returned)
     backpropagated = watch.called
     if gradients and not watch.called and loss.requires_grad:
@@ -126,9 +133,9 @@ def scalar_loss(returned: Any) -> Tensor:
 def gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Detach ``.grad`` for the block, so that nothing a closure does can change or clear it."""
     kept = [(p, p.grad) for p in parameters if p.grad is not None]
-    for p, _ in kept:
-        p.grad = None
     try:
+        for p, _ in kept:
+            p.grad = None
         yield
     finally:
         for p, grad in kept:

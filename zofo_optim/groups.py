@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from zofo_kernels import check_weight
 
+_STANDS_IN = {
+    "modules_to_save": "original_module",
+    "ln_tuning_layers": "base_layer",
+    "frod_lambda_l": "base_layer.weight",
+}
+"""Where peft replaces rather than adds: its attribute, by adapter, and what that stands in for."""
+
 
 def hybrid_param_groups(
     model: nn.Module,
@@ -27,8 +34,9 @@ def hybrid_param_groups(
     ``modules_to_save`` are first-order, the frozen base model is zeroth-order. A model without
     trainable parameters gives one ZO group (plain MeZO), one without frozen ones one FO group.
     Tied weights count once. Left out of the ZO group, since they do not reach the loss or
-    cannot be perturbed: frozen originals that ``modules_to_save`` replaces, weights of inactive
-    adapters, and tensors that are not float32, float64, bfloat16 or float16.
+    cannot be perturbed: frozen originals that an adapter replaces (``modules_to_save``,
+    LayerNorm tuning, FRoD), weights of inactive adapters, and tensors that are not float32,
+    float64, bfloat16 or float16.
 
     Args:
         model: any module; call this after peft has wrapped it.
@@ -150,20 +158,32 @@ def _unreached(model: nn.Module) -> set[str]:
             *getattr(module, "adapter_layer_names", ()),
             *getattr(module, "other_param_names", ()),
         ]
-        replaced = getattr(module, "modules_to_save", None)
-        if isinstance(replaced, nn.ModuleDict) and hasattr(module, "original_module"):
-            active = set(getattr(module, "active_adapters", replaced.keys()))
-            if active & set(replaced.keys()):
-                own.append("original_module")
-        for child in own:
+        for child in (*own, *_replaced(module)):
             start = f"{prefix}.{child}" if prefix else child
-            part = getattr(module, child, None)
+            part: Any = module
+            for attribute in child.split("."):
+                part = getattr(part, attribute, None)
             if isinstance(part, nn.Parameter):
                 names.add(start)
             elif isinstance(part, nn.Module | nn.ParameterDict):
                 inside = part.named_parameters(remove_duplicate=False)
                 names.update(f"{start}.{name}" for name, _ in inside)
     return names
+
+
+def _replaced(module: nn.Module) -> list[str]:
+    """What of the base model the active adapter of a peft module stands in for."""
+    found = []
+    for attribute, base in _STANDS_IN.items():
+        adapters = getattr(module, attribute, None)
+        if not isinstance(adapters, nn.ModuleDict | nn.ParameterDict):
+            continue
+        if getattr(module, "disable_adapters", False) or getattr(module, "merged_adapters", ()):
+            continue  # the forward pass is the base layer's
+        active = set(getattr(module, "active_adapters", adapters.keys()))
+        if active & set(adapters.keys()):
+            found.append(base)
+    return found
 
 
 def _size(parameters: Sequence[Tensor]) -> str:

@@ -3,12 +3,18 @@
 This file is the maths. It runs on any device, allocates temporaries, and is slow; every other
 backend is tested against it. Integers are carried in int64 tensors, whose products wrap modulo
 2^64 and so keep the 64 bits that Philox needs.
+
+A pass works in chunks. Each is computed in temporaries before it is written, which needs no
+memory, so that a chunk is done whole or not at all. One whose temporaries cannot be allocated is
+done in halves, down to ``SMALLEST`` elements; chunks do not affect the result. Only if those few
+bytes cannot be had either does the pass raise half-way, with every chunk before that point done
+and none after it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +29,8 @@ from .direction import (
 )
 from .table import Slot
 
-CHUNK = 1 << 18  # elements at a time: bounds the temporaries; a multiple of 128
+CHUNK = 1 << 18  # elements at a time: bounds the temporaries; a multiple of SMALLEST
+SMALLEST = 1 << 10  # elements of a chunk that is not halved; a multiple of 128
 _MASK = 0xFFFFFFFF
 
 
@@ -151,11 +158,34 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(slot: Slot) -> Iterator[tuple[Tensor, int]]:
-    """Pieces of a slot's contiguous tensor as flat views, with their global start."""
-    flat = slot.tensor.view(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        yield flat[start : start + CHUNK], slot.offset + start
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch has no class of its own for the CPU's allocator and some accelerators'
+    message = str(error).lower()
+    return "allocate memory" in message or "out of memory" in message
+
+
+def _write(slot: Slot, source: Tensor, compute: Callable[[Tensor, int, int], Tensor]) -> None:
+    """slot <- compute(w, parameter, start) for the chunks w of ``source``, alike or the same.
+
+    Args:
+        compute: from a flat chunk, its parameter's index and the number of its first element
+            there to a tensor of the chunk's shape and dtype; must not write to the chunk.
+    """
+    before, after = source.view(-1), slot.tensor.view(-1)
+    done, size = 0, CHUNK
+    while done < after.numel():
+        chunk = before[done : done + size]
+        try:
+            value = compute(chunk, slot.parameter, slot.offset + done)
+        except (MemoryError, RuntimeError) as error:
+            if chunk.numel() <= SMALLEST or not _out_of_memory(error):
+                raise
+            size = max(chunk.numel() // 2 // SMALLEST, 1) * SMALLEST
+            continue
+        after[done : done + size].copy_(value)
+        done += size
 
 
 def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
@@ -168,19 +198,24 @@ def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
 
 def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
     """w <- RN(w + scale z) for each shift in turn, in place."""
+
+    def moved(w: Tensor, index: int, start: int) -> Tensor:
+        for shift in shifts:
+            w = _shifted(w, shift, index, start)
+        return w
+
     for slot in slots:
-        for w, start in _chunks(slot):
-            value = w
-            for shift in shifts:
-                value = _shifted(value, shift, slot.parameter, start)
-            w.copy_(value)
+        _write(slot, slot.tensor, moved)
 
 
 def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift) -> None:
     """slots <- RN(source + scale z), source and slot alike but in memory."""
+
+    def moved(w: Tensor, index: int, start: int) -> Tensor:
+        return _shifted(w, shift, index, start)
+
     for slot, source in zip(slots, sources, strict=True):
-        slot.tensor.copy_(source)
-    perturb(slots, [shift])
+        _write(slot, source, moved)
 
 
 def update(
@@ -197,32 +232,38 @@ def update(
     The order of the roundings is part of the definition: products lr c_s and lr weight_decay
     in the compute dtype, the sum over s from the left, then the decay, then the subtraction.
     """
-    for slot in slots:
-        compute = compute_dtype(slot.tensor.dtype)
+    factors = {}  # for all dtypes before the first write: see the top of this file
+    for compute in {compute_dtype(slot.tensor.dtype) for slot in slots}:
         rate = lr.to(compute)
         steps = rate * coefficients.to(compute)
         decay = rate * torch.tensor(weight_decay, dtype=compute, device=rate.device)
-        for w, start in _chunks(slot):
-            if recover is None:
-                value = w.to(compute)
-            else:
-                back = Shift(recover.direction, -recover.scale)
-                value = _shifted(w, back, slot.parameter, start).to(compute)
-            delta = torch.zeros_like(value)
-            for direction, step in zip(directions, steps.unbind(), strict=True):
-                z = direction_values(direction, slot.parameter, start, w.numel(), w.device)
-                delta = delta + step * z.to(compute)
-            if weight_decay != 0:
-                delta = torch.where(decay == 0, delta, delta + decay * value)
-            value = value - delta
-            if stochastic and w.dtype in (torch.bfloat16, torch.float16):
-                bits = rounding_values(directions[0], slot.parameter, start, w.numel(), w.device)
-                w.copy_(round_stochastic(value, bits, w.dtype))
-            else:
-                w.copy_(value)
+        factors[compute] = steps.unbind(), decay
+    back = None if recover is None else Shift(recover.direction, -recover.scale)
+
+    def updated(w: Tensor, index: int, start: int) -> Tensor:
+        compute = compute_dtype(w.dtype)
+        steps, decay = factors[compute]
+        value = (w if back is None else _shifted(w, back, index, start)).to(compute)
+        delta = torch.zeros_like(value)
+        for direction, step in zip(directions, steps, strict=True):
+            z = direction_values(direction, index, start, w.numel(), w.device)
+            delta = delta + step * z.to(compute)
+        if weight_decay != 0:
+            delta = torch.where(decay == 0, delta, delta + decay * value)
+        value = value - delta
+        if stochastic and w.dtype in (torch.bfloat16, torch.float16):
+            bits = rounding_values(directions[0], index, start, w.numel(), w.device)
+            return round_stochastic(value, bits, w.dtype)
+        return value.to(w.dtype)
+
+    for slot in slots:
+        _write(slot, slot.tensor, updated)
 
 
 def fill_noise(out: Slot, direction: Direction) -> None:
     """out <- z."""
-    for w, start in _chunks(out):
-        w.copy_(direction_values(direction, out.parameter, start, w.numel(), w.device))
+
+    def noise(w: Tensor, index: int, start: int) -> Tensor:
+        return direction_values(direction, index, start, w.numel(), w.device).to(w.dtype)
+
+    _write(out, out.tensor, noise)
