@@ -20,9 +20,11 @@ POINTS = 60  # random places a case
 
 @pytest.fixture(autouse=True)
 def grad_mode():
-    """Ctrl-C in the exit of torch's own no_grad, around a step, leaves gradients off."""
+    """Gradients are on after every fault, as they were before."""
     yield
+    left_off = not torch.is_grad_enabled()
     torch.set_grad_enabled(True)
+    assert not left_off
 
 
 class Fault(Exception):

@@ -347,7 +347,6 @@ class HybridZOFO(Optimizer):
         with self._perturber() as perturber:
             return self._estimate(closure, perturber)
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """``backward(closure)``, then update all groups; without closure, only the update.
 
@@ -359,15 +358,21 @@ class HybridZOFO(Optimizer):
             As :meth:`backward`; then no weight has changed.
         """
         returned = None
-        with self._perturber() as perturber:
-            if closure is not None:
-                returned = self._estimate(closure, perturber)
-            elif self._pending is None:
-                raise RuntimeError(
-                    "step() needs a closure that returns the loss: call step(closure), or "
-                    "backward(closure) before step()"
-                )
-            self._apply(perturber)
+        before = torch.is_grad_enabled()
+        try:
+            torch.set_grad_enabled(False)
+            with self._perturber() as perturber:
+                if closure is not None:
+                    returned = self._estimate(closure, perturber)
+                elif self._pending is None:
+                    raise RuntimeError(
+                        "step() needs a closure that returns the loss: call step(closure), or "
+                        "backward(closure) before step()"
+                    )
+                self._apply(perturber)
+        finally:
+            with uninterrupted():  # torch.no_grad() may leave gradients off after a Ctrl-C
+                torch.set_grad_enabled(before)
         return returned
 
     def _perturber(self) -> Perturbation:
@@ -491,26 +496,26 @@ class HybridZOFO(Optimizer):
         """FO step first: if it raises, the perturber still restores the ZO weights."""
         pending = self._pending
         assert pending is not None
+        coefficients = [] if pending.coefficients is None else list(pending.coefficients)
+        # all that can fail for want of memory comes before any weight changes; a ZO group that was
+        # added after backward() has no coefficients
+        prepared = [
+            perturber.prepare(position, values, pending.gate(group.options["lr"]))
+            for position, (group, values) in enumerate(
+                zip(perturber.groups, coefficients, strict=False)
+            )
+        ]
         with uninterrupted():
             if pending.first_order_is_healthy(self._fo_parameters()):
                 self._fo.step()
-            updates = []
-            for position, group in enumerate(perturber.groups):
-                if pending.coefficients is None:  # a ZO group added after backward()
-                    break
-                if position < len(pending.coefficients):
-                    update = perturber.update(
-                        position,
-                        pending.coefficients[position],
-                        pending.gate(group.options["lr"]),
-                        self._settings.rounding,
-                    )
-                    updates.append(update)
+            for position, update in enumerate(prepared):
+                perturber.update(position, update, self._settings.rounding)
+            for group in perturber.groups:
                 group.options["zo_step"] += 1
             self._pending = None
             self._path.clear()
             for listener in self._listeners:
-                listener.stepped(updates)
+                listener.stepped(prepared)
 
     # ---- warnings ---------------------------------------------------------------------------
 

@@ -141,40 +141,34 @@ class Perturbation(ABC):
     def _shift(self, group: ZOGroup, sample: int, sign: int) -> Shift:
         return Shift(group.direction(sample, self._distribution), sign * group.mu)
 
-    def update(
-        self,
-        position: int,
-        coefficients: Tensor,
-        lr: Tensor,
-        rounding: str,
-    ) -> Update:
+    def prepare(self, position: int, coefficients: Tensor, lr: Tensor) -> Update:
+        """What a step will do to group ``position``, whose weights stay as they are."""
+        options = self.groups[position].options
+        return Update(
+            options["seed"],
+            options["zo_step"],
+            path_of(self.path, position),
+            -coefficients if options["maximize"] else coefficients,
+            lr,
+            float(options["weight_decay"]),
+        )
+
+    def update(self, position: int, update: Update, rounding: str) -> None:
         """Take group ``position`` from wherever it is to its updated weights, in one pass."""
         group = self.groups[position]
-        samples = range(coefficients.numel())
-        if group.options["maximize"]:
-            coefficients = -coefficients
-        decay = group.options["weight_decay"]
+        samples = range(update.coefficients.numel())
         with uninterrupted():
             update_(
                 group.weights,
                 [group.direction(s, self._distribution) for s in samples],
-                coefficients,
-                lr,
-                weight_decay=decay,
+                update.coefficients,
+                update.lr,
+                weight_decay=update.weight_decay,
                 recover=self._carried[position],
                 rounding=rounding,
                 backend=self._backend,
             )
             self._carried[position] = None
-        options = group.options
-        return Update(
-            options["seed"],
-            options["zo_step"],
-            path_of(self.path, position),
-            coefficients,
-            lr,
-            float(decay),
-        )
 
 
 class InPlacePerturbation(Perturbation):

@@ -6,7 +6,8 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,7 @@ def _run(
 ) -> None:
     """One pass: shifts, then the update where directions are given."""
     shift_keys, update_keys = _key_rows([s.direction for s in shifts]), _key_rows(directions)
+    launches = []
     for dtype, total, table in _tables(slots):
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         scales = torch.tensor([s.scale for s in shifts], dtype=compute).numpy()
@@ -106,7 +108,19 @@ def _run(
             steps = rate * coefficients.to(compute)
             decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1)
         program = (shift_keys, scales, update_keys, steps.numpy(), decay.numpy()[0], stochastic)
-        _in_threads(total, table, program)
+        launches.append((total, table, program))
+    _launch(launches, kernels.run_pass)
+
+
+def _launch(
+    launches: Sequence[tuple[int, tuple[Any, ...], tuple[Any, ...]]], kernel: Callable[..., None]
+) -> None:
+    """Each dtype in turn; nothing is allocated or compiled once the first weight is written."""
+    if len(launches) > 1:
+        for _, table, program in launches:
+            kernel(*table, 0, 0, *program)
+    for total, table, program in launches:
+        _in_threads(total, table, program, kernel)
 
 
 def _in_threads(
@@ -129,8 +143,11 @@ def _in_threads(
         for low, high in pieces:  # next() of a list's iterator is atomic
             kernel(*table, low, high, *program)
 
-    futures = [_get_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    futures: list[Future[None]] = []
     try:
+        with suppress(RuntimeError):  # no more threads to be had: those that there are do it
+            for _ in range(threads - 1):
+                futures.append(_get_pool(threads - 1).submit(work))
         work()
     finally:
         for future in futures:
@@ -180,11 +197,13 @@ def update(
 
 def replay(slots: Sequence[Slot], passes: Passes, stochastic: bool) -> None:
     """All passes in turn, a chunk that fits in the cache at a time."""
+    launches = []
     for dtype, total, table in _tables(slots):
         compute = np.float64 if dtype == torch.float64 else np.float32
         if compute not in passes.cache:
             passes.cache[compute] = _program(passes, compute)
-        _in_threads(total, table, (*passes.cache[compute], stochastic), kernels.run_passes)
+        launches.append((total, table, (*passes.cache[compute], stochastic)))
+    _launch(launches, kernels.run_passes)
 
 
 def _program(passes: Passes, compute: type) -> tuple[Any, ...]:

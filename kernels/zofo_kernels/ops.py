@@ -214,13 +214,17 @@ def update_(
     weights = as_weights(tensors, indices, offsets)
     with torch.no_grad(), uninterrupted(), weights.slots() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
+        given = coefficients.detach().resolve_neg()
+        # all copies before any device's weights are written
+        numbers = {
+            device: (given.to(device, non_blocking=True), _on_device(lr, device))
+            for device in by_device
+        }
         for device, slots in by_device.items():
-            rate = _on_device(lr, device)
             engines[device].update(
                 slots,
                 directions,
-                coefficients.detach().resolve_neg().to(device, non_blocking=True),
-                rate,
+                *numbers[device],
                 float(weight_decay),
                 recover,
                 rounding == "stochastic",

@@ -1,0 +1,79 @@
+"""The CPU backend where memory or threads cannot be had: a pass is done as a whole, or not."""
+
+import pytest
+import torch
+from conftest import same_bits, weights
+from torch.overrides import TorchFunctionMode
+
+from zofo_kernels import Direction, Pass, Passes, Shift, perturb_, replay_, update_
+
+cpu = pytest.importorskip("zofo_kernels.cpu")
+
+DIRECTION = Direction(1, 2)
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+
+
+class FailAt(TorchFunctionMode):
+    """In place of the n-th call that makes a tensor."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.place -= isinstance(result, torch.Tensor)
+        if self.place == 0:
+            self.place = -1
+            raise torch.OutOfMemoryError("at this call")
+        return result
+
+
+def update(tensors):
+    update_(
+        tensors, [DIRECTION], torch.ones(1), 0.1, weight_decay=0.1, recover=Shift(DIRECTION, 1e-3)
+    )
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda tensors: perturb_(tensors, DIRECTION, 0.1, recover=Shift(DIRECTION, 1e-3)),
+        update,
+        lambda tensors: replay_(tensors, Passes([Pass((), (DIRECTION,), (1.0,), 0.1)])),
+    ],
+    ids=["perturb_", "update_", "replay_"],
+)
+def test_no_memory_at_any_torch_call(operation):
+    place = 0
+    while True:
+        place += 1
+        made = [weights((300,), dtype) for dtype in DTYPES]
+        before = [w.clone() for w in made]
+        try:
+            with FailAt(place):
+                operation(made)
+        except torch.OutOfMemoryError:
+            for a, b in zip(made, before, strict=True):
+                assert same_bits(a, b)
+        else:
+            break
+    assert place > 4
+    assert not any(same_bits(a, b) for a, b in zip(made, before, strict=True))
+
+
+def test_no_threads_to_be_had(monkeypatch, threads):
+    threads(4)
+    expected, made = weights((400_000,), torch.float32), weights((400_000,), torch.float32)
+    update([expected])
+    calls = []
+
+    class Pool:
+        def submit(self, work):
+            calls.append(work)
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(cpu, "_get_pool", lambda size: Pool())
+    update([made])
+    assert calls
+    assert same_bits(made, expected)
