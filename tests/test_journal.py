@@ -338,6 +338,12 @@ def test_bad_arguments(path):
     ]:
         with pytest.raises(error, match=message):
             Journal(path).attach(optimizer)
+    twice = [
+        dict(params=[torch.ones(2)], param_names=["w"], mode="zo"),
+        dict(params=[torch.ones(2)], param_names=["w"], mode="zo"),
+    ]
+    with pytest.raises(ValueError, match=r"got twice: \['w'\]"):
+        Journal(path).attach(HybridZOFO(twice))
     for bad in (-1, 1.5, True):
         with pytest.raises(ValueError, match="fsync_every"):
             Journal(path, fsync_every=bad)

@@ -14,17 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zofo_kernels import NOISE_VERSION
-
 from ..checks import caller_level
 from ..optimizer import HybridZOFO
 from ..perturbation import Update, ZOGroup, path_of
 from .errors import JournalError
-from .fingerprint import backend_name, fingerprints
-from .format import FORMAT_VERSION, Chain, Part, decode_records, encode_header, precise
+from .fingerprint import fingerprints
+from .format import Chain, Part, decode_records, encode_header, precise
+from .header import check_recordable, check_same, header_of
 from .reader import Recording, read
-
-_MUST_MATCH = ("noise_version", "distribution", "rounding", "perturbation")
 
 
 class _Waiting(NamedTuple):
@@ -117,12 +114,10 @@ class Journal:
             JournalError: the file belongs to other parameters or settings, or lacks steps
                 before the optimizer's.
         """
-        if not isinstance(optimizer, HybridZOFO):
-            raise TypeError(f"optimizer must be a HybridZOFO, got {type(optimizer).__name__}")
         if self._optimizer is not None:
             raise RuntimeError("the journal is attached already; use one journal an optimizer")
-        _check_recordable(optimizer)
-        header = _header(optimizer, model, self._metadata)
+        check_recordable(optimizer)
+        header = header_of(optimizer, model, self._metadata)
         if self._resume and self.path.exists():
             self._go_on(optimizer, header)
         else:
@@ -153,7 +148,7 @@ class Journal:
         try:
             self._lock()
             recording = read(self.path)
-            _check_same(recording, header)
+            check_same(recording, header)
             self._cut(optimizer, recording)
         except BaseException:
             self._file.close()
@@ -354,89 +349,3 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _check_recordable(optimizer: HybridZOFO) -> None:
-    groups = optimizer.zo_groups()
-    if not groups:
-        raise ValueError("optimizer must have a group with mode='zo', got first-order groups only")
-    if optimizer._capturable:
-        raise ValueError(
-            "optimizer must not be capturable, as replays of a CUDA graph cannot be recorded"
-        )
-    if optimizer._evaluating is not None:
-        raise RuntimeError("a journal must not be attached inside a closure")
-    if optimizer._listeners:
-        raise RuntimeError("optimizer has a journal already; close that first")
-    pending = optimizer._pending
-    if pending is not None:
-        known = 0 if pending.coefficients is None else len(pending.coefficients)
-        if known != len(groups):
-            raise RuntimeError(
-                "optimizer must not be in the midst of accumulating for other groups; call "
-                "step() or zero_grad() first"
-            )
-
-
-def _header(
-    optimizer: HybridZOFO, model: nn.Module | None, metadata: dict[str, Any]
-) -> dict[str, Any]:
-    settings = optimizer._settings
-    groups = optimizer.zo_groups()
-    devices = {p.device for group in groups for p in group.params}
-    backends = {backend_name(device, settings.backend) for device in devices}
-    return {
-        "format": FORMAT_VERSION,
-        "noise_version": NOISE_VERSION,
-        "distribution": settings.distribution,
-        "rounding": settings.rounding,
-        "perturbation": settings.perturbation,
-        "estimator": settings.estimator,
-        "num_samples": settings.num_samples,
-        "backends": sorted(backends),
-        "metadata": metadata,
-        "groups": [
-            {
-                "names": _names(group, model),
-                "shapes": [list(p.shape) for p in group.params],
-                "dtypes": [str(p.dtype).removeprefix("torch.") for p in group.params],
-                "indices": group.indices,
-                "float64": any(p.dtype == torch.float64 for p in group.params),
-                "seed": group.options["seed"],
-                "step": group.options["zo_step"],
-            }
-            for group in groups
-        ],
-    }
-
-
-def _names(group: ZOGroup, model: nn.Module | None) -> list[str]:
-    if model is not None:
-        known = {id(p): name for name, p in model.named_parameters()}
-        missing = [
-            name for p, name in zip(group.params, group.names, strict=True) if id(p) not in known
-        ]
-        if missing:
-            raise ValueError(f"model must hold all zeroth-order parameters, not so: {missing}")
-        return [known[id(p)] for p in group.params]
-    if "param_names" in group.options:
-        return group.names
-    return [str(index) for index in group.indices]
-
-
-def _check_same(recording: Recording, header: dict[str, Any]) -> None:
-    """The journal is of this optimizer."""
-    ours, theirs = header, recording.header
-    for key in _MUST_MATCH:
-        if ours[key] != theirs[key]:
-            raise JournalError(
-                f"{recording.path} was made with {key}={theirs[key]!r}, the optimizer has "
-                f"{ours[key]!r}"
-            )
-    for key in ("names", "shapes", "dtypes", "indices"):
-        wanted, found = ([group[key] for group in h["groups"]] for h in (theirs, ours))
-        if wanted != found:
-            raise JournalError(
-                f"{recording.path} is of other zeroth-order parameters: {key} are {wanted} there, "
-                f"{found} in the optimizer"
-            )

@@ -1,0 +1,114 @@
+"""What a journal's header says of an optimizer, and whether the two belong together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from zofo_kernels import NOISE_VERSION
+
+from ..optimizer import HybridZOFO
+from ..perturbation import ZOGroup
+from .errors import JournalError
+from .fingerprint import backend_name
+from .format import FORMAT_VERSION
+from .reader import Recording
+
+_MUST_MATCH = ("noise_version", "distribution", "rounding", "perturbation")
+
+
+def check_recordable(optimizer: HybridZOFO) -> None:
+    """Raise TypeError, ValueError or RuntimeError where a journal cannot be attached now."""
+    if not isinstance(optimizer, HybridZOFO):
+        raise TypeError(f"optimizer must be a HybridZOFO, got {type(optimizer).__name__}")
+    groups = optimizer.zo_groups()
+    if not groups:
+        raise ValueError("optimizer must have a group with mode='zo', got first-order groups only")
+    if optimizer._capturable:
+        raise ValueError(
+            "optimizer must not be capturable, as replays of a CUDA graph cannot be recorded"
+        )
+    if optimizer._evaluating is not None:
+        raise RuntimeError("a journal must not be attached inside a closure")
+    if optimizer._listeners:
+        raise RuntimeError("optimizer has a journal already; close that first")
+    pending = optimizer._pending
+    if pending is not None:
+        known = 0 if pending.coefficients is None else len(pending.coefficients)
+        if known != len(groups):
+            raise RuntimeError(
+                "optimizer must not be in the midst of accumulating for other groups; call "
+                "step() or zero_grad() first"
+            )
+
+
+def header_of(
+    optimizer: HybridZOFO, model: nn.Module | None, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings and parameters; without fingerprints."""
+    settings = optimizer._settings
+    groups = optimizer.zo_groups()
+    devices = {p.device for group in groups for p in group.params}
+    backends = {backend_name(device, settings.backend) for device in devices}
+    names = [_names(group, model) for group in groups]
+    every = [name for of_group in names for name in of_group]
+    twice = sorted({name for name in every if every.count(name) > 1})
+    if twice:
+        raise ValueError(f"param_names must be different for all parameters, got twice: {twice}")
+    return {
+        "format": FORMAT_VERSION,
+        "noise_version": NOISE_VERSION,
+        "distribution": settings.distribution,
+        "rounding": settings.rounding,
+        "perturbation": settings.perturbation,
+        "estimator": settings.estimator,
+        "num_samples": settings.num_samples,
+        "backends": sorted(backends),
+        "metadata": metadata,
+        "groups": [
+            {
+                "names": of_group,
+                "shapes": [list(p.shape) for p in group.params],
+                "dtypes": [str(p.dtype).removeprefix("torch.") for p in group.params],
+                "indices": group.indices,
+                "float64": any(p.dtype == torch.float64 for p in group.params),
+                "seed": group.options["seed"],
+                "step": group.options["zo_step"],
+            }
+            for group, of_group in zip(groups, names, strict=True)
+        ],
+    }
+
+
+def _names(group: ZOGroup, model: nn.Module | None) -> list[str]:
+    if model is not None:
+        known = {id(p): name for name, p in model.named_parameters()}
+        missing = [
+            name for p, name in zip(group.params, group.names, strict=True) if id(p) not in known
+        ]
+        if missing:
+            raise ValueError(f"model must hold all zeroth-order parameters, not so: {missing}")
+        return [known[id(p)] for p in group.params]
+    if "param_names" in group.options:
+        return group.names
+    return [str(index) for index in group.indices]
+
+
+def check_same(recording: Recording, header: dict[str, Any]) -> None:
+    """Raise JournalError where the journal is not of the optimizer that ``header`` is of."""
+    ours, theirs = header, recording.header
+    for key in _MUST_MATCH:
+        if ours[key] != theirs[key]:
+            raise JournalError(
+                f"{recording.path} was made with {key}={theirs[key]!r}, the optimizer has "
+                f"{ours[key]!r}"
+            )
+    for key in ("names", "shapes", "dtypes", "indices"):
+        wanted, found = ([group[key] for group in h["groups"]] for h in (theirs, ours))
+        if wanted != found:
+            raise JournalError(
+                f"{recording.path} is of other zeroth-order parameters: {key} are {wanted} there, "
+                f"{found} in the optimizer"
+            )
