@@ -29,8 +29,8 @@ from zofo_bench import (  # noqa: E402
 import zofo_kernels  # noqa: E402
 
 CPU = torch.device("cpu")
-BENCHMARKS = ["perturb", "step", "causal_lm", "journal", "growth", "many_tensors"]
-NEED_TRANSFORMERS = ["step", "causal_lm", "journal", "many_tensors"]
+BENCHMARKS = ["perturb", "step", "causal_lm", "streamed", "journal", "growth", "many_tensors"]
+NEED_TRANSFORMERS = ["step", "causal_lm", "streamed", "journal", "many_tensors"]
 SPREAD = {"median", "p20", "p80"}
 needs_numba = pytest.mark.skipif(
     zofo_kernels.unavailable_reason("cpu") is not None, reason="the CPU backend needs numba"
@@ -146,6 +146,17 @@ def quick_case(name, start):
     """The first case of a benchmark's quick run whose name starts so."""
     cases = registry.REGISTRY[name].cases(registry.Context(CPU, quick=True))
     return next(case for case in cases if case.name.startswith(start))
+
+
+@needs_numba
+@pytest.mark.parametrize("name", ["streamed"], indirect=True)
+def test_wrong_copies_are_found(name, monkeypatch):
+    from zofo_kernels import cpu
+
+    case = quick_case(name, "ZO, two-sided")
+    monkeypatch.setattr(cpu, "perturb_copy", wrong(cpu.perturb_copy))
+    with pytest.raises(registry.WrongResult, match="streamed loss"):
+        case.check()
 
 
 @pytest.mark.parametrize("name", ["step", "causal_lm"], indirect=True)

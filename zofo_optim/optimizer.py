@@ -465,7 +465,8 @@ class HybridZOFO(Optimizer):
                 "perturbation='streamed' reaches every use of the zeroth-order parameters; it "
                 "must use the same batch whenever it is called",
             )
-        self._verified = parameters
+        if loss.isfinite():  # a NaN tells nothing
+            self._verified = parameters
 
     def _collect(
         self, groups: list[ZOGroup], slope: Tensor, clean: Tensor | None, flat: Tensor

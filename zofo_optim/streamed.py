@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zofo_kernels import Shift, perturb_, perturbed, uninterrupted
+from zofo_kernels import Shift, backend_for, perturb_, perturbed, uninterrupted
 
-from .perturbation import Perturbation, ZOGroup
+from .perturbation import Move, Perturbation, ZOGroup
 
 
 class Source(NamedTuple):
@@ -81,6 +82,8 @@ _CONTENT = {
 }
 """Attributes that hold elements; others are metadata."""
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_ROW_COST = 4096
+"""A row by itself costs the host as much as so many elements of a whole copy."""
 
 
 def _takes(values: Iterable[Any], sources: Mapping[int, Source]) -> bool:
@@ -119,8 +122,9 @@ class Streaming(TorchFunctionMode):
         super().__init__()
         self._sources = sources
         self._shifts = shifts
-        self._backend = backend
         self._displaced = displaced
+        devices = {source.parameter.device for source in sources.values()}
+        self._backends = {device: backend_for(device, backend) for device in devices}
 
     def stop(self) -> None:
         """See no parameters from now on, should a Ctrl-C have kept the mode from being left."""
@@ -142,6 +146,8 @@ class Streaming(TorchFunctionMode):
             if func == _SET_DATA:
                 self._refuse(func, sources[id(args[0])])
             return func(*args, **kwargs)
+        if func is F.embedding and self._few_rows(*args, **kwargs):
+            return self._perturbed(sources[id(args[1])], rows=args[0])
         copies: dict[int, tuple[Tensor, int]] = {}
         result = func(
             *[self._replaced(value, copies) for value in args],
@@ -168,23 +174,57 @@ class Streaming(TorchFunctionMode):
 
     def _copy(self, source: Source) -> Tensor:
         """The perturbed parameter as a plain tensor, whatever the closure is in the midst of."""
+        functorch = torch._C._functorch.peek_interpreter_stack() is not None
+        inference = torch.is_inference_mode_enabled()
+        if not functorch and not inference:
+            return self._laid_out(source)
         # functorch would wrap new tensors, and those of inference mode do not count writes
-        with ExitStack() as stack:
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                stack.enter_context(torch._C._DisableFuncTorch())
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            parameter, index, _, group = source
-            if id(parameter) in self._displaced:
-                content = parameter.detach()
-            else:
-                direction, scale = self._shifts[group]
-                content = perturbed(parameter, direction, scale, index=index, backend=self._backend)
-                if content.stride() == parameter.stride():
-                    return content
-            size, stride = parameter.size(), parameter.stride()
-            copy = torch.empty_strided(size, stride, dtype=content.dtype, device=content.device)
-            return copy.copy_(content)
+        with (
+            torch._C._DisableFuncTorch() if functorch else nullcontext(),
+            torch.inference_mode(False) if inference else nullcontext(),
+        ):
+            return self._laid_out(source)
+
+    def _laid_out(self, source: Source) -> Tensor:
+        parameter = source.parameter
+        if id(parameter) in self._displaced:
+            content = parameter.detach()
+        else:
+            content = self._perturbed(source)
+            if content.stride() == parameter.stride():
+                return content
+        size, stride = parameter.size(), parameter.stride()
+        copy = torch.empty_strided(size, stride, dtype=content.dtype, device=content.device)
+        return copy.copy_(content)
+
+    def _perturbed(self, source: Source, rows: Tensor | None = None) -> Tensor:
+        parameter, index, _, group = source
+        direction, scale = self._shifts[group]
+        backend = self._backends[parameter.device]
+        return perturbed(parameter, direction, scale, index=index, rows=rows, backend=backend)
+
+    def _few_rows(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *unused: Any,
+        **only_for_gradients: Any,
+    ) -> bool:
+        """Whether ``F.embedding`` of these arguments is had for less than a copy of the weight."""
+        return (
+            type(rows) is Tensor
+            and id(weight) in self._sources
+            and id(weight) not in self._displaced
+            and weight.device.type == rows.device.type == "cpu"  # the host reads the rows
+            and weight.dim() == 2
+            and rows.numel() * (weight.shape[1] + _ROW_COST) < weight.numel()
+            and rows.dtype in (torch.int64, torch.int32)
+            and max_norm is None  # else it writes to the weight
+            and (padding_idx is None or -len(weight) <= padding_idx < len(weight))
+            and torch._C._functorch.peek_interpreter_stack() is None
+        )
 
     def _refuse(self, func: Any, source: Source) -> None:
         raise RuntimeError(
@@ -209,7 +249,7 @@ class StreamedPerturbation(Perturbation):
         groups: Sequence[ZOGroup],
         distribution: str,
         backend: str,
-        path: list[tuple[int, int]] | None = None,
+        path: list[Move] | None = None,
     ) -> None:
         super().__init__(groups, distribution, backend, path)
         self._shifts: list[Shift] = []
