@@ -458,6 +458,8 @@ class HybridZOFO(Optimizer):
         if self._verified is not None and len(self._verified) == len(parameters):
             if all(a is b for a, b in zip(self._verified, parameters, strict=True)):
                 return
+        if not loss.isfinite():  # that tells nothing
+            return
         if not perturber.verify(lambda: run(gradients=False).loss, loss):
             self._warn_once(
                 "not verified",
@@ -465,8 +467,7 @@ class HybridZOFO(Optimizer):
                 "perturbation='streamed' reaches every use of the zeroth-order parameters; it "
                 "must use the same batch whenever it is called",
             )
-        if loss.isfinite():  # a NaN tells nothing
-            self._verified = parameters
+        self._verified = parameters
 
     def _collect(
         self, groups: list[ZOGroup], slope: Tensor, clean: Tensor | None, flat: Tensor
