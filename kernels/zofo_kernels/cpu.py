@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -98,6 +98,7 @@ def _run(
 ) -> None:
     """One pass: shifts, then the update where directions are given."""
     shift_keys, update_keys = _key_rows([s.direction for s in shifts]), _key_rows(directions)
+    shift_ends, key_ends = np.array([len(shifts)]), np.array([len(directions)])
     launches = []
     for dtype, total, table in _tables(slots):
         compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -107,28 +108,21 @@ def _run(
             rate = lr.to(compute)
             steps = rate * coefficients.to(compute)
             decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1)
-        program = (shift_keys, scales, update_keys, steps.numpy(), decay.numpy()[0], stochastic)
-        launches.append((total, table, program))
-    _launch(launches, kernels.run_pass)
+        keys = shift_ends, shift_keys, scales, key_ends, update_keys
+        launches.append((total, table, (*keys, steps.numpy(), decay.numpy(), stochastic)))
+    _launch(launches)
 
 
-def _launch(
-    launches: Sequence[tuple[int, tuple[Any, ...], tuple[Any, ...]]], kernel: Callable[..., None]
-) -> None:
+def _launch(launches: Sequence[tuple[int, tuple[Any, ...], tuple[Any, ...]]]) -> None:
     """Each dtype in turn; nothing is allocated or compiled once the first weight is written."""
     if len(launches) > 1:
         for _, table, program in launches:
-            kernel(*table, 0, 0, *program)
+            kernels.run_passes(*table, 0, 0, *program)
     for total, table, program in launches:
-        _in_threads(total, table, program, kernel)
+        _in_threads(total, table, program)
 
 
-def _in_threads(
-    total: int,
-    table: tuple[Any, ...],
-    program: tuple[Any, ...],
-    kernel: Callable[..., None] = kernels.run_pass,
-) -> None:
+def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) -> None:
     """Elements [0, total) in pieces, taken by the threads as they come free.
 
     Pieces, since a core may be busy for a while: torch's own threads spin on after each of its
@@ -141,7 +135,7 @@ def _in_threads(
 
     def work() -> None:
         for low, high in pieces:  # next() of a list's iterator is atomic
-            kernel(*table, low, high, *program)
+            kernels.run_passes(*table, low, high, *program)
 
     futures: list[Future[None]] = []
     try:
@@ -161,6 +155,8 @@ def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
 
 _NO_KEYS = _key_rows([])
 _NO_STEPS = {kind: np.empty(0, dtype=kind) for kind in (np.float32, np.float64)}
+_NO_DECAY = {kind: np.zeros(1, dtype=kind) for kind in (np.float32, np.float64)}
+_ONE, _NONE_OF_ONE = np.array([1]), np.array([0])
 
 
 @functools.lru_cache(maxsize=64)
@@ -178,7 +174,8 @@ def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift)
     for dtype, total, table in _tables(slots):
         compute = np.float64 if dtype == torch.float64 else np.float32
         scales = np.array([shift.scale], dtype=compute)
-        _in_threads(total, table, (keys, scales, _NO_KEYS, _NO_STEPS[compute], compute(0), False))
+        update = _NONE_OF_ONE, _NO_KEYS, _NO_STEPS[compute], _NO_DECAY[compute], False
+        _in_threads(total, table, (_ONE, keys, scales, *update))
 
 
 def update(
@@ -203,7 +200,7 @@ def replay(slots: Sequence[Slot], passes: Passes, stochastic: bool) -> None:
         if compute not in passes.cache:
             passes.cache[compute] = _program(passes, compute)
         launches.append((total, table, (*passes.cache[compute], stochastic)))
-    _launch(launches, kernels.run_passes)
+    _launch(launches)
 
 
 def _program(passes: Passes, compute: type) -> tuple[Any, ...]:
