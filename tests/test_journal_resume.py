@@ -137,6 +137,26 @@ def test_another_optimizer(options, message, path):
     other.step(0)
 
 
+@pytest.mark.parametrize("stop", [0, 4])
+def test_the_wrong_weights(stop, path):
+    """The state of the optimizer was loaded, that of the model was not."""
+    job = Job()
+    train(job, path, 0, stop)
+    before = path.read_bytes()
+    again = Job()
+    again.optimizer.load_state_dict(job.optimizer.state_dict())
+    with torch.no_grad():
+        again.model[2].bias.copy_(job.model[2].bias + (stop == 0))
+        again.model[0].load_state_dict(job.model[0].state_dict())
+        again.model[2].weight.copy_(job.model[2].weight + 1)
+    with pytest.raises(JournalError, match=r"not those of its step in .*2\.weight.* differ; load"):
+        Journal(path, resume=True).attach(again.optimizer)
+    assert path.read_bytes() == before
+    again.model.load_state_dict(job.model.state_dict())
+    train(again, path, stop, 6)
+    check(again, path, 6)
+
+
 def test_two_writers(path):
     job = Job()
     journal = Journal(path).attach(job.optimizer)

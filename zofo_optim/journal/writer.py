@@ -21,6 +21,7 @@ from .errors import JournalError
 from .fingerprint import fingerprints
 from .format import Chain, Part, decode_records, encode_header, precise
 from .header import check_recordable, check_same, header_of
+from .match import some
 from .reader import Recording, read
 
 
@@ -100,7 +101,7 @@ class Journal:
 
         Args:
             optimizer: with at least one zeroth-order group; its weights are the journal's
-                starting point. To resume, load its state dict first.
+                starting point. To resume, load model and state dict first.
             model: names the parameters, where the groups have no ``param_names``
                 (``hybrid_param_groups`` sets them).
 
@@ -111,8 +112,8 @@ class Journal:
             TypeError, ValueError: an optimizer that cannot be recorded.
             RuntimeError: called twice, or while a closure is evaluated.
             FileExistsError: see the class.
-            JournalError: the file belongs to other parameters or settings, or lacks steps
-                before the optimizer's.
+            JournalError: the file belongs to other parameters, weights or settings, or lacks
+                steps before the optimizer's.
         """
         if self._optimizer is not None:
             raise RuntimeError("the journal is attached already; use one journal an optimizer")
@@ -149,21 +150,42 @@ class Journal:
             self._lock()
             recording = read(self.path)
             check_same(recording, header)
-            self._cut(optimizer, recording)
+            self._cut(optimizer, recording, check_weights=True)
         except BaseException:
             self._file.close()
             raise
         if set(header["backends"]) - recording.backends():
             self._put(self._chain.event({"backends": header["backends"]}))
 
-    def _cut(self, optimizer: HybridZOFO, recording: Recording) -> None:
+    def _check_weights(self, optimizer: HybridZOFO, recording: Recording) -> None:
+        """They are those of the optimizer's step, where the journal has its fingerprints."""
+        kept = recording.records[: self._kept(optimizer, recording)]
+        known = recording.fingerprints(sum(record.event is None for record in kept))
+        if known is None or optimizer._path:  # moved since
+            return
+        params = [p for group in optimizer.zo_groups() for p in group.params]
+        ours = zip(recording.names(), fingerprints(params), strict=True)
+        wrong = [name for name, mark in ours if known[name] != mark]
+        if wrong:
+            raise JournalError(
+                f"the optimizer's weights are not those of its step in {self.path}: {some(wrong)} "
+                "differ; load the model of that step, or replay the journal, before attaching"
+            )
+
+    def _kept(self, optimizer: HybridZOFO, recording: Recording) -> int:
+        """Number of records before the optimizer's step."""
+        steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
+        for position, record in enumerate(recording.records):
+            if any(part.step >= at for part, at in zip(record.parts, steps, strict=False)):
+                return position
+        return len(recording.records)
+
+    def _cut(
+        self, optimizer: HybridZOFO, recording: Recording, check_weights: bool = False
+    ) -> None:
         """Stand after the update before the optimizer's step; drop what follows."""
         steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
-        kept = 0
-        for record in recording.records:
-            if any(part.step >= at for part, at in zip(record.parts, steps, strict=False)):
-                break
-            kept += 1
+        kept = self._kept(optimizer, recording)
         chain = Chain(recording.header, recording.crc)
         data = recording.path.read_bytes()
         end = recording.first
@@ -177,6 +199,8 @@ class Journal:
                     f"({recording.fault or 'it was closed there'}); load a state dict of one of "
                     "these steps, or begin a new journal"
                 )
+        if check_weights:
+            self._check_weights(optimizer, recording)
         if end < recording.size:
             dropped = recording.stop - chain.last[0].next_step
             if dropped or recording.end < recording.size:
