@@ -6,19 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ..names import match_names
 from .errors import JournalError
 from .reader import Recording
-
-_WRAPPERS = ("", "base_model.model.", "base_model.")  # none, tuners, prompt learning
-_LAYERS = (".base_layer.", ".original_module.")
-
-
-def _forms(name: str) -> list[str]:
-    """A parameter's name, and the names without what peft adds to that of the base model."""
-    plain = name
-    for layer in _LAYERS:
-        plain = plain.replace(layer, ".")
-    return [name, *(plain.removeprefix(w) for w in _WRAPPERS if plain.startswith(w))]
 
 
 def match(recording: Recording, available: Iterable[str], where: str) -> dict[str, str]:
@@ -27,18 +17,8 @@ def match(recording: Recording, available: Iterable[str], where: str) -> dict[st
     Raises:
         JournalError: some have none.
     """
-    known: dict[str, str] = {}
-    exact = set(available)
-    for name in available:
-        for form in _forms(name):
-            known.setdefault(form, name)
     names = recording.names()
-    found: dict[str, str] = {}
-    for name in names:
-        for form in _forms(name):
-            if form in exact or form in known:
-                found[name] = form if form in exact else known[form]
-                break
+    found = match_names(names, available)
     missing = [name for name in names if name not in found]
     if missing:
         raise JournalError(

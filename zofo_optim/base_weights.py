@@ -1,0 +1,86 @@
+"""The trained base model's weights beside a peft adapter, which is saved without them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .names import match_names, without_layers
+from .optimizer import HybridZOFO
+
+FILE = "zo_weights.safetensors"
+
+
+def save_base_weights(
+    optimizer: HybridZOFO, model: nn.Module, folder: str | os.PathLike[str]
+) -> Path:
+    """Write the zeroth-order weights of ``optimizer`` to ``zo_weights.safetensors``.
+
+    Args:
+        optimizer: whose zeroth-order groups are saved.
+        model: names the parameters; peft's additions to the base model's names are left out.
+        folder: where to write; made where it is missing.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: the model lacks a parameter of the optimizer.
+        ImportError: safetensors is not installed.
+    """
+    from safetensors.torch import save_file
+
+    of_peft = getattr(model, "get_base_model", None)
+    base: nn.Module = of_peft() if callable(of_peft) else model
+    names = {id(p): without_layers(name) for name, p in base.named_parameters()}
+    tensors = {}
+    for group in optimizer.zo_groups():
+        for p, given in zip(group.params, group.names, strict=True):
+            if id(p) not in names:
+                raise ValueError(f"model must hold all zeroth-order parameters, not so {given!r}")
+            tensors[names[id(p)]] = p.detach().contiguous()
+    path = Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    save_file(tensors, fresh, metadata={"format": "pt"})
+    fresh.replace(path)
+    return path
+
+
+@torch.no_grad()
+def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Read what :func:`save_base_weights` wrote into a model, with or without an adapter.
+
+    Args:
+        model: the base model, or a peft model of it.
+        folder: holds ``zo_weights.safetensors``; or that file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the model lacks one of the weights, or has another shape; nothing is changed.
+        ImportError: safetensors is not installed.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(folder)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no {FILE} at {str(folder)!r}")
+    saved = load_file(path)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    where = match_names(saved, parameters)
+    missing = [name for name in saved if name not in where]
+    if missing:
+        raise ValueError(f"model must have the weights in {path}, but has none of {missing[:3]}")
+    for name, tensor in saved.items():
+        ours = parameters[where[name]]
+        if ours.shape != tensor.shape:
+            raise ValueError(
+                f"model must have weights of the shapes in {path}, got {tuple(ours.shape)} for "
+                f"{name!r} of shape {tuple(tensor.shape)}"
+            )
+    for name, tensor in saved.items():
+        parameters[where[name]].copy_(tensor)

@@ -1,0 +1,230 @@
+"""transformers' Trainer with HybridZOFO; its training step is the closure.
+
+Needs transformers, so it is not imported by ``zofo_optim`` itself::
+
+    from zofo_optim.trainer import HybridTrainer
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from .base_weights import load_base_weights, save_base_weights
+from .groups import hybrid_param_groups
+from .optimizer import HybridZOFO
+
+_COUNTED = ("_metrics", "_total_train_tokens")
+"""What TRL's trainers count as they evaluate; only a step's first evaluation is to count."""
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class _StepEnd(TrainerCallback):
+    """Clears coefficients of a step that a GradScaler skipped, as the Trainer clears gradients."""
+
+    def __init__(self, trainer: HybridTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.hybrid_optimizer.zero_grad()
+
+
+class HybridTrainerMixin(_Base):
+    """Makes a Trainer, or a subclass such as TRL's SFTTrainer, train by HybridZOFO.
+
+    Put it first: ``class HybridSFTTrainer(HybridTrainerMixin, SFTTrainer): pass``. Everything is
+    the Trainer's own: its training step becomes the closure of ``HybridZOFO.backward``, so that
+    accumulation, clipping, mixed precision, schedulers, callbacks and logging work as usual.
+
+    The learning rate, the weight decay and the optimizer (``adamw_torch``, ``sgd``, ...) of the
+    first-order group are those of the arguments; schedulers drive both groups. Logs get
+    ``projected_grad``, the mean size of the last projected gradients, and ``skipped_steps``.
+    Where peft saves the adapter alone, ``zo_weights.safetensors`` beside it holds the trained
+    weights of the base model, for resuming, ``load_best_model_at_end`` and
+    :func:`load_base_weights`.
+
+    Args:
+        *args: as for the Trainer.
+        zo: options of the zeroth-order group; see :func:`hybrid_param_groups`.
+        include, exclude: which frozen parameters train, likewise.
+        hybrid: options of :class:`HybridZOFO`, such as ``dict(estimator="one_sided")``.
+        **kwargs: as for the Trainer. An optimizer given as ``optimizers=(HybridZOFO(...), None)``
+            is taken as it is, without ``zo``, ``include``, ``exclude`` and ``hybrid``.
+
+    Raises:
+        TypeError: ``optimizers`` holds another optimizer.
+        ValueError: both an optimizer and its options were given; or the training is distributed
+            in a way that is not supported.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        zo: Mapping[str, Any] | None = None,
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+        hybrid: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._hybrid_options = dict(hybrid or {})
+        self._group_options: dict[str, Any] = dict(zo=zo, include=include, exclude=exclude)
+        super().__init__(*args, **kwargs)
+        self._check_supported()
+        if self.optimizer is not None:
+            _check_optimizer(self.optimizer)
+            if any(self._group_options.values()) or hybrid:
+                raise ValueError(
+                    "zo, include, exclude and hybrid must be left out where optimizers holds a "
+                    "HybridZOFO, which has its options already"
+                )
+        self.add_callback(_StepEnd(self))
+
+    def _check_supported(self) -> None:
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "deepspeed must not be used with HybridZOFO, as its engine steps an optimizer of "
+                "its own; a zeroth-order base model needs no ZeRO: train without deepspeed"
+            )
+        if self.is_fsdp_enabled:
+            raise ValueError("fsdp must not be used with HybridZOFO yet, got fsdp in args")
+        if self.args.parallel_mode.value != "not_parallel":
+            raise ValueError(
+                "training must be on one device with HybridZOFO, got "
+                f"args.parallel_mode={self.args.parallel_mode.value!r}; set CUDA_VISIBLE_DEVICES"
+            )
+
+    @property
+    def hybrid_optimizer(self) -> HybridZOFO:
+        """The HybridZOFO, without accelerate's wrapper; for a journal, or its state."""
+        found = getattr(self.optimizer, "optimizer", self.optimizer)
+        _check_optimizer(found)
+        assert isinstance(found, HybridZOFO)
+        return found
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """HybridZOFO for the model; see the class."""
+        if self.optimizer is None:
+            model: Any = args[0] if args else kwargs.get("model") or self.model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            decaying = set(self.get_decay_parameter_names(model))
+            groups = hybrid_param_groups(
+                model, **self._group_options, verbose=self.is_world_process_zero()
+            )
+            first_order = [
+                part
+                for group in groups
+                if group["mode"] == "fo"
+                for part in _by_decay(group, decaying, self.args.weight_decay)
+            ]
+            # first, as the Trainer logs the first group's learning rate
+            groups = first_order + [group for group in groups if group["mode"] == "zo"]
+            given = {"fo_optimizer": cls, **options, **self._hybrid_options}
+            self.optimizer = HybridZOFO(groups, **given)
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's own step, evaluated where HybridZOFO needs the loss."""
+        step = super().training_step
+        counted: dict[str, Any] = {}
+
+        def closure() -> torch.Tensor:
+            loss = step(model, inputs, *args, **kwargs)
+            if not counted:
+                counted.update({n: copy.deepcopy(getattr(self, n, None)) for n in _COUNTED})
+            return loss
+
+        try:
+            loss = self.hybrid_optimizer.backward(closure)
+        finally:
+            self.__dict__.update({n: value for n, value in counted.items() if hasattr(self, n)})
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with what zeroth order has to tell."""
+        if "loss" in logs and self.optimizer is not None:
+            slopes = self.hybrid_optimizer.projected_grads
+            if slopes is not None:
+                logs["projected_grad"] = slopes.abs().mean().item()
+                logs["skipped_steps"] = self.hybrid_optimizer.skipped_steps
+        super().log(logs, *args, **kwargs)
+
+    # ---- the base model's weights, which peft does not save ---------------------------------
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        if self.args.should_save and self.optimizer is not None and self._saves_adapter_only():
+            folder = output_dir or self.args.output_dir
+            assert folder is not None
+            save_base_weights(self.hybrid_optimizer, self._module(), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if self._saves_adapter_only():
+            load_base_weights(self._module(), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if self._saves_adapter_only() and best is not None and os.path.isdir(best):
+            load_base_weights(self._module(), best)
+
+    def _module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def _saves_adapter_only(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+
+def _by_decay(
+    group: dict[str, Any], decaying: set[str], weight_decay: float
+) -> list[dict[str, Any]]:
+    """As the Trainer does: no decay for biases and norms."""
+    parts = []
+    for names, decay in ((True, weight_decay), (False, 0.0)):
+        chosen = [
+            (name, p)
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if (name in decaying) is names
+        ]
+        if chosen:
+            part = {
+                "params": [p for _, p in chosen],
+                "param_names": [name for name, _ in chosen],
+                "weight_decay": decay,
+            }
+            parts.append({**group, **part})
+    return parts
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, HybridZOFO):
+        raise TypeError(
+            f"optimizers must hold a HybridZOFO, or None to have one made, got "
+            f"{type(optimizer).__name__}"
+        )
+
+
+class HybridTrainer(HybridTrainerMixin, Trainer):
+    """``transformers.Trainer`` that trains by HybridZOFO; see :class:`HybridTrainerMixin`.
+
+    Example:
+        >>> trainer = HybridTrainer(
+        ...     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")),
+        ...     TrainingArguments("out", learning_rate=1e-3, optim="sgd"),
+        ...     train_dataset=dataset,
+        ...     zo=dict(lr=1e-6, mu=1e-3),
+        ... )
+        >>> trainer.train()
+    """
