@@ -100,3 +100,24 @@ def test_ctrl_c_loses_no_gradient_while_setting_it_aside():
         with pytest.raises(KeyboardInterrupt):
             CtrlC(place).during(run)
         assert all(p.grad is grad for p, grad in zip(parameters, grads, strict=True)), place
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_closures_that_turn_gradients_on(gradients):
+    """As Lightning's do: without gradients, no graph is kept."""
+    w = torch.ones(3, requires_grad=True)
+    seen = []
+
+    @torch.enable_grad()
+    def closure():
+        seen.append((torch.is_grad_enabled(), (w * 2).requires_grad))
+        with torch.no_grad():
+            seen.append((torch.is_grad_enabled(), (w * 2).requires_grad))
+        return (w * 2).sum()
+
+    for outside in (True, False):
+        with torch.set_grad_enabled(outside):
+            evaluate(closure, gradients=gradients)
+            assert torch.is_grad_enabled() == outside
+    assert seen == [(gradients, gradients), (False, False)] * 2
+    assert (w.grad is not None) == gradients

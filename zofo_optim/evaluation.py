@@ -43,6 +43,10 @@ class GlobalRandomState:
         np.random.set_state(self._numpy)  # noqa: NPY002
 
 
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class _ClosureWatch(TorchFunctionMode):
     """Notices, or swallows, the closure's own calls of backward; refuses what graphs cannot do."""
 
@@ -59,6 +63,8 @@ class _ClosureWatch(TorchFunctionMode):
             self.called = True
             if self.swallow:
                 return None
+        if self.swallow and func is torch._C._set_grad_enabled and not _in_functorch():
+            args = (False,)  # Lightning's closures turn gradients on, and would keep activations
         if self.captured:
             check_replayable(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
