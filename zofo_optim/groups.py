@@ -172,7 +172,7 @@ def _unreached(model: nn.Module) -> set[str]:
 
 
 def _replaced(module: nn.Module) -> list[str]:
-    """What of the base model the active adapter of a peft module stands in for."""
+    """What of the base model a peft module does not use, or not as the tensor that it is now."""
     found = []
     for attribute, base in _STANDS_IN.items():
         adapters = getattr(module, attribute, None)
@@ -183,6 +183,10 @@ def _replaced(module: nn.Module) -> list[str]:
         active = set(getattr(module, "active_adapters", adapters.keys()))
         if active & set(adapters.keys()):
             found.append(base)
+    attention = getattr(module, "base_layer", None)
+    if isinstance(attention, nn.MultiheadAttention) and hasattr(module, "lora_A"):
+        # merged and taken out again in every forward pass, into new tensors
+        found += ["base_layer.in_proj_weight", "base_layer.out_proj.base_layer.weight"]
     return found
 
 
