@@ -234,3 +234,22 @@ def test_bad_models():
         hybrid_param_groups([nn.Parameter(torch.ones(1))])
     with pytest.raises(ValueError, match="at least one parameter"):
         hybrid_param_groups(nn.ReLU())
+
+
+class Params4bit(nn.Parameter):
+    """Named as bitsandbytes names its own."""
+
+
+def test_quantised_and_partitioned_base_weights():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False)
+    model[0].weight = Params4bit(torch.zeros(5, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"bitsandbytes.*load .*bfloat16.*'0.weight' is one"):
+        hybrid_param_groups(model, verbose=False)
+    (group,) = hybrid_param_groups(model, exclude=r"^0\.weight", verbose=False)
+    assert group["param_names"] == ["0.bias", "1.weight", "1.bias"]
+    (group,) = hybrid_param_groups(model, include="bias", verbose=False)
+    assert group["param_names"] == ["0.bias", "1.bias"]
+    model[0].weight = nn.Parameter(torch.zeros(0), requires_grad=False)
+    model[0].weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"ZeRO-3 .*train without DeepSpeed.*'0.weight' is one"):
+        hybrid_param_groups(model, verbose=False)

@@ -55,8 +55,9 @@ def hybrid_param_groups(
 
     Raises:
         TypeError: ``model`` is no module, or options are no mapping.
-        ValueError: an option may not be set here, a pattern matches no frozen parameter, or no
-            parameter is left.
+        ValueError: an option may not be set here, a pattern matches no frozen parameter, no
+            parameter is left, or base weights are quantised by bitsandbytes or partitioned by
+            DeepSpeed and not excluded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -76,6 +77,8 @@ def hybrid_param_groups(
         used.update(included, excluded)
         if all(name in unreached for name in names):
             reason = "unused"
+        elif not excluded and (not wanted or included) and (packed := _packed(parameter)):
+            raise ValueError(f"model must not have {packed}; {names[0]!r} is one")
         elif not _perturbable(parameter):
             reason = str(parameter.dtype).removeprefix("torch.")
         elif excluded or (wanted and not included):
@@ -129,6 +132,22 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
             return fnmatch.fnmatchcase(name.lower(), pattern.lower())
 
     return [p for p in patterns if any(matches(p, name) for name in names)]
+
+
+def _packed(parameter: Tensor) -> str | None:
+    """What is wrong with a weight that holds another one in a form that cannot be moved."""
+    if hasattr(parameter, "ds_id"):
+        return (
+            "weights that DeepSpeed ZeRO-3 has partitioned: train without DeepSpeed, as zeroth "
+            "order keeps neither gradients nor optimizer state of the base model"
+        )
+    if type(parameter).__name__ in ("Params4bit", "Int8Params"):
+        return (
+            "weights quantised by bitsandbytes in a zeroth-order group: load the base model in "
+            "bfloat16, in which it trains at inference memory, or leave these weights out by "
+            "exclude="
+        )
+    return None
 
 
 def _perturbable(parameter: Tensor) -> bool:
