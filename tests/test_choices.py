@@ -1,0 +1,164 @@
+"""The choice tasks: templates, tokens, scores; the real files where they are."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from choices import (  # noqa: E402
+    READERS,
+    Choice,
+    ChoiceData,
+    copa,
+    mean_log_likelihood,
+    option_loss,
+    protocol,
+    read_choices,
+    sst2,
+    wic,
+    winogrande,
+)
+from tasks import DataError  # noqa: E402
+from test_trainer import base_model, word_tokenizer  # noqa: E402
+
+DATA = os.environ.get("ZOFO_DATA")
+needs_data = pytest.mark.skipif(DATA is None, reason="ZOFO_DATA does not name the data folder")
+
+
+def whole(choice):
+    return [prompt + text for prompt, text in choice.options]
+
+
+def test_templates():
+    assert whole(sst2("a fine film ", 1)) == [
+        "a fine film It was terrible",
+        "a fine film It was great",
+    ]
+    cause = copa("My body cast a shadow.", ("The sun was rising.", "I ran."), "cause", 0)
+    assert whole(cause) == [
+        "My body cast a shadow because the sun was rising.",
+        "My body cast a shadow because I ran.",
+    ]
+    effect = copa("It rained.", ("Streets got wet.", "I'm dry."), "effect", 0)
+    assert whole(effect) == ["It rained so streets got wet.", "It rained so I'm dry."]
+    blank = winogrande("Ann beat Bea as _ was fast.", ("Ann", "Bea"), 0)
+    assert blank.options == (
+        ("Ann beat Bea as Ann", " was fast."),
+        ("Ann beat Bea as Bea", " was fast."),
+    )
+    asked = wic("bank", "A river bank.", "A rich bank.", 0)
+    assert whole(asked)[0].endswith("Yes, No?\nA river bank.\nA rich bank.\nNo")
+
+
+@pytest.fixture(scope="module")
+def data():
+    choices = [
+        Choice((("w3 w4 w5", " w6"), ("w3 w4", " w7 w8 w9")), 1),
+        Choice((("w10", " w11 w12"), ("w10 w13 w14 w15", " w16")), 0),
+    ]
+    return ChoiceData(choices, word_tokenizer())
+
+
+def test_labels_are_the_continuation_of_the_right_option(data):
+    batch = data.batch([0, 1])
+    assert batch["input_ids"].tolist() == [[3, 4, 7, 8, 9], [10, 11, 12, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8, 9], [-100, 11, 12, -100, -100]]
+
+
+def test_scores_are_mean_log_probabilities(data):
+    """Against a loop over single tokens, without padding."""
+    model = base_model().eval()
+    found = mean_log_likelihood(model, data.batch([0, 1]))
+    for score, (ids, count) in zip(found, (data.options[0][1], data.options[1][0]), strict=True):
+        logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        places = range(len(ids) - count, len(ids))
+        expected = sum(logs[i - 1, ids[i]] for i in places) / count
+        torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
+    loss = option_loss(model, data.batch([0, 1]))
+    torch.testing.assert_close(loss, -found.mean())
+
+
+def test_accuracy(data):
+    model = base_model().train()
+    scores = [
+        [float(mean_log_likelihood(model, data._padded([option]))) for option in options]
+        for options in data.options
+    ]
+    expected = [s.index(max(s)) == label for s, label in zip(scores, data.labels, strict=True)]
+    for batch_size in (1, 3, 16):
+        assert data.accuracy(model, batch_size) == sum(expected) / 2
+    assert model.training
+
+
+def test_long_prompts_are_cut_at_the_left():
+    choices = [Choice((("w3 " * 20 + "w4", " w5 w6"), ("w3", " w4")), 0)]
+    data = ChoiceData(choices, word_tokenizer(), max_length=5)
+    assert data.options[0][0] == ([3, 3, 4, 5, 6], 2)
+
+
+def test_training_on_options_is_learnt(data):
+    from zofo_optim import HybridZOFO
+
+    model = base_model()
+    optimizer = HybridZOFO(model.parameters(), lr=0.5)
+    for _ in range(60):
+        optimizer.zero_grad()
+        optimizer.step(lambda: option_loss(model, data.batch([0, 1])))
+    assert data.accuracy(model) == 1
+
+
+def test_bad_files(tmp_path):
+    for task in READERS:
+        with pytest.raises(DataError, match="no such file"):
+            read_choices(task, tmp_path, "train")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"copa, train.*schema.*choice1"):
+        read_choices("copa", tmp_path, "train")
+    (tmp_path / "train.jsonl").write_text(json.dumps({}) + "\nno json\n")
+    (tmp_path / "train_m.jsonl").write_text("no json\n")
+    with pytest.raises(DataError, match="line 1: no JSON"):
+        read_choices("winogrande", tmp_path, "train")
+    with pytest.raises(ValueError, match="task must be one of"):
+        read_choices("squad", tmp_path, "train")
+    with pytest.raises(ValueError, match="split must be"):
+        read_choices("copa", tmp_path, "test")
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("task", "train", "dev"),
+    [("sst2", 67349, 872), ("copa", 400, 100), ("winogrande", 2558, 1267), ("wic", 5428, 638)],
+)
+def test_the_real_files(task, train, dev):
+    folder = Path(DATA) / task
+    for split, count in (("train", train), ("dev", dev)):
+        found = read_choices(task, folder, split)
+        assert len(found) == count
+        assert {choice.label for choice in found} == {0, 1}
+        assert all(len(choice.options) == 2 for choice in found)
+        assert all(prompt and text.strip() for choice in found for prompt, text in choice.options)
+    first = protocol(task, folder, seed=1)
+    assert first == protocol(task, folder, seed=1)
+    assert first != protocol(task, folder, seed=2)
+    assert [len(part) for part in first] == [
+        min(1000, train - 100),
+        100,
+        min(1000, dev),
+    ]
+    assert not set(first[0][:50]) & set(first[1])
+
+
+@needs_data
+def test_a_pretrained_model_scores_the_real_files():
+    """A model of children's stories knows a little of what follows from what."""
+    folder = Path(DATA) / "models" / "stories260k"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    choices = read_choices("copa", Path(DATA) / "copa", "dev")
+    accuracy = ChoiceData(choices, tokenizer).accuracy(model)
+    assert 0.4 < accuracy < 0.8
