@@ -1,5 +1,6 @@
 """Journals across processes, kills and loaded states."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,41 @@ def test_two_writers(path):
         Journal(path, resume=True).attach(other.optimizer)
     journal.close()
     Journal(path, resume=True).attach(other.optimizer).close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_worker_does_not_keep_the_lock(path):
+    """As those of a DataLoader, which outlive a journal."""
+    job = Job()
+    journal = Journal(path).attach(job.optimizer)
+    end, begin = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(begin)
+        os.read(end, 1)  # until the parent closes its side
+        os._exit(0)
+    try:
+        journal.close()
+        Journal(path, resume=True).attach(job.optimizer).close()
+    finally:
+        os.close(begin)
+        os.waitpid(child, 0)
+
+
+def test_another_working_folder(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    job = Job()
+    with Journal("run.zofo").attach(job.optimizer):
+        job.step(0)
+        state = saved(job)
+        job.step(1)
+        (path.parent / "elsewhere").mkdir()
+        monkeypatch.chdir(path.parent / "elsewhere")
+        job.model.load_state_dict(state["model"])
+        with pytest.warns(UserWarning, match="1 later steps"):
+            job.optimizer.load_state_dict(state["optimizer"])
+        job.step(1)
+    check(job, path, 2)
 
 
 @pytest.mark.parametrize("perturbation", MODES)

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,11 @@ from .header import check_recordable, check_same, header_of
 from .match import some
 from .reader import Recording, read
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None  # type: ignore[assignment]
+
 
 class _Waiting(NamedTuple):
     """A step whose numbers are on their way from the device."""
@@ -40,7 +46,8 @@ class Journal:
     file at every step (on a GPU a few steps late, as nothing waits for the device), so it
     outlives the process; every ``fsync_every`` steps it is made to outlive the machine. With
     first-order groups, save these (the adapter) and ``optimizer.state_dict()`` as usual; the
-    base model need not be saved.
+    base model need not be saved. Close it at the end, or use it in a ``with`` block: a journal
+    that was not closed may lack steps, and is replayed only with ``partial=True``.
 
     Args:
         path: the file; it must not exist, unless ``resume=True``.
@@ -69,7 +76,7 @@ class Journal:
         fsync_every: int = 100,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the program may change its folder
         if not isinstance(fsync_every, int) or isinstance(fsync_every, bool) or fsync_every < 0:
             raise ValueError(f"fsync_every must be an int >= 0, got {fsync_every!r}")
         self._resume = resume
@@ -216,9 +223,7 @@ class Journal:
         self._chain, self._told = chain, 0
 
     def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
+        if fcntl is None:
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -361,6 +366,9 @@ class Journal:
         if self._optimizer is not None:
             self._optimizer._listeners.remove(self)
         self._optimizer = None
+        if fcntl is not None:  # closing is not enough where a forked child has the file too
+            with suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
     def _require_attached(self) -> HybridZOFO:
