@@ -8,7 +8,7 @@ sets' own releases (GLUE, SuperGLUE, WinoGrande 1.1, WiC).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,40 +76,71 @@ def _open(path: Path) -> Any:
     return path.open(encoding="utf-8")
 
 
-def _read_sst2(folder: Path, split: str) -> Iterator[Choice]:
+def _sst2_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     with _open(folder / f"{'train' if split == 'train' else 'dev'}.tsv") as lines:
-        next(lines)
+        names = next(lines).rstrip("\n").split("\t")
         for line in lines:
-            sentence, label = line.rstrip("\n").split("\t")
-            yield sst2(sentence, int(label))
+            row = dict(zip(names, line.rstrip("\n").split("\t"), strict=True))
+            yield {**row, "label": int(row["label"])}
 
 
-def _read_copa(folder: Path, split: str) -> Iterator[Choice]:
-    for row in _rows(folder / f"{'train' if split == 'train' else 'val'}.jsonl"):
-        choices = row["choice1"], row["choice2"]
-        yield copa(row["premise"], choices, row["question"], row["label"])
-
-
-def _read_winogrande(folder: Path, split: str) -> Iterator[Choice]:
-    for row in _rows(folder / f"{'train_m' if split == 'train' else 'dev'}.jsonl"):
-        options = row["option1"], row["option2"]
-        yield winogrande(row["sentence"], options, int(row["answer"]) - 1)
-
-
-def _read_wic(folder: Path, split: str) -> Iterator[Choice]:
+def _wic_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     name = "train" if split == "train" else "dev"
     with _open(folder / f"{name}.data.txt") as data, _open(folder / f"{name}.gold.txt") as gold:
         for line, answer in zip(data, gold, strict=True):
             word, _, _, first, second = line.rstrip("\n").split("\t")
-            yield wic(word, first, second, int(answer.strip() == "T"))
+            label = int(answer.strip() == "T")
+            yield {"word": word, "sentence1": first, "sentence2": second, "label": label}
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Choice]]] = {
-    "sst2": _read_sst2,
-    "copa": _read_copa,
-    "winogrande": _read_winogrande,
-    "wic": _read_wic,
+@dataclass(frozen=True)
+class Source:
+    """How a task's rows are read from its files, and how one becomes a choice.
+
+    Rows have the fields of the data set on the Hugging Face hub.
+    """
+
+    rows: Callable[[Path, str], Iterator[dict[str, Any]]]
+    choice: Callable[[dict[str, Any]], Choice]
+
+
+SOURCES = {
+    "sst2": Source(_sst2_rows, lambda row: sst2(row["sentence"], row["label"])),
+    "copa": Source(
+        lambda folder, split: _rows(folder / f"{'train' if split == 'train' else 'val'}.jsonl"),
+        lambda row: copa(
+            row["premise"], (row["choice1"], row["choice2"]), row["question"], row["label"]
+        ),
+    ),
+    "winogrande": Source(
+        lambda folder, split: _rows(folder / f"{'train_m' if split == 'train' else 'dev'}.jsonl"),
+        lambda row: winogrande(
+            row["sentence"], (row["option1"], row["option2"]), int(row["answer"]) - 1
+        ),
+    ),
+    "wic": Source(
+        _wic_rows,
+        lambda row: wic(row["word"], row["sentence1"], row["sentence2"], row["label"]),
+    ),
 }
+
+
+def choices_from(task: str, rows: Iterable[dict[str, Any]]) -> list[Choice]:
+    """Choices from rows, such as a split of the data set on the Hugging Face hub.
+
+    Raises:
+        DataError: a row is not in the task's schema.
+        ValueError: an unknown task.
+    """
+    if task not in SOURCES:
+        raise ValueError(f"task must be one of {tuple(SOURCES)}, got {task!r}")
+    found = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            found.append(SOURCES[task].choice(row))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{task}, row {number}: not in the schema ({error!r})") from None
+    return found
 
 
 def read_choices(task: str, folder: Path, split: str) -> list[Choice]:
@@ -119,16 +150,11 @@ def read_choices(task: str, folder: Path, split: str) -> list[Choice]:
         DataError: a file is missing or has another form.
         ValueError: an unknown task or split.
     """
-    if task not in READERS:
-        raise ValueError(f"task must be one of {tuple(READERS)}, got {task!r}")
+    if task not in SOURCES:
+        raise ValueError(f"task must be one of {tuple(SOURCES)}, got {task!r}")
     if split not in ("train", "dev"):
         raise ValueError(f"split must be 'train' or 'dev', got {split!r}")
-    try:
-        return list(READERS[task](folder, split))
-    except (KeyError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{folder} ({task}, {split}): not in the task's schema ({error})") from None
+    return choices_from(task, SOURCES[task].rows(folder, split))
 
 
 def protocol(

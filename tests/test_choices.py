@@ -10,9 +10,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from choices import (  # noqa: E402
-    READERS,
+    SOURCES,
     Choice,
     ChoiceData,
+    choices_from,
     copa,
     mean_log_likelihood,
     option_loss,
@@ -52,6 +53,18 @@ def test_templates():
     )
     asked = wic("bank", "A river bank.", "A rich bank.", 0)
     assert whole(asked)[0].endswith("Yes, No?\nA river bank.\nA rich bank.\nNo")
+
+
+def test_rows_of_hub_data_sets():
+    row = dict(premise="It rained.", choice1="A.", choice2="B.", question="effect", label=1, idx=3)
+    assert choices_from("copa", [row]) == [copa("It rained.", ("A.", "B."), "effect", 1)]
+    row = dict(word="bank", sentence1="a", sentence2="b", label=0, start1=0)
+    assert choices_from("wic", [row]) == [wic("bank", "a", "b", 0)]
+    row = dict(sentence="X _ Y", option1="p", option2="q", answer="2")
+    assert choices_from("winogrande", [row]) == [winogrande("X _ Y", ("p", "q"), 1)]
+    assert choices_from("sst2", [dict(sentence="s", label=0)]) == [sst2("s", 0)]
+    with pytest.raises(DataError, match=r"winogrande, row 1: not in the schema"):
+        choices_from("winogrande", [dict(row, sentence="no blank")])
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +126,11 @@ def test_training_on_options_is_learnt(data):
 
 
 def test_bad_files(tmp_path):
-    for task in READERS:
+    for task in SOURCES:
         with pytest.raises(DataError, match="no such file"):
             read_choices(task, tmp_path, "train")
     (tmp_path / "train.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match=r"copa, train.*schema.*choice1"):
+    with pytest.raises(DataError, match=r"copa, row 1.*schema.*premise"):
         read_choices("copa", tmp_path, "train")
     (tmp_path / "train.jsonl").write_text(json.dumps({}) + "\nno json\n")
     (tmp_path / "train_m.jsonl").write_text("no json\n")
