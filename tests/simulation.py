@@ -207,8 +207,7 @@ class Simulation:
     def saved(self):
         """What a state dict holds: accumulation is in the first zeroth-order group, if any."""
         sgd = None if self.sgd is None else self.sgd.state_dict()
-        pending = self.pending if self.zo else None
-        return copy.deepcopy(([g.options for g in self.groups], pending, sgd))
+        return copy.deepcopy(([g.options for g in self.groups], self.pending, sgd))
 
     def load(self, saved):
         options, self.pending, sgd = saved

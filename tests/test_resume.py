@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import resumable
+import torch
 from conftest import same_bits
 from resumable import STEPS, Run, options
+
+from zofo_optim import HybridZOFO
 
 SCRIPT = Path(resumable.__file__)
 ESTIMATORS = ["one_sided", "two_sided"]
@@ -82,3 +85,18 @@ def test_other_settings_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Run().optimizer.load_state_dict(state)
+
+
+def test_accumulated_first_order_gradients_alone():
+    """Without zeroth-order groups, too, the step after loading needs no closure."""
+    p = torch.nn.Parameter(torch.ones(3))
+    twin = torch.nn.Parameter(torch.ones(3))
+    optimizer, other = HybridZOFO([p], lr=0.1), HybridZOFO([twin], lr=0.1)
+    optimizer.backward(lambda: (p**2).sum())
+    other.load_state_dict(optimizer.state_dict())
+    twin.grad = p.grad.clone()
+    for each in (optimizer, other):
+        each.step()
+        assert "zo_pending" not in each.param_groups[0]
+    assert same_bits(p.detach(), twin.detach())
+    assert not same_bits(p.detach(), torch.ones(3))

@@ -233,7 +233,7 @@ class HybridZOFO(Optimizer):
         return [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; the state of accumulation is in the first ZO group.
+        """As in torch; the state of accumulation is in the first ZO group, or the first of all.
 
         Holds no gradients: save ``.grad`` too where first-order groups are in the midst of
         accumulating. Waits for the device where it accumulates or ``capturable=True``.
@@ -245,8 +245,8 @@ class HybridZOFO(Optimizer):
                 group["zo_step"] = int(group["zo_step"])
         for group in zo:
             group["zo_settings"] = self._settings.of_the_path()
-        if zo and self._pending is not None:
-            zo[0]["zo_pending"] = self._pending.saved()
+        if self._pending is not None:
+            (zo or state["param_groups"])[0]["zo_pending"] = self._pending.saved()
         if zo and self._path:
             zo[0]["zo_path"] = [[move.sample, list(move.scales)] for move in self._path]
         return state
