@@ -1,20 +1,17 @@
 """Tasks as a choice between texts, for causal language models: SST-2, COPA, WinoGrande, WiC.
 
 Templates, and the scoring of an option by the mean log-likelihood of its tokens, are those of MeZO
-(Malladi et al. 2023, appendix E.2), which ZO-Bench follows. Files have the schemas of the data
-sets' own releases (GLUE, SuperGLUE, WinoGrande 1.1, WiC).
+(Malladi et al. 2023, appendix E.2), which ZO-Bench follows.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from tasks import DataError
+from tasks import DataError, Row
+from scores import Scores, scores
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -61,119 +58,33 @@ def wic(word: str, first: str, second: str, label: int) -> Choice:
     return Choice(((prompt, "No"), (prompt, "Yes")), label)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: no JSON ({error})") from None
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    return path.open(encoding="utf-8")
-
-
-def _sst2_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    with _open(folder / f"{'train' if split == 'train' else 'dev'}.tsv") as lines:
-        names = next(lines).rstrip("\n").split("\t")
-        for line in lines:
-            row = dict(zip(names, line.rstrip("\n").split("\t"), strict=True))
-            yield {**row, "label": int(row["label"])}
-
-
-def _wic_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    name = "train" if split == "train" else "dev"
-    with _open(folder / f"{name}.data.txt") as data, _open(folder / f"{name}.gold.txt") as gold:
-        for line, answer in zip(data, gold, strict=True):
-            word, _, _, first, second = line.rstrip("\n").split("\t")
-            label = int(answer.strip() == "T")
-            yield {"word": word, "sentence1": first, "sentence2": second, "label": label}
-
-
-@dataclass(frozen=True)
-class Source:
-    """How a task's rows are read from its files, and how one becomes a choice.
-
-    Rows have the fields of the data set on the Hugging Face hub.
-    """
-
-    rows: Callable[[Path, str], Iterator[dict[str, Any]]]
-    choice: Callable[[dict[str, Any]], Choice]
-
-
-SOURCES = {
-    "sst2": Source(_sst2_rows, lambda row: sst2(row["sentence"], row["label"])),
-    "copa": Source(
-        lambda folder, split: _rows(folder / f"{'train' if split == 'train' else 'val'}.jsonl"),
-        lambda row: copa(
-            row["premise"], (row["choice1"], row["choice2"]), row["question"], row["label"]
-        ),
+CHOICES: dict[str, Callable[[Row], Choice]] = {
+    "sentiment": lambda row: sst2(row["sentence"], row["label"]),
+    "sst2": lambda row: sst2(row["sentence"], row["label"]),
+    "sst2-sentences": lambda row: Choice((("", row["sentence"].strip()),), 0),
+    "copa": lambda row: copa(
+        row["premise"], (row["choice1"], row["choice2"]), row["question"], row["label"]
     ),
-    "winogrande": Source(
-        lambda folder, split: _rows(folder / f"{'train_m' if split == 'train' else 'dev'}.jsonl"),
-        lambda row: winogrande(
-            row["sentence"], (row["option1"], row["option2"]), int(row["answer"]) - 1
-        ),
+    "winogrande": lambda row: winogrande(
+        row["sentence"], (row["option1"], row["option2"]), row["label"]
     ),
-    "wic": Source(
-        _wic_rows,
-        lambda row: wic(row["word"], row["sentence1"], row["sentence2"], row["label"]),
-    ),
+    "wic": lambda row: wic(row["word"], row["sentence1"], row["sentence2"], row["label"]),
 }
 
 
-def choices_from(task: str, rows: Iterable[dict[str, Any]]) -> list[Choice]:
-    """Choices from rows, such as a split of the data set on the Hugging Face hub.
+def choices(task: str, rows: Iterable[Row]) -> list[Choice]:
+    """What a causal language model chooses between.
 
     Raises:
-        DataError: a row is not in the task's schema.
-        ValueError: an unknown task.
+        DataError: a row has no form that the templates know, such as no blank in WinoGrande.
     """
-    if task not in SOURCES:
-        raise ValueError(f"task must be one of {tuple(SOURCES)}, got {task!r}")
     found = []
-    for number, row in enumerate(rows, start=1):
+    for row in rows:
         try:
-            found.append(SOURCES[task].choice(row))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{task}, row {number}: not in the schema ({error!r})") from None
+            found.append(CHOICES[task](row))
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{task}: no choice in {row!r} ({error!r})") from None
     return found
-
-
-def read_choices(task: str, folder: Path, split: str) -> list[Choice]:
-    """All examples of a split, "train" or "dev", in file order.
-
-    Raises:
-        DataError: a file is missing or has another form.
-        ValueError: an unknown task or split.
-    """
-    if task not in SOURCES:
-        raise ValueError(f"task must be one of {tuple(SOURCES)}, got {task!r}")
-    if split not in ("train", "dev"):
-        raise ValueError(f"split must be 'train' or 'dev', got {split!r}")
-    return choices_from(task, SOURCES[task].rows(folder, split))
-
-
-def protocol(
-    task: str, folder: Path, seed: int, train: int = 1000, dev: int = 100, test: int = 1000
-) -> tuple[list[Choice], list[Choice], list[Choice]]:
-    """MeZO's protocol: training and development examples from the training split, test from dev.
-
-    Drawn without replacement by ``seed``; as many as there are where a split is smaller.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(examples: list[Choice], count: int) -> list[Choice]:
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        return [examples[i] for i in order[:count]]
-
-    pool = drawn(read_choices(task, folder, "train"), train + dev)
-    held_out = min(dev, len(pool) // 2)
-    tests = drawn(read_choices(task, folder, "dev"), test)
-    return pool[held_out:], pool[:held_out], tests
 
 
 class ChoiceData:
@@ -190,6 +101,7 @@ class ChoiceData:
             [_encode(tokenizer, prompt, text, max_length) for prompt, text in choice.options]
             for choice in choices
         ]
+        self.lengths = [max(len(ids) for ids, _ in options) for options in self.options]
         self._padding = tokenizer.pad_token_id or 0
 
     def __len__(self) -> int:
@@ -210,22 +122,31 @@ class ChoiceData:
             labels[row, len(tokens) - count : len(tokens)] = torch.tensor(tokens[-count:])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """What is trained: :func:`option_loss`."""
+        return option_loss(model, batch)
+
     @torch.no_grad()
-    def accuracy(self, model: nn.Module, batch_size: int = 16) -> float:
-        """Share of examples whose right option has the highest mean log-likelihood."""
+    def score(self, model: nn.Module, first: int | None = None, batch_size: int = 32) -> Scores:
+        """Of the (first) examples; chosen is the option of the highest mean log-likelihood."""
         training = model.training
         model.eval()
-        rows = [option for options in self.options for option in options]
-        found: list[float] = []
+        options = self.options[:first]
+        rows = [row for row in sorted((row for own in options for row in own), key=_length)]
+        found: dict[int, float] = {}
         for start in range(0, len(rows), batch_size):
-            batch = self._padded(rows[start : start + batch_size])
-            found += mean_log_likelihood(model, batch).tolist()
+            part = rows[start : start + batch_size]
+            values = mean_log_likelihood(model, self._padded(part)).tolist()
+            found.update(zip(map(id, part), values, strict=True))
         model.train(training)
-        scores, right = iter(found), 0
-        for options, label in zip(self.options, self.labels, strict=True):
-            own = [next(scores) for _ in options]
-            right += own.index(max(own)) == label
-        return right / len(self)
+        logits = [[found[id(row)] for row in own] for own in options]
+        right = [own[label] for own, label in zip(logits, self.labels, strict=False)]
+        chosen = [own.index(max(own)) for own in logits]
+        return scores(chosen, self.labels[:first], -sum(right) / len(right))
+
+
+def _length(row: tuple[list[int], int]) -> int:
+    return len(row[0])
 
 
 def _encode(

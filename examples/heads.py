@@ -1,21 +1,57 @@
-"""The classification head that every method of `finetune.py` starts from.
+"""The classification head that every method of `finetune.py` starts from, on an encoder.
 
 `prompts`: zero-shot, from a few sentences per class; sees no label. `probe`: a logistic regression
-on the frozen model's features, the best that a frozen model offers.
+on the frozen model's features, the best that a frozen model offers. `random`: transformers' own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from models import Batch, ModelError, last_linear
+from classification import LAYOUTS, Batch
+from models import ModelError, Problem
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE_PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
 PROBE_FOLDS = 5
-HEADS = ("prompts", "probe")
+HEADS = ("prompts", "probe", "random")
+BATCH = 32
+
+
+def set_head(problem: Problem, head: str) -> None:
+    """Give the encoder of the problem its first head.
+
+    Raises:
+        ModelError: the task, or the model, has no such head.
+    """
+    model: Any = problem.base
+    batches = problem.train.fixed_batches(BATCH)  # type: ignore[attr-defined]
+    layout = LAYOUTS[problem.task]
+    if head == "probe":
+        if layout.outputs == 1:
+            raise ModelError(f"task {problem.task!r} scores options: use --head random")
+        fit_probe(model, batches)
+    elif head == "prompts":
+        if not layout.prompts:
+            raise ModelError(f"task {problem.task!r} has no prompts: use --head probe or random")
+        set_prompt_head(model, problem.tokenizer, layout.prompts, batches)
+
+
+def last_linear(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """The layer that makes the logits: the last linear layer with one output per label."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer with {model.config.num_labels} outputs"
+        )
+    return found[-1]
 
 
 @torch.no_grad()

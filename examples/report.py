@@ -1,182 +1,177 @@
-"""What `finetune.py` shows and writes: progress, the comparison table, results.json, curves.png."""
+"""Tables of results: means over seeds, the paper's Table 1, cost and steps to a given loss.
+
+A result is what `training.run` returns, of one task, method and seed.
+"""
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 import statistics
-import time
-from collections.abc import Mapping, Sequence
-from itertools import cycle
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 Result = dict[str, Any]
-
-STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."))
-LOG_LINES = 10
+Cells = dict[tuple[str, str], list[Result]]
 
 
-class Tracker:
-    """A progress bar on a terminal; elsewhere about ten plain lines a run."""
-
-    def __init__(self, console: Console, name: str, steps: int, accuracy: float) -> None:
-        self._console, self._name, self._steps = console, name, steps
-        self._accuracy, self._step, self._logged = accuracy, 0, 0
-        self._started = time.perf_counter()
-        self._progress = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  dev {task.fields[accuracy]}"),
-            TimeRemainingColumn(),
-            console=console,
-            refresh_per_second=4,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task(name, total=steps, loss="-", accuracy=self._percent)
-
-    @property
-    def _percent(self) -> str:
-        return f"{100 * self._accuracy:.1f} %"
-
-    def __enter__(self) -> Tracker:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def step(self, step: int, loss: float | None = None) -> None:
-        """One step is done; `loss` where it is at hand (reading it may wait for the device)."""
-        self._step = step
-        self._progress.update(self._task, completed=step)
-        if loss is not None:
-            self._progress.update(self._task, loss=f"{loss:.3f}")
-
-    def evaluated(self, accuracy: float, loss: float) -> None:
-        """The dev set was evaluated, and the mean training loss since the last time is `loss`."""
-        self._accuracy = accuracy
-        self._progress.update(self._task, loss=f"{loss:.3f}", accuracy=self._percent)
-        due = self._step - self._logged >= self._steps / LOG_LINES or self._step == self._steps
-        if self._console.is_terminal or not due:
-            return
-        self._logged = self._step
-        spent = time.perf_counter() - self._started
-        left = spent / max(self._step, 1) * (self._steps - self._step)
-        self._console.print(
-            f"{self._name:<12} step {self._step}/{self._steps}  loss {loss:.4f}  "
-            f"dev accuracy {self._percent}  {left:.0f} s left",
-            highlight=False,
-        )
+def cells(results: Iterable[Result]) -> Cells:
+    """Results by task and method, one a seed, in the order in which they come."""
+    found: Cells = {}
+    for result in results:
+        found.setdefault((result["task"], result["method"]), []).append(result)
+    return found
 
 
-def summarise(runs: Mapping[int, Result]) -> Result:
-    """One result for all seeds: the only one as it is, or means with the seeds beside them.
+def tasks_of(grid: Cells) -> list[str]:
+    return list(dict.fromkeys(task for task, _ in grid))
 
-    The mean curves end where the first seed that stopped early ends.
+
+def methods_of(grid: Cells) -> list[str]:
+    return list(dict.fromkeys(method for _, method in grid))
+
+
+def mean(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+    """The mean, and the sample standard deviation where there are several."""
+    scaled = [scale * value for value in values]
+    text = f"{statistics.fmean(scaled):.{digits}f}"
+    return text if len(scaled) == 1 else f"{text} ± {statistics.stdev(scaled):.{digits}f}"
+
+
+def quantity(results: Sequence[Result], name: str) -> str:
+    """Test accuracy and F1 in percent, test loss, the training loss after the best step."""
+    if name == "train_loss":
+        return mean([r["best"]["train_loss"] for r in results], 3)
+    values = [r["test"][name] for r in results]
+    return mean(values, 3) if name == "loss" else mean(values, 1, 100.0)
+
+
+def start(grid: Cells, task: str, name: str) -> str:
+    """Of the untrained model, on the development data: where all methods start."""
+    for (own, _), results in grid.items():
+        if own == task:
+            value = results[0]["curve"][0][name]
+            return f"{value:.3f}" if "loss" in name else f"{100 * value:.1f}"
+    raise KeyError(task)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def as_csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def table1(grid: Cells, name: str) -> list[list[str]]:
+    """The paper's Table 1: a row a task, a column a method; the best of a row in bold."""
+    methods = methods_of(grid)
+    rows = [["task", *methods]]
+    for task in tasks_of(grid):
+        own = {m: grid[task, m] for m in methods if (task, m) in grid}
+        if "loss" not in name and not next(iter(own.values()))[0]["scored"]:
+            continue
+        key = (lambda r: r["best"][name]) if name == "train_loss" else (lambda r: r["test"][name])
+        means = {m: statistics.fmean(key(r) for r in results) for m, results in own.items()}
+        best = (min if "loss" in name else max)(means.values())
+        shown = {m: quantity(results, name) for m, results in own.items()}
+        bold = {m: f"**{text}**" if means[m] == best else text for m, text in shown.items()}
+        rows.append([task, *(bold.get(m, "") for m in methods)])
+    return rows
+
+
+def reached(result: Result, loss: float) -> tuple[float, float] | None:
+    """Steps and seconds until the development loss was at most `loss`; None: never."""
+    for point in result["curve"]:
+        if point["loss"] <= loss:
+            return point["step"], point["seconds"]
+    return None
+
+
+def best_loss(results: Sequence[Result]) -> float:
+    """The development loss that every seed reached."""
+    return max(r["best"]["loss"] for r in results)
+
+
+def cost_table(grid: Cells, task: str) -> list[list[str]]:
+    """Losses, times, memory; and steps and seconds to a given development loss.
+
+    The loss given is that of the first-order method with the same adapter (its best, in its worst
+    seed), and for `zo` its own; and one for all: what the method that gets least far reaches.
     """
-    results = list(runs.values())
-    if len(results) == 1:
-        return results[0]
-    summary: Result = {}
-    for key, value in results[0].items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            values = [result[key] for result in results]
-            summary[key] = value if len(set(values)) == 1 else statistics.fmean(values)
-    summary["accuracy_after_std"] = statistics.stdev(r["accuracy_after"] for r in results)
-    summary["losses"] = [
-        statistics.fmean(column) for column in zip(*(r["losses"] for r in results), strict=False)
-    ]
-    summary["curve"] = [
-        {key: statistics.fmean(point[key] for point in points) for key in points[0]}
-        for points in zip(*(r["curve"] for r in results), strict=False)
-    ]
-    summary["seeds"] = {str(seed): result for seed, result in runs.items()}
-    return summary
+    own = {method: results for (t, method), results in grid.items() if t == task}
+    common = max(best_loss(results) for results in own.values())
+    head = ["method", "development loss", "s/step", "peak MB", f"to {common:.3f}: steps", "seconds"]
+    rows = [[*head, "to the FO method's: loss", "steps", "seconds"]]
+    for method, results in own.items():
+        kind, _, adapter = method.partition("-")
+        partner = own.get(f"fo-{adapter}", results) if kind == "hybrid" else results
+        target = best_loss(partner)
+        rows.append(
+            [
+                method,
+                mean([r["best"]["loss"] for r in results], 3),
+                mean([statistics.fmean([r["seconds_per_step"] for r in results])], 3),
+                f"{max(r['peak_memory_bytes'] for r in results) / 1e6:,.0f}",
+                *_until(results, common),
+                f"{target:.3f}",
+                *_until(results, target),
+            ]
+        )
+    return rows
 
 
-def print_table(console: Console, methods: Mapping[str, Result], title: str) -> None:
-    """The comparison, one line a method."""
+def _until(results: Sequence[Result], loss: float) -> tuple[str, str]:
+    found = [reached(result, loss) for result in results]
+    there = [pair for pair in found if pair is not None]
+    if len(there) < len(found):
+        return (f"{len(there)} of {len(found)} seeds reach it", "-") if there else ("never", "-")
+    steps, seconds = zip(*there, strict=True)
+    return f"{statistics.fmean(steps):.0f}", f"{statistics.fmean(seconds):.1f}"
+
+
+def long_table(results: Iterable[Result]) -> list[list[Any]]:
+    """One row a run, for CSV."""
+    head = ["task", "method", "seed", "test_accuracy", "test_f1", "test_loss", "dev_loss"]
+    more = ["train_loss", "best_step", "steps", "seconds", "seconds_per_step", "peak_memory_bytes"]
+    rows: list[list[Any]] = [[*head, *more, "parameters_zo", "parameters_fo", "skipped_steps"]]
+    for r in results:
+        best, test = r["best"], r["test"]
+        scored = [test["accuracy"], test["f1"]] if r["scored"] else ["", ""]
+        rows.append(
+            [r["task"], r["method"], r["seed"], *scored, test["loss"], best["loss"]]
+            + [best["train_loss"], best["step"], *(r[name] for name in more[2:])]
+            + [r["parameters_zo"], r["parameters_fo"], r["skipped_steps"]]
+        )
+    return rows
+
+
+def print_table(console: Console, results: Sequence[Result], title: str) -> None:
+    """The comparison of one task's methods, a line each."""
+    grid = cells(results)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for column in (
-        "accuracy\nbefore",
-        "accuracy\nafter",
-        "loss\nfirst",
-        "loss\nlast",
-        "\nsteps",
-        "\ns/step",
-        "peak\nMB",
-    ):
+    for column in ("test\naccuracy, %", "test\nloss", "training\nloss", "\nsteps", "\ns/step"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, result in methods.items():
-        after = f"{100 * result['accuracy_after']:.1f} %"
-        if "accuracy_after_std" in result:
-            after += f" ± {100 * result['accuracy_after_std']:.1f}"
+    table.add_column("peak\nMB", justify="right", no_wrap=True)
+    for (_, method), runs in grid.items():
+        scored = runs[0]["scored"]
         table.add_row(
-            name,
-            f"{100 * result['accuracy_before']:.1f} %",
-            after,
-            f"{result['loss_first']:.4f}",
-            f"{result['loss_last']:.4f}",
-            f"{result['steps']:g}",
-            f"{result['seconds_per_step']:.3f}",
-            f"{result['peak_memory_bytes'] / 1e6:,.0f}",
+            method,
+            quantity(runs, "accuracy") if scored else "",
+            quantity(runs, "loss"),
+            f"{runs[0]['curve'][0]['train_loss']:.3f} → {quantity(runs, 'train_loss')}",
+            f"{statistics.fmean(r['steps'] for r in runs):g}",
+            f"{statistics.fmean(r['seconds_per_step'] for r in runs):.3f}",
+            f"{max(r['peak_memory_bytes'] for r in runs) / 1e6:,.0f}",
         )
     console.print(table)
-
-
-def write_results(path: Path, methods: Mapping[str, Result], **more: Any) -> None:
-    path.write_text(
-        json.dumps({"methods": methods, **more}, indent=1, default=str) + "\n", encoding="utf-8"
-    )
-
-
-def smooth(values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """A running mean over about a twentieth of the run (at least five steps), at window centres."""
-    window = min(len(values), max(5, len(values) // 20))
-    means = [statistics.fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
-    return [i + (window + 1) // 2 for i in range(len(means))], means
-
-
-def plot_curves(path: Path, methods: Mapping[str, Result], title: str) -> None:
-    """Training loss and dev accuracy against steps; with several seeds, the mean and the range."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for (name, result), (colour, dash) in zip(methods.items(), cycle(STYLES), strict=False):
-        runs = list(result.get("seeds", {"": result}).values())
-        for run in runs if len(runs) > 1 else ():
-            left.plot(*smooth(run["losses"]), color=colour, alpha=0.25, linewidth=1)
-        left.plot(*smooth(result["losses"]), dash, color=colour, linewidth=1.8)
-        points = [p["step"] for p in result["curve"]]
-        accuracy = [100 * p["accuracy"] for p in result["curve"]]
-        marker = "o" if len(points) <= 40 else None
-        right.plot(points, accuracy, dash, color=colour, label=name, marker=marker, markersize=3.5)
-        if len(runs) > 1:
-            columns = list(zip(*([p["accuracy"] for p in r["curve"]] for r in runs), strict=False))
-            low, high = [100 * min(c) for c in columns], [100 * max(c) for c in columns]
-            right.fill_between(points, low, high, color=colour, alpha=0.15, linewidth=0)
-    left.set(xlabel="step", ylabel="training loss (running mean)")
-    right.set(xlabel="step", ylabel="dev accuracy, %")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

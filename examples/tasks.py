@@ -1,178 +1,217 @@
-"""Text classification data for `finetune.py`: read, tokenise once, shuffle, batch.
+"""The tasks' examples as rows, from files or the Hugging Face hub, and MeZO's split of them.
 
-A task is a name for a table layout. Every file is tab-separated with a header line; text columns
-and the integer label column are named by the task. Add a task by adding a line to `TASKS`.
+A row is a dictionary with the fields of the data set on the hub; `label` is 0 or 1. Files have the
+form of the data sets' own releases (GLUE, SuperGLUE, WinoGrande 1.1, WiC). What a model sees of a
+row is in `choices.py` (causal language models) and `classification.py` (encoders).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-MAX_LENGTH = 64
-SPLIT_SEED = 0
-SPLIT_FRACTION = 0.2
+DEMO_DATA = Path(__file__).resolve().parent / "data"
+HUB = "hub"
+TRAIN, DEV, TEST = 1000, 100, 1000
+"""Sizes of MeZO's protocol (Malladi et al. 2023)."""
+
+Row = dict[str, Any]
 
 
 class DataError(ValueError):
-    """The data asked for cannot be used; the message says which file, and why."""
+    """The data asked for cannot be used; the message says which, and why."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The layout of a task's files: which columns hold the text, what the labels mean."""
+    """Where a task's rows come from.
 
-    text: tuple[str, ...]
-    label: str
-    label_names: tuple[str, ...]
-    prompts: tuple[tuple[str, ...], ...] = ()
-    """Sentences typical of each label, for a head that needs no training."""
+    Attributes:
+        fields: what a row must have beside its label; they hold text.
+        labels: the label as it stands in the data, and what it means here.
+        read: makes rows of the files in a folder, by split ("train" or "dev").
+        hub: arguments of `datasets.load_dataset`.
+        label: name of the field that holds the label.
+        scored: whether it has a right answer; else only the loss tells.
+    """
 
-
-SENTIMENT = Task(
-    text=("sentence",),
-    label="label",
-    label_names=("negative", "positive"),
-    prompts=(
-        (
-            "It was terrible.",
-            "I hated it.",
-            "A boring, awful film.",
-            "This is dreadful and dull.",
-            "negative review",
-            "bad",
-            "I really disliked this.",
-        ),
-        (
-            "It was great.",
-            "I loved it.",
-            "A wonderful, brilliant film.",
-            "This is excellent and delightful.",
-            "positive review",
-            "good",
-            "I really enjoyed this.",
-        ),
-    ),
-)
-TASKS: dict[str, Task] = {"sentiment": SENTIMENT, "sst2": SENTIMENT}
+    fields: tuple[str, ...]
+    labels: Mapping[Any, int]
+    read: Callable[[Path, str], Iterator[tuple[str, Row]]]
+    hub: tuple[str, ...]
+    label: str = "label"
+    scored: bool = True
 
 
-@dataclass(frozen=True)
-class Example:
-    text: tuple[str, ...]
-    label: int
-
-
-def read_tsv(path: Path, task: Task) -> list[Example]:
-    """All examples of one file, in file order."""
+def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    header = lines[0].split("\t") if lines else []
-    missing = [name for name in (*task.text, task.label) if name not in header]
-    if missing:
-        raise DataError(f"{path}: the header must name the columns {missing}, got {header}")
-    texts, label = [header.index(name) for name in task.text], header.index(task.label)
-    known = {str(i): i for i in range(len(task.label_names))}
-    examples = []
-    for number, line in enumerate(lines[1:], start=2):
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def _tsv(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
+    path = folder / f"{split}.tsv"
+    header, *lines = _lines(path)
+    names = header.split("\t")
+    for number, line in enumerate(lines, start=2):
         cells = line.split("\t")
-        if len(cells) != len(header):
-            raise DataError(
-                f"{path}, line {number}: {len(header)} cells expected, got {len(cells)}"
-            )
-        if cells[label] not in known:
-            raise DataError(
-                f"{path}, line {number}: the label must be one of {list(known)}, "
-                f"got {cells[label]!r}"
-            )
-        examples.append(Example(tuple(cells[i].strip() for i in texts), known[cells[label]]))
-    return examples
+        if len(cells) != len(names):
+            raise DataError(f"{path}, line {number}: {len(names)} cells expected, got {len(cells)}")
+        yield f"{path}, line {number}", dict(zip(names, cells, strict=True))
 
 
-def load_examples(
-    data: Path, task: Task, train_size: int | None = None, dev_size: int | None = None
-) -> tuple[list[Example], list[Example]]:
-    """Training and dev examples, the first `train_size` and `dev_size` of each.
+def _jsonl(train: str, dev: str) -> Callable[[Path, str], Iterator[tuple[str, Row]]]:
+    def read(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
+        path = folder / (train if split == "train" else dev)
+        for number, line in enumerate(_lines(path), start=1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: no JSON ({error})") from None
+            yield where, row
 
-    A folder holds `train.tsv` and `dev.tsv`. A single file is shuffled with a fixed seed and cut in
-    two: the same file always gives the same split, whatever `--seed` says.
+    return read
+
+
+def _wic(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
+    data, gold = folder / f"{split}.data.txt", folder / f"{split}.gold.txt"
+    lines, answers = _lines(data), _lines(gold)
+    if len(lines) != len(answers):
+        raise DataError(f"{gold}: {len(lines)} answers expected, got {len(answers)}")
+    for number, (line, answer) in enumerate(zip(lines, answers, strict=True), start=1):
+        cells, where = line.split("\t"), f"{data}, line {number}"
+        if len(cells) != 5:
+            raise DataError(f"{where}: 5 cells expected, got {len(cells)}")
+        row = {"word": cells[0], "sentence1": cells[3], "sentence2": cells[4]}
+        yield where, {**row, "label": {"F": 0, "T": 1}.get(answer.strip(), answer)}
+
+
+_BINARY = {0: 0, 1: 1, "0": 0, "1": 1}
+_SST2 = Task(("sentence",), _BINARY, _tsv, ("stanfordnlp/sst2",))
+TASKS: dict[str, Task] = {
+    "sentiment": _SST2,
+    "sst2": _SST2,
+    "sst2-sentences": Task(_SST2.fields, _BINARY, _tsv, _SST2.hub, scored=False),
+    "copa": Task(
+        ("premise", "choice1", "choice2", "question"),
+        _BINARY,
+        _jsonl("train.jsonl", "val.jsonl"),
+        ("aps/super_glue", "copa"),
+    ),
+    "winogrande": Task(
+        ("sentence", "option1", "option2"),
+        {"1": 0, "2": 1},
+        _jsonl("train_m.jsonl", "dev.jsonl"),
+        ("allenai/winogrande", "winogrande_m"),
+        label="answer",
+    ),
+    "wic": Task(("word", "sentence1", "sentence2"), _BINARY, _wic, ("aps/super_glue", "wic")),
+}
+"""`sentiment` is the demo data, in the form of SST-2; `sst2-sentences` models SST-2's sentences."""
+
+
+def checked(task: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Row]:
+    """Rows of the task, the label as 0 or 1.
+
+    Raises:
+        DataError: a row lacks a field, or has an unknown label; named by where it comes from.
     """
-    if data.is_dir():
-        train, dev = read_tsv(data / "train.tsv", task), read_tsv(data / "dev.tsv", task)
-    elif data.is_file():
-        examples = read_tsv(data, task)
-        order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed(SPLIT_SEED)
-        ).tolist()
-        cut = dev_size if dev_size is not None else round(SPLIT_FRACTION * len(examples))
-        if cut >= len(examples):
-            raise DataError(f"{data}: cannot set {cut} of {len(examples)} examples aside for dev")
-        dev = [examples[i] for i in order[:cut]]
-        train = [examples[i] for i in order[cut:]]
-    else:
-        raise DataError(f"{data}: neither a file nor a folder with train.tsv and dev.tsv")
-    train, dev = train[:train_size], dev[:dev_size]
-    if len({example.label for example in train}) < 2:
-        raise DataError(f"{data}: the {len(train)} training examples must hold two labels or more")
-    if not dev:
-        raise DataError(f"{data}: no dev examples")
-    return train, dev
+    found, needed = [], TASKS[task]
+    for where, row in rows:
+        for field in needed.fields:
+            if not isinstance(row.get(field), str):
+                raise DataError(f"{where}: {task} needs the text {field!r}, got {row.get(field)!r}")
+        label = row.get(needed.label)
+        if not isinstance(label, int | str) or label not in needed.labels:
+            known = sorted({str(known) for known in needed.labels})
+            raise DataError(f"{where}: {needed.label} must be one of {known}, got {label!r}")
+        found.append({**row, "label": needed.labels[label]})
+    return found
 
 
-class Encoded:
-    """Examples tokenised once; batches are padded to their longest row by the collator."""
+def read(task: str, source: str | Path, split: str) -> list[Row]:
+    """All rows of a split, "train" or "dev", in the order of the data.
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-    ) -> None:
-        columns = zip(*(example.text for example in examples), strict=True)
-        encoding = tokenizer(
-            *(list(column) for column in columns), truncation=True, max_length=MAX_LENGTH
+    Args:
+        task: a name in `TASKS`.
+        source: a folder with the task's files, or with a folder of the task's name; or "hub".
+        split: "train", or "dev", which is what the hub calls validation.
+
+    Raises:
+        DataError: something is missing or has another form.
+        ValueError: an unknown task or split.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {tuple(TASKS)}, got {task!r}")
+    if split not in ("train", "dev"):
+        raise ValueError(f"split must be 'train' or 'dev', got {split!r}")
+    if str(source) == HUB:
+        return checked(task, _from_hub(task, split))
+    folder = Path(source)
+    for name in (task, task.split("-")[0]):
+        if (folder / name).is_dir():
+            folder = folder / name
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    return checked(task, TASKS[task].read(folder, split))
+
+
+def _from_hub(task: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(*TASKS[task].hub, split="train" if split == "train" else "validation")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{'/'.join(TASKS[task].hub)}: cannot be loaded ({error})") from error
+    for number, row in enumerate(data, start=1):
+        yield f"{task}, row {number}", row
+
+
+def default_source(task: str) -> Path:
+    """The demo data, or the folder that the environment variable ZOFO_DATA names."""
+    if task == "sentiment":
+        return DEMO_DATA
+    if not os.environ.get("ZOFO_DATA"):
+        raise DataError(
+            f"the data of {task} must be named: by --data FOLDER, by --data hub, or by the "
+            "environment variable ZOFO_DATA"
         )
-        self.rows: list[dict[str, Any]] = [
-            {**{key: encoding[key][i] for key in encoding}, "label": example.label}
-            for i, example in enumerate(examples)
-        ]
-        self.lengths = [len(row["input_ids"]) for row in self.rows]
-        self._collate = DataCollatorWithPadding(tokenizer)
-        self._device = device
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Padded tensors (rows, longest row) on the device, with `labels` (rows,)."""
-        batch = self._collate([self.rows[i] for i in indices])
-        return {key: value.to(self._device) for key, value in batch.items()}
-
-    def fixed_batches(self, size: int, first: int | None = None) -> list[dict[str, Tensor]]:
-        """The first examples in batches of similar length: little padding, quick to evaluate."""
-        indices = sorted(range(len(self))[:first], key=self.lengths.__getitem__)
-        return [self.batch(indices[i : i + size]) for i in range(0, len(indices), size)]
+    return Path(os.environ["ZOFO_DATA"])
 
 
-def shuffled_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Random reshuffling without end: every example once an epoch, a new order every epoch.
+def protocol(
+    task: str, source: str | Path, seed: int, train: int = TRAIN, dev: int = DEV, test: int = TEST
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """MeZO's protocol: training and development rows from the training split, test from dev.
 
-    Depends on its arguments only, so all methods of a seed see the same batches.
+    Drawn without replacement by ``seed``. A smaller training split (COPA has 400 rows) is used up:
+    development takes its number, at most half.
+
+    Raises:
+        DataError: as `read`; or the training rows have one label only.
     """
     generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator).tolist()
-        yield from (order[i : i + size] for i in range(0, count, size))
 
+    def drawn(rows: list[Row], count: int) -> list[Row]:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        return [rows[i] for i in order[:count]]
 
-def fingerprint(batches: Sequence[Sequence[int]]) -> str:
-    """A short hash of the examples seen, in order: equal for runs that saw the same data."""
-    return hashlib.sha256(repr([list(batch) for batch in batches]).encode()).hexdigest()[:16]
+    pool = drawn(read(task, source, "train"), train + dev)
+    held_out = min(dev, len(pool) // 2)
+    tests = drawn(read(task, source, "dev"), test)
+    parts = pool[held_out:], pool[:held_out], tests
+    for name, rows in zip(("training", "development", "test"), parts, strict=True):
+        if not rows:
+            raise DataError(f"{source}: no {name} examples")
+    if TASKS[task].scored and len({row["label"] for row in parts[0]}) < 2:
+        raise DataError(
+            f"{source}: the {len(parts[0])} training examples must have two labels, got one"
+        )
+    return parts

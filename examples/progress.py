@@ -1,0 +1,64 @@
+"""How far a run is: a progress bar on a terminal, about ten plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+LINES = 10
+
+
+class ProgressLines(TrainerCallback):
+    """Shows steps, training loss, development loss and accuracy."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._console, self._name = console, name
+        self._shown: dict[str, str] = {"loss": "-", "dev": "-"}
+        self._logged = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started, self._first = time.perf_counter(), state.global_step
+        self._progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  dev {task.fields[dev]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._bar = self._progress.add_task(self._name, total=state.max_steps, **self._shown)
+        self._progress.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.stop()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._bar, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._shown["loss"] = f"{float(logs['loss']):.4f}"
+            self._progress.update(self._bar, **self._shown)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        step, steps = state.global_step, state.max_steps
+        self._shown["dev"] = f"{metrics['eval_loss']:.4f}, {100 * metrics['eval_accuracy']:.1f} %"
+        self._progress.update(self._bar, **self._shown)
+        due = step - self._logged >= steps / LINES or step == steps
+        if self._console.is_terminal or not due:
+            return
+        self._logged = step
+        spent = time.perf_counter() - self._started
+        left = spent / max(step - self._first, 1) * (steps - step)
+        self._console.print(
+            f"{self._name:<22} step {step}/{steps}  loss {self._shown['loss']}  "
+            f"dev {self._shown['dev']}  {left:.0f} s left",
+            highlight=False,
+        )

@@ -1,0 +1,265 @@
+"""One run of `finetune.py`: a method, a task and a seed, by transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import peak_memory
+from methods import METHODS, prepare, save, trained_parameters
+from models import Problem
+from options import Settings
+from progress import ProgressLines
+from rich.console import Console
+from torch import Tensor
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from zofo_optim import HybridZOFO
+from zofo_optim.trainer import HybridTrainer
+
+LOSS_EXAMPLES = 256
+"""Of the training examples, how many the curves' training loss is taken over."""
+
+
+class RunError(ValueError):
+    """A run cannot go on where it is to be written; the message says why."""
+
+
+class Clock(TrainerCallback):
+    """Seconds spent in optimizer steps; the first one, which may compile, counts as the second."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self.durations: list[float] = []
+        self._device = device
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.durations.append(self._now() - self._started)
+        if len(self.durations) > 1:
+            self.seconds += self.durations[-1] * (2 if len(self.durations) == 2 else 1)
+
+
+class FinetuneTrainer(HybridTrainer):
+    """A HybridTrainer whose loss and scores are those of the problem's data."""
+
+    def __init__(self, problem: Problem, clock: Clock, **options: Any) -> None:
+        self.problem, self.clock = problem, clock
+        train = problem.train
+        super().__init__(
+            train_dataset=range(len(train)),  # type: ignore[arg-type]
+            eval_dataset=range(len(problem.dev)),
+            data_collator=lambda indices: train.batch(indices),
+            callbacks=[clock],
+            **options,
+        )
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.problem.train.loss(model, inputs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        scores = asdict(self.problem.dev.score(self.model))
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
+        metrics["eval_train_loss"] = self.problem.train.score(self.model, LOSS_EXAMPLES).loss
+        metrics["eval_seconds"] = self.clock.seconds
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+def run(
+    settings: Settings,
+    problem: Problem,
+    folder: Path,
+    console: Console,
+    *,
+    device: torch.device,
+    report_to: Sequence[str] = (),
+    keep_weights: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train as `settings` say, or go on where an interrupted run in `folder` stopped.
+
+    Returns:
+        What `finetune.py` documents, also written to `result.json`; a finished run is read there.
+
+    Raises:
+        RunError: the folder holds a run with other settings, and is not to be overwritten.
+        ModelError: the method does not fit the model.
+    """
+    finished = _claim(settings, folder, overwrite)
+    if finished is not None:
+        return finished
+    method = METHODS[settings.method]
+    torch.manual_seed(settings.seed)
+    model, groups = prepare(
+        method,
+        problem,
+        settings.adapter,
+        zo={"lr": settings.lr_zo or 0.0, "mu": settings.mu},
+        fo={"lr": settings.lr_fo or 0.0},
+        include=settings.include,
+        device=device,
+    )
+    optimizer = HybridZOFO(
+        groups,
+        estimator=settings.estimator,
+        num_samples=settings.samples,
+        distribution=settings.distribution,
+        seed=settings.seed,
+        fo_optimizer={"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer],
+        weight_decay=0,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=0.0,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        eval_on_start=True,
+        save_steps=settings.eval_every,
+        save_total_limit=1,
+        load_best_model_at_end=True,  # by the development loss
+        logging_steps=max(1, settings.steps // 100),
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to=list(report_to),
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+    )
+    clock = Clock(device)
+    trainer = FinetuneTrainer(
+        problem, clock, model=model, args=arguments, optimizers=(optimizer, None)
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressLines(console, f"{settings.method}, seed {settings.seed}"))
+    if settings.patience:
+        trainer.add_callback(EarlyStoppingCallback(settings.patience))
+    checkpoint = get_last_checkpoint(arguments.output_dir)
+    if checkpoint is not None:
+        clock.seconds = _seconds_until(Path(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    result = _result(trainer, settings, problem)
+    if keep_weights:
+        result["saved"] = save(method, model, problem, folder)
+        model = problem.base  # saving took the adapter apart
+    for part in folder.glob("checkpoints/checkpoint-*"):
+        shutil.rmtree(part)
+    write(folder / "result.json", result)
+    return result
+
+
+def _claim(settings: Settings, folder: Path, overwrite: bool) -> dict[str, Any] | None:
+    """Make the folder this run's; its result, if it is there already."""
+    own = json.loads(json.dumps(asdict(settings)))
+    note, result = folder / "settings.json", folder / "result.json"
+    if note.is_file():
+        there = json.loads(note.read_text(encoding="utf-8"))
+        if there != own and not overwrite:
+            names = [name for name in own if there.get(name) != own[name]]
+            raise RunError(
+                f"{folder} holds a run with another {names[0]}: {there.get(names[0])!r} there, "
+                f"{own[names[0]]!r} asked for; take another --out, or --overwrite"
+            )
+        if there != own:
+            shutil.rmtree(folder)
+        elif result.is_file():
+            found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+            return found
+    folder.mkdir(parents=True, exist_ok=True)
+    write(note, own)
+    return None
+
+
+def _seconds_until(checkpoint: Path) -> float:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return max((entry.get("eval_seconds", 0.0) for entry in history), default=0.0)
+
+
+def _result(trainer: FinetuneTrainer, settings: Settings, problem: Problem) -> dict[str, Any]:
+    """Of the trainer's log, the best weights' test scores, and one more step's memory."""
+    history, optimizer = trainer.state.log_history, trainer.hybrid_optimizer
+    curve = [
+        {"step": e["step"], **{k[5:]: e[k] for k in e if k.startswith("eval_")}}
+        for e in history
+        if "eval_loss" in e
+    ]
+    best = min(curve[1:], key=lambda point: point["loss"], default=curve[0])
+    durations = trainer.clock.durations
+    groups = optimizer.param_groups
+    result: dict[str, Any] = {
+        "task": settings.task,
+        "method": settings.method,
+        "seed": settings.seed,
+        "settings": asdict(settings),
+        "scored": problem.scored,
+        "best": best,
+        "test": asdict(problem.test.score(trainer.model)),
+        "steps": trainer.state.global_step,
+        "stopped_early": trainer.state.global_step < settings.steps,
+        "seconds": curve[-1]["seconds"],
+        "seconds_per_step": statistics.median(durations[1:] or durations or [0.0]),
+        "skipped_steps": optimizer.skipped_steps,
+        "parameters_zo": sum(p.numel() for p in trained_parameters(groups, "zo")),
+        "parameters_fo": sum(p.numel() for p in trained_parameters(groups, "fo")),
+        "curve": curve,
+        "losses": [
+            {k: e[k] for k in ("step", "loss", "projected_grad") if k in e}
+            for e in history
+            if "loss" in e
+        ],
+    }
+    result["peak_memory_bytes"] = _peak_of_a_step(trainer, problem)
+    return result
+
+
+def _peak_of_a_step(trainer: FinetuneTrainer, problem: Problem) -> int:
+    """Of an extra step on the longest training batch; the weights are put back."""
+    lengths, size = problem.train.lengths, trainer.args.per_device_train_batch_size
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-size:]
+    batch = problem.train.batch(longest)
+    optimizer = trainer.hybrid_optimizer
+    live: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [p.detach().to("cpu", copy=True) for p in live]
+
+    def step() -> None:
+        trainer.training_step(trainer.model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizer.zero_grad()
+    peak = peak_memory(step, trainer.model, optimizer, trainer.args.device)
+    with torch.no_grad():
+        for p, before in zip(live, kept, strict=True):
+            p.copy_(before)
+    return peak
+
+
+def write(path: Path, value: Any) -> None:
+    """As JSON; there whole, or not at all."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
