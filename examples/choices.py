@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tasks import DataError, Row
 from scores import Scores, scores
+from tasks import DataError, Row
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -132,7 +132,7 @@ class ChoiceData:
         training = model.training
         model.eval()
         options = self.options[:first]
-        rows = [row for row in sorted((row for own in options for row in own), key=_length)]
+        rows = sorted((row for own in options for row in own), key=_length)
         found: dict[int, float] = {}
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]

@@ -160,7 +160,10 @@ class Encoded:
         )
         rows = iter(range(len(encoding["input_ids"])))
         self.rows: list[list[dict[str, Any]]] = [
-            [{key: encoding[key][i] for key in encoding} for _, i in zip(example.rows, rows, strict=False)]
+            [
+                {key: encoding[key][i] for key in encoding}
+                for _, i in zip(example.rows, rows, strict=False)
+            ]
             for example in examples
         ]
         self.labels = [example.label for example in examples]

@@ -79,6 +79,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads()}
 
 
+def model_name(model: str) -> str:
+    """A hub id, or the last part of a folder, or the package that carries the model."""
+    path = Path(model)
+    if path.parent.name == DEFAULT_MODEL_PACKAGE.replace("-", "_"):
+        return DEFAULT_MODEL_PACKAGE.removeprefix("gt-")
+    return path.name if path.is_dir() else model
+
+
 class Runs:
     """Runs of one command line; problems are loaded once a task."""
 
@@ -141,7 +149,7 @@ class Runs:
         for one in wanted:
             folder = args.out / task / one.method / f"seed-{one.seed}"
             results.append(self.run(one, folder))
-        title = f"{Path(args.model).name} on {task}, batches of {wanted[0].batch_size}"
+        title = f"{model_name(args.model)} on {task}, batches of {wanted[0].batch_size}"
         title += f", {len(seeds)} seeds" if len(seeds) > 1 else ""
         write(
             args.out / task / "results.json",

@@ -1,4 +1,4 @@
-"""What the methods of `finetune.py` train: the base by zeroth order, an adapter by first, or both."""
+"""The methods of `finetune.py`: the base by zeroth order, an adapter by first order, or both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading what `finetune.py` fine-tunes: a pre-trained encoder or causal language model, and data."""
+"""Loading what `finetune.py` trains: an encoder or causal language model, and its data."""
 
 from __future__ import annotations
 
@@ -144,4 +144,3 @@ def load_problem(
     else:
         parts = [Encoded(examples(task, part), tokenizer, device) for part in rows]
     return Problem(Path(model).name, task, base, tokenizer, *parts)
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Settings:
     batch_size: int = 16
     eval_every: int = 20
     patience: int = 0
-    adapter: AdapterOptions = AdapterOptions()
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
     head: str = "random"
     dropout: bool = False
     dtype: str = "float32"
@@ -156,9 +156,7 @@ def parser(description: str, out: Path) -> argparse.ArgumentParser:
 _TAKEN = {field.name for field in fields(Settings)} - {"model", "task", "method", "seed", "adapter"}
 
 
-def settings(
-    args: argparse.Namespace, task: str, method: str, seed: int, **fixed: Any
-) -> Settings:
+def settings(args: argparse.Namespace, task: str, method: str, seed: int, **fixed: Any) -> Settings:
     """Of one run: what the command line says, else the preset, else the default.
 
     Raises:

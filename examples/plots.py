@@ -24,10 +24,15 @@ PANELS = {
 def style(method: str) -> dict[str, Any]:
     """Colour by adapter; dashed for first order, whole for what uses zeroth order."""
     kind, _, adapter = method.partition("-")
-    return {"color": ADAPTER_COLOURS.get(adapter, "#CC79A7"), "linestyle": "--" if kind == "fo" else "-"}
+    return {
+        "color": ADAPTER_COLOURS.get(adapter, "#CC79A7"),
+        "linestyle": "--" if kind == "fo" else "-",
+    }
 
 
-def band(axes: Any, runs: Sequence[Result], name: str, label: str, x: str = "step", **kwargs: Any) -> None:
+def band(
+    axes: Any, runs: Sequence[Result], name: str, label: str, x: str = "step", **kwargs: Any
+) -> None:
     """Mean over seeds and the range between them, as far as all seeds got."""
     points = min(len(run["curve"]) for run in runs)
     scale = 100 if name == "accuracy" else 1
@@ -36,7 +41,9 @@ def band(axes: Any, runs: Sequence[Result], name: str, label: str, x: str = "ste
     axes.plot(places, values.mean(0), label=label, linewidth=1.6, **kwargs)
     if len(runs) > 1:
         colour = kwargs.get("color")
-        axes.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            places, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+        )
 
 
 def _tidy(figure: Any, title: str, path: Path) -> None:
@@ -48,7 +55,9 @@ def _tidy(figure: Any, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_curves(path: Path, results: Sequence[Result], title: str, by_seconds: bool = False) -> None:
+def plot_curves(
+    path: Path, results: Sequence[Result], title: str, by_seconds: bool = False
+) -> None:
     """The paper's Figure 3 for one task: losses and accuracy against steps, and loss over time."""
     grid = cells(results)
     names = [n for n in PANELS if n != "accuracy" or results[0]["scored"]]
@@ -63,19 +72,22 @@ def plot_curves(path: Path, results: Sequence[Result], title: str, by_seconds: b
     _tidy(figure, title, path)
 
 
-def plot_rates(path: Path, panels: Sequence[tuple[str, dict[str, list[Result]]]], title: str) -> None:
+def plot_rates(
+    path: Path, panels: Sequence[tuple[str, dict[str, list[Result]]]], title: str
+) -> None:
     """The paper's Figure 2: training loss under a small, a large, and two learning rates."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained", sharey=True
     )
-    starts = [r["curve"][0]["train_loss"] for _, lines in panels for r in sum(lines.values(), [])]
     for axis, (heading, lines) in zip(axes, panels, strict=True):
         for method, runs in lines.items():
             band(axis, runs, "train_loss", method, **style(method))
         axis.set(xlabel="step", title=heading)
         axis.title.set_fontsize(9)
         axis.legend(frameon=False, fontsize=8)
-    lowest = min(p["train_loss"] for _, lines in panels for r in sum(lines.values(), []) for p in r["curve"])
-    room = max(starts) - lowest
-    axes[0].set(ylabel=PANELS["train_loss"], ylim=(lowest - 0.1 * room, max(starts) + 0.8 * room))
+    curves = [run["curve"] for _, lines in panels for runs in lines.values() for run in runs]
+    highest = max(curve[0]["train_loss"] for curve in curves)
+    lowest = min(point["train_loss"] for curve in curves for point in curve)
+    room = highest - lowest
+    axes[0].set(ylabel=PANELS["train_loss"], ylim=(lowest - 0.1 * room, highest + 0.8 * room))
     _tidy(figure, title, path)

@@ -93,9 +93,7 @@ def _rates(cell: str) -> dict[str, float]:
     return rates
 
 
-def _merged(
-    methods: Mapping[str, Mapping[str, Any]], method: str, task: str
-) -> dict[str, Any]:
+def _merged(methods: Mapping[str, Mapping[str, Any]], method: str, task: str) -> dict[str, Any]:
     from fnmatch import fnmatchcase
 
     found: dict[str, Any] = {}

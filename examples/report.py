@@ -142,16 +142,25 @@ def _until(results: Sequence[Result], loss: float) -> tuple[str, str]:
 def long_table(results: Iterable[Result]) -> list[list[Any]]:
     """One row a run, for CSV."""
     head = ["task", "method", "seed", "test_accuracy", "test_f1", "test_loss", "dev_loss"]
-    more = ["train_loss", "best_step", "steps", "seconds", "seconds_per_step", "peak_memory_bytes"]
-    rows: list[list[Any]] = [[*head, *more, "parameters_zo", "parameters_fo", "skipped_steps"]]
+    head += ["train_loss", "best_step", "steps", "seconds", "seconds_per_step"]
+    head += ["peak_memory_bytes", "parameters_zo", "parameters_fo", "skipped_steps"]
+    rows: list[list[Any]] = [head]
     for r in results:
         best, test = r["best"], r["test"]
-        scored = [test["accuracy"], test["f1"]] if r["scored"] else ["", ""]
-        rows.append(
-            [r["task"], r["method"], r["seed"], *scored, test["loss"], best["loss"]]
-            + [best["train_loss"], best["step"], *(r[name] for name in more[2:])]
-            + [r["parameters_zo"], r["parameters_fo"], r["skipped_steps"]]
-        )
+        scored = (test["accuracy"], test["f1"]) if r["scored"] else ("", "")
+        run = (r[name] for name in rows[0][9:])
+        losses = (test["loss"], best["loss"], best["train_loss"], best["step"])
+        rows.append([r["task"], r["method"], r["seed"], *scored, *losses, *run])
+    return rows
+
+
+def curve_table(results: Iterable[Result]) -> list[list[Any]]:
+    """One row an evaluation, for CSV."""
+    names = ["step", "seconds", "loss", "train_loss", "accuracy", "f1"]
+    rows: list[list[Any]] = [["task", "method", "seed", *names]]
+    for r in results:
+        for point in r["curve"]:
+            rows.append([r["task"], r["method"], r["seed"], *(point[name] for name in names)])
     return rows
 
 

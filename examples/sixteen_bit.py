@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from finetune import versions
 from models import ModelError
-from options import DEMO_DATA, number
+from options import number
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sixteen_bit_report import PLOTS, finetune_line, write_table
 from sixteen_bit_rounding import drift, survival
 from sixteen_bit_runs import DEFAULT_RECIPES, RECIPES, load_problem, run
-from tasks import TASKS, DataError
+from tasks import DataError
 
 SIZES = [float(f"{m}e{e}") for e in range(-7, -3) for m in (1, 2, 5)] + [1e-3]
 
@@ -100,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
     add = command("finetune", "the same fine-tuning in fp32 and in 16 bits")
     add("--model", "hub id or folder; default: the packaged MiniLM")
     add("--text", "language modelling on the task's sentences", action="store_true")
-    add("--task", "layout of the data", choices=TASKS, default="sentiment")
-    add("--data", "folder with train.tsv and dev.tsv, or a file", type=Path, default=DEMO_DATA)
+    add("--task", "whose sentences", choices=("sentiment", "sst2"), default="sentiment")
+    add("--data", "folder with train.tsv and dev.tsv, or hub; default: as finetune.py")
     add("--recipes", "what to compare", nargs="+", choices=RECIPES, default=DEFAULT_RECIPES)
     add("--lr", "learning rates", type=positive, nargs="+", default=[1e-4])
     add("--schedule", "of the rates", choices=("constant", "linear"), default="constant")

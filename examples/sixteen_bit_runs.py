@@ -5,34 +5,35 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from heads import set_prompt_head
-from models import (
+from classification import (
+    LAYOUTS,
     Batch,
-    Method,
-    ModelError,
+    Encoded,
+    Example,
     classification_loss,
-    default_model,
     evaluate,
-    load_model,
-    prepare,
+    examples,
 )
+from heads import set_prompt_head
+from models import ModelError, default_model, load_model
 from sixteen_bit_rounding import DTYPES, PRIME, MeZO
-from tasks import TASKS, Encoded, load_examples, shuffled_batches
+from tasks import default_source, read
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from zofo_optim import HybridZOFO
+from zofo_optim import HybridZOFO, hybrid_param_groups
 
 Step = Callable[[Callable[[], Tensor], float], Any]
 
 EVAL_BATCH = 64
 LOSS_EXAMPLES = 256
+MAX_LENGTH = 64
 CPU = torch.device("cpu")
 
 
@@ -91,35 +92,48 @@ def evaluate_language(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
 
 
 def evaluate_classes(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    accuracy, loss = evaluate(model, batches)
-    return {"loss": loss, "accuracy": accuracy}
+    scores = evaluate(model, batches)
+    return {"loss": scores.loss, "accuracy": scores.accuracy}
 
 
 def load_problem(args: argparse.Namespace) -> Problem:
     """The classification task or, with `--text`, its sentences as language modelling."""
-    task = TASKS[args.task]
+    source = args.data or default_source(args.task)
+    parts = [examples("sst2", read(args.task, source, split)) for split in ("train", "dev")]
     if args.text:
         if args.model is None:
             raise ModelError("--text needs a causal language model: name one with --model")
-        examples = load_examples(args.data, task)
-        long = [[e for e in part if len(e.text[0].split()) >= args.min_words] for part in examples]
+        parts = [[e for e in part if _words(e) >= args.min_words] for part in parts]
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
             base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the model {args.model!r}: {error}") from error
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        train = Encoded(long[0][: args.train_size], tokenizer, CPU)
-        dev = Encoded(long[1][: args.dev_size], tokenizer, CPU)
-        return Problem("language model", base, train, dev, language_loss, evaluate_language)
-    examples = load_examples(args.data, task, args.train_size, args.dev_size)
-    torch.manual_seed(0)
-    base, tokenizer = load_model(
-        args.model or default_model(), task.label_names, dtype=torch.float32
+    else:
+        torch.manual_seed(0)
+        base, tokenizer = load_model(args.model or default_model(), "sst2", torch.float32)
+    train, dev = (
+        Encoded(part[:size], tokenizer, CPU, MAX_LENGTH)
+        for part, size in zip(parts, (args.train_size, args.dev_size), strict=True)
     )
-    train, dev = (Encoded(part, tokenizer, CPU) for part in examples)
-    set_prompt_head(base, tokenizer, task.prompts, train.fixed_batches(EVAL_BATCH))
+    if args.text:
+        return Problem("language model", base, train, dev, language_loss, evaluate_language)
+    prompts = LAYOUTS["sst2"].prompts
+    set_prompt_head(base, tokenizer, prompts, train.fixed_batches(EVAL_BATCH))
     return Problem("classifier", base, train, dev, classification_loss, evaluate_classes)
+
+
+def _words(example: Example) -> int:
+    return len(example.rows[0][0].split())
+
+
+def shuffled_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Random reshuffling without end: every example once an epoch, a new order every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator).tolist()
+        yield from (order[i : i + size] for i in range(0, count, size))
 
 
 def stepper(recipe: Recipe, groups: list[dict[str, Any]], seed: int) -> Step:
@@ -159,10 +173,13 @@ def run(
     The clock runs in steps only, and leaves out the first, which may compile.
     """
     base = copy.deepcopy(problem.base).to(DTYPES[recipe.dtype])
-    method = Method(zo_base=True, adapter=False)
-    zo = {"lr": lr, "mu": args.mu}
-    model, groups = prepare(method, base, lora={}, zo=zo, fo={}, include=args.include, device=CPU)
-    model.eval()
+    model = base.requires_grad_(False).eval()
+    try:
+        groups = hybrid_param_groups(
+            model, zo={"lr": lr, "mu": args.mu}, include=args.include, verbose=False
+        )
+    except ValueError as error:
+        raise ModelError(f"--include: {error}") from error
     step = stepper(recipe, groups, seed)
     dev = problem.dev.fixed_batches(EVAL_BATCH)
     train = problem.train.fixed_batches(EVAL_BATCH, first=LOSS_EXAMPLES)

@@ -1,6 +1,5 @@
 """The choice tasks: templates, tokens, scores; the real files where they are."""
 
-import json
 import os
 from pathlib import Path
 
@@ -10,20 +9,17 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from choices import (  # noqa: E402
-    SOURCES,
     Choice,
     ChoiceData,
-    choices_from,
+    choices,
     copa,
     mean_log_likelihood,
     option_loss,
-    protocol,
-    read_choices,
     sst2,
     wic,
     winogrande,
 )
-from tasks import DataError  # noqa: E402
+from tasks import DataError, read  # noqa: E402
 from test_trainer import base_model, word_tokenizer  # noqa: E402
 
 DATA = os.environ.get("ZOFO_DATA")
@@ -55,25 +51,26 @@ def test_templates():
     assert whole(asked)[0].endswith("Yes, No?\nA river bank.\nA rich bank.\nNo")
 
 
-def test_rows_of_hub_data_sets():
+def test_choices_of_rows():
     row = dict(premise="It rained.", choice1="A.", choice2="B.", question="effect", label=1, idx=3)
-    assert choices_from("copa", [row]) == [copa("It rained.", ("A.", "B."), "effect", 1)]
+    assert choices("copa", [row]) == [copa("It rained.", ("A.", "B."), "effect", 1)]
     row = dict(word="bank", sentence1="a", sentence2="b", label=0, start1=0)
-    assert choices_from("wic", [row]) == [wic("bank", "a", "b", 0)]
-    row = dict(sentence="X _ Y", option1="p", option2="q", answer="2")
-    assert choices_from("winogrande", [row]) == [winogrande("X _ Y", ("p", "q"), 1)]
-    assert choices_from("sst2", [dict(sentence="s", label=0)]) == [sst2("s", 0)]
-    with pytest.raises(DataError, match=r"winogrande, row 1: not in the schema"):
-        choices_from("winogrande", [dict(row, sentence="no blank")])
+    assert choices("wic", [row]) == [wic("bank", "a", "b", 0)]
+    row = dict(sentence="X _ Y", option1="p", option2="q", label=1)
+    assert choices("winogrande", [row]) == [winogrande("X _ Y", ("p", "q"), 1)]
+    assert choices("sst2", [dict(sentence="s", label=0)]) == [sst2("s", 0)]
+    assert whole(choices("sst2-sentences", [dict(sentence="s t ", label=1)])[0]) == ["s t"]
+    with pytest.raises(DataError, match=r"winogrande: no choice in .*no blank"):
+        choices("winogrande", [dict(row, sentence="no blank")])
 
 
 @pytest.fixture(scope="module")
 def data():
-    choices = [
+    pairs = [
         Choice((("w3 w4 w5", " w6"), ("w3 w4", " w7 w8 w9")), 1),
         Choice((("w10", " w11 w12"), ("w10 w13 w14 w15", " w16")), 0),
     ]
-    return ChoiceData(choices, word_tokenizer())
+    return ChoiceData(pairs, word_tokenizer())
 
 
 def test_labels_are_the_continuation_of_the_right_option(data):
@@ -96,21 +93,26 @@ def test_scores_are_mean_log_probabilities(data):
     torch.testing.assert_close(loss, -found.mean())
 
 
-def test_accuracy(data):
+def test_scores(data):
+    """Whatever the batches are: the option of the highest score is chosen."""
     model = base_model().train()
-    scores = [
-        [float(mean_log_likelihood(model, data._padded([option]))) for option in options]
+    found = [
+        [mean_log_likelihood(model, data._padded([option])).item() for option in options]
         for options in data.options
     ]
-    expected = [s.index(max(s)) == label for s, label in zip(scores, data.labels, strict=True)]
+    chosen = [s.index(max(s)) for s in found]
+    loss = -sum(s[label] for s, label in zip(found, data.labels, strict=True)) / 2
     for batch_size in (1, 3, 16):
-        assert data.accuracy(model, batch_size) == sum(expected) / 2
+        scores = data.score(model, batch_size=batch_size)
+        assert scores.accuracy == sum(a == b for a, b in zip(chosen, data.labels, strict=True)) / 2
+        assert scores.loss == pytest.approx(loss, rel=1e-5)
     assert model.training
+    assert data.score(model, first=1).loss == pytest.approx(-found[0][1], rel=1e-5)
 
 
 def test_long_prompts_are_cut_at_the_left():
-    choices = [Choice((("w3 " * 20 + "w4", " w5 w6"), ("w3", " w4")), 0)]
-    data = ChoiceData(choices, word_tokenizer(), max_length=5)
+    pairs = [Choice((("w3 " * 20 + "w4", " w5 w6"), ("w3", " w4")), 0)]
+    data = ChoiceData(pairs, word_tokenizer(), max_length=5)
     assert data.options[0][0] == ([3, 3, 4, 5, 6], 2)
 
 
@@ -122,48 +124,7 @@ def test_training_on_options_is_learnt(data):
     for _ in range(60):
         optimizer.zero_grad()
         optimizer.step(lambda: option_loss(model, data.batch([0, 1])))
-    assert data.accuracy(model) == 1
-
-
-def test_bad_files(tmp_path):
-    for task in SOURCES:
-        with pytest.raises(DataError, match="no such file"):
-            read_choices(task, tmp_path, "train")
-    (tmp_path / "train.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match=r"copa, row 1.*schema.*premise"):
-        read_choices("copa", tmp_path, "train")
-    (tmp_path / "train.jsonl").write_text(json.dumps({}) + "\nno json\n")
-    (tmp_path / "train_m.jsonl").write_text("no json\n")
-    with pytest.raises(DataError, match="line 1: no JSON"):
-        read_choices("winogrande", tmp_path, "train")
-    with pytest.raises(ValueError, match="task must be one of"):
-        read_choices("squad", tmp_path, "train")
-    with pytest.raises(ValueError, match="split must be"):
-        read_choices("copa", tmp_path, "test")
-
-
-@needs_data
-@pytest.mark.parametrize(
-    ("task", "train", "dev"),
-    [("sst2", 67349, 872), ("copa", 400, 100), ("winogrande", 2558, 1267), ("wic", 5428, 638)],
-)
-def test_the_real_files(task, train, dev):
-    folder = Path(DATA) / task
-    for split, count in (("train", train), ("dev", dev)):
-        found = read_choices(task, folder, split)
-        assert len(found) == count
-        assert {choice.label for choice in found} == {0, 1}
-        assert all(len(choice.options) == 2 for choice in found)
-        assert all(prompt and text.strip() for choice in found for prompt, text in choice.options)
-    first = protocol(task, folder, seed=1)
-    assert first == protocol(task, folder, seed=1)
-    assert first != protocol(task, folder, seed=2)
-    assert [len(part) for part in first] == [
-        min(1000, train - 100),
-        100,
-        min(1000, dev),
-    ]
-    assert not set(first[0][:50]) & set(first[1])
+    assert data.score(model).accuracy == data.score(model).f1 == 1
 
 
 @needs_data
@@ -172,6 +133,7 @@ def test_a_pretrained_model_scores_the_real_files():
     folder = Path(DATA) / "models" / "stories260k"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    choices = read_choices("copa", Path(DATA) / "copa", "dev")
-    accuracy = ChoiceData(choices, tokenizer).accuracy(model)
+    accuracy = (
+        ChoiceData(choices("copa", read("copa", DATA, "dev")), tokenizer).score(model).accuracy
+    )
     assert 0.4 < accuracy < 0.8
