@@ -15,8 +15,8 @@ LINES = 10
 class ProgressLines(TrainerCallback):
     """Shows steps, training loss, development loss and accuracy."""
 
-    def __init__(self, console: Console, name: str) -> None:
-        self._console, self._name = console, name
+    def __init__(self, console: Console, name: str, scored: bool = True) -> None:
+        self._console, self._name, self._scored = console, name, scored
         self._shown: dict[str, str] = {"loss": "-", "dev": "-"}
         self._logged = 0
 
@@ -49,7 +49,9 @@ class ProgressLines(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
         step, steps = state.global_step, state.max_steps
-        self._shown["dev"] = f"{metrics['eval_loss']:.4f}, {100 * metrics['eval_accuracy']:.1f} %"
+        self._shown["dev"] = f"{metrics['eval_loss']:.4f}"
+        if self._scored:
+            self._shown["dev"] += f", {100 * metrics['eval_accuracy']:.1f} %"
         self._progress.update(self._bar, **self._shown)
         due = step - self._logged >= steps / LINES or step == steps
         if self._console.is_terminal or not due:

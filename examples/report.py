@@ -80,11 +80,10 @@ def table1(grid: Cells, name: str) -> list[list[str]]:
         own = {m: grid[task, m] for m in methods if (task, m) in grid}
         if "loss" not in name and not next(iter(own.values()))[0]["scored"]:
             continue
-        key = (lambda r: r["best"][name]) if name == "train_loss" else (lambda r: r["test"][name])
-        means = {m: statistics.fmean(key(r) for r in results) for m, results in own.items()}
-        best = (min if "loss" in name else max)(means.values())
         shown = {m: quantity(results, name) for m, results in own.items()}
-        bold = {m: f"**{text}**" if means[m] == best else text for m, text in shown.items()}
+        leading = {m: float(text.split()[0]) for m, text in shown.items()}
+        best = (min if "loss" in name else max)(leading.values())
+        bold = {m: f"**{text}**" if leading[m] == best else text for m, text in shown.items()}
         rows.append([task, *(bold.get(m, "") for m in methods)])
     return rows
 

@@ -128,15 +128,17 @@ def run(
         fo_optimizer={"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer],
         weight_decay=0,
     )
+    checkpoints = str(folder / "checkpoints")
+    checkpoint = get_last_checkpoint(checkpoints) if Path(checkpoints).is_dir() else None
     arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=checkpoints,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         lr_scheduler_type=settings.schedule,
         max_grad_norm=0.0,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        eval_on_start=True,
+        eval_on_start=checkpoint is None,
         save_steps=settings.eval_every,
         save_total_limit=1,
         load_best_model_at_end=True,  # by the development loss
@@ -154,10 +156,10 @@ def run(
         problem, clock, model=model, args=arguments, optimizers=(optimizer, None)
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressLines(console, f"{settings.method}, seed {settings.seed}"))
+    name = f"{settings.method}, seed {settings.seed}"
+    trainer.add_callback(ProgressLines(console, name, problem.scored))
     if settings.patience:
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
-    checkpoint = get_last_checkpoint(arguments.output_dir)
     if checkpoint is not None:
         clock.seconds = _seconds_until(Path(checkpoint))
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -37,22 +37,28 @@ def tiny(tmp_path_factory):
     from test_trainer import base_model, word_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    base_model().save_pretrained(folder)
+    model = base_model()
+    with torch.no_grad():
+        model.lm_head.weight *= 10  # so that features matter to the loss
+    model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """SST-2 in words that the small model knows: the label is in the first word."""
+    """COPA and SST-2 in words that the small model knows; the premise's first word tells."""
     folder = tmp_path_factory.mktemp("words")
     generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 60), ("dev", 20)):
-        lines = ["sentence\tlabel"]
+    for split, name, count in (("train", "train", 60), ("dev", "val", 20)):
+        rows, lines = [], ["sentence\tlabel"]
         for i in range(count):
-            rest = torch.randint(3, 30, (4,), generator=generator).tolist()
-            lines.append(f"w{i % 2 + 1} {' '.join(f'w{w}' for w in rest)}\t{i % 2}")
+            rest = " ".join(f"w{w}" for w in torch.randint(9, 30, (4,), generator=generator))
+            choices = dict(choice1="w3 w4", choice2="w5 w6", question="cause", label=i % 2)
+            rows.append(json.dumps(dict(premise=f"w{i % 2 + 1} {rest}", **choices)))
+            lines.append(f"w{i % 2 + 1} {rest}\t{i % 2}")
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     return folder
 
 
@@ -118,7 +124,7 @@ def test_methods_see_the_same_data(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.import_module("choices").ChoiceData, "batch", spy)
     for method in ("zo", "fo-lora", "hybrid-prefix"):
         arguments = ["--model", str(tiny), "--data", str(words), "--methods", method, "--no-save"]
-        finetune.main([*RUN, *arguments, "--task", "sst2", "--out", str(tmp_path)])
+        finetune.main([*RUN, *arguments, "--task", "copa", "--out", str(tmp_path)])
     orders = list(seen.values())
     assert orders[0] == orders[1] == orders[2]
     # an epoch of three batches shows every example once; the last batch is the memory's
@@ -172,13 +178,15 @@ def test_hybrid_base_has_moved(out):
         assert not [key for key in tuned if "modules_to_save" in key or "original" in key]
 
 
-@pytest.mark.parametrize("task", ["sst2", "sst2-sentences"])
+@pytest.mark.parametrize("task", ["copa", "sst2-sentences"])
 def test_causal_language_models(task, tiny, words, tmp_path):
     arguments = ["--model", str(tiny), "--data", str(words), "--task", task, "--seeds", "0", "1"]
     finetune.main([*RUN, *arguments, "--include", "mlp", "--out", str(tmp_path)])
     runs = json.loads((tmp_path / task / "results.json").read_text())["runs"]
-    assert [(run["method"], run["seed"]) for run in runs] == [(m, s) for m in METHODS for s in (0, 1)]
-    assert runs[0]["scored"] is (task == "sst2")
+    assert [(run["method"], run["seed"]) for run in runs] == [
+        (m, s) for m in METHODS for s in (0, 1)
+    ]
+    assert runs[0]["scored"] is (task == "copa")
     folder = tmp_path / task / "hybrid-prefix" / "seed-1"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
     model = peft.PeftModel.from_pretrained(model, folder / "adapter")
@@ -192,23 +200,21 @@ def test_causal_language_models(task, tiny, words, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method, tiny, words, tmp_path):
-    """The label is plain to see; the training loss falls well below where it starts."""
-    slow = ["--lr-zo", "3e-2", "--mu", "1e-2", "--samples", "4", "--lr-fo", "0"]
+    """The same few words follow every premise; the training loss falls well below its start."""
+    slow = ["--lr-zo", "3e-3", "--mu", "1e-2", "--samples", "4", "--lr-fo", "0"]
     fast = ["--lr-zo", "1e-3", "--lr-fo", "5e-2"]
-    arguments = ["--model", str(tiny), "--data", str(words), "--task", "sst2", "--no-save"]
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
     arguments += ["--steps", "80", "--eval-every", "40", "--methods", method]
     arguments += slow if method == "zo" else fast
     finetune.main([*SIZES, *arguments, "--out", str(tmp_path)])
-    (run,) = json.loads((tmp_path / "sst2" / "results.json").read_text())["runs"]
-    assert run["curve"][-1]["train_loss"] < 0.7 * run["curve"][0]["train_loss"]
-    if method.startswith("fo"):
-        assert run["curve"][-1]["accuracy"] == 1
+    (run,) = json.loads((tmp_path / "copa" / "results.json").read_text())["runs"]
+    assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"] - 0.2
 
 
 @pytest.mark.parametrize("method", ["zo", "fo-prompt", "hybrid-lora", "hybrid-prefix"])
 def test_an_interrupted_run_goes_on(method, tiny, words, tmp_path, monkeypatch):
     """Killed after an evaluation, it ends with the weights of a run that was not."""
-    arguments = ["--model", str(tiny), "--data", str(words), "--task", "sst2"]
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa"]
     arguments = [*SIZES, *arguments, "--lr-zo", "1e-3", "--lr-fo", "1e-2", "--methods", method]
     arguments += ["--steps", "6", "--eval-every", "2"]
     finetune.main([*arguments, "--out", str(tmp_path / "whole")])
@@ -227,7 +233,7 @@ def test_an_interrupted_run_goes_on(method, tiny, words, tmp_path, monkeypatch):
         patch.setattr(training.FinetuneTrainer, "training_step", fails)
         with pytest.raises(Killed):
             finetune.main([*arguments, "--out", str(tmp_path / "cut")])
-    folder = Path("sst2") / method / "seed-0"
+    folder = Path("copa") / method / "seed-0"
     assert not (tmp_path / "cut" / folder / "result.json").exists()
     finetune.main([*arguments, "--out", str(tmp_path / "cut")])
     whole, cut = (
@@ -253,10 +259,10 @@ def load_file(path):
 
 
 def test_a_finished_run_is_not_run_again(tiny, words, tmp_path, capsys):
-    arguments = ["--model", str(tiny), "--data", str(words), "--task", "sst2", "--no-save"]
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
     arguments = [*RUN, *arguments, "--methods", "fo-lora", "--out", str(tmp_path)]
     finetune.main(arguments)
-    note = tmp_path / "sst2" / "fo-lora" / "seed-0" / "result.json"
+    note = tmp_path / "copa" / "fo-lora" / "seed-0" / "result.json"
     first = note.read_text()
     assert not (note.parent / "adapter").exists()
     finetune.main(arguments)
@@ -270,10 +276,10 @@ def test_a_finished_run_is_not_run_again(tiny, words, tmp_path, capsys):
 
 
 def test_early_stopping(tiny, words, tmp_path):
-    arguments = ["--model", str(tiny), "--data", str(words), "--task", "sst2", "--no-save"]
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
     arguments += ["--methods", "fo-lora", "--steps", "9", "--eval-every", "1", "--patience", "2"]
     finetune.main([*SIZES, *arguments, "--lr-fo", "0", "--out", str(tmp_path)])
-    (run,) = json.loads((tmp_path / "sst2" / "results.json").read_text())["runs"]
+    (run,) = json.loads((tmp_path / "copa" / "results.json").read_text())["runs"]
     # Nothing moves at rate 0: the first evaluation is the best, two more end the run.
     assert run["steps"] == 3
     assert run["stopped_early"]
@@ -285,7 +291,7 @@ def test_report_to_tensorboard(tiny, words, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    arguments = ["--model", str(tiny), "--data", str(words), "--task", "sst2", "--no-save"]
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
     arguments += ["--methods", "hybrid-lora", "--report-to", "tensorboard"]
     finetune.main([*RUN, *arguments, "--out", str(tmp_path)])
     (file,) = (tmp_path / "logs").rglob("events.*")

@@ -171,7 +171,9 @@ def test_demo_data_is_balanced_and_has_no_duplicates():
     assert [len(part) for part in parts] == [400, 100]
     for rows in parts:
         assert sum(row["label"] for row in rows) * 2 == len(rows)
-    sentences = ["".join(filter(str.isalnum, r["sentence"].lower())) for part in parts for r in part]
+    sentences = [
+        "".join(filter(str.isalnum, r["sentence"].lower())) for part in parts for r in part
+    ]
     assert len(set(sentences)) == len(sentences)
 
 

@@ -1,0 +1,63 @@
+"""What the three loop examples share: their options, the model under LoRA, batches without end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import METHODS, AdapterOptions, prepare
+from models import Data, default_model, load_problem
+from options import number
+from presets import ATTENTION_BIASES
+from tasks import TASKS, default_source, protocol
+from torch.utils.data import DataLoader
+
+CPU = torch.device("cpu")
+
+
+def loop_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Options; the defaults suit MiniLM."""
+    p = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    p.add_argument("--model", help="hub id or folder; default: the packaged MiniLM")
+    p.add_argument("--task", choices=list(TASKS), default="sentiment")
+    p.add_argument("--data", help="folder with the task's files, or hub")
+    p.add_argument("--steps", type=number(int, 1), default=60)
+    p.add_argument("--batch-size", type=number(int, 1), default=8)
+    p.add_argument("--lr-zo", type=number(float, 0), default=3e-3)
+    p.add_argument("--lr-fo", type=number(float, 0), default=3e-2)
+    p.add_argument("--include", nargs="*", default=list(ATTENTION_BIASES), help="trained by ZO")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--out", type=Path, default=Path("runs/loop"))
+    return p
+
+
+def start(args: argparse.Namespace) -> tuple[Any, Data, Any]:
+    """The model under LoRA, the training data, and a loader of its batches."""
+    args.model = args.model or default_model()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    rows = protocol(args.task, args.data or default_source(args.task), args.seed)
+    problem = load_problem(args.model, args.task, rows, dtype=torch.float32, device=CPU)
+    model, _ = prepare(
+        METHODS["fo-lora"], problem, AdapterOptions(), zo={}, fo={}, include=(), device=CPU
+    )
+    return model, problem.train, Batches(problem.train, args.batch_size)
+
+
+class Batches(DataLoader[Any]):
+    """A DataLoader of shuffled batches, epoch after epoch."""
+
+    def __init__(self, data: Data, size: int) -> None:
+        super().__init__(
+            range(len(data)),  # type: ignore[arg-type]
+            batch_size=size,
+            shuffle=True,
+            collate_fn=data.batch,
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        while True:
+            yield from super().__iter__()
