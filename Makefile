@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint format bench gpu sass build clean
+.PHONY: demo test lint format bench gpu opt-1.3b sass build clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/finetune.py --out runs/demo
+	$(BIN)/python examples/finetune.py --methods zo fo-lora hybrid-lora --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -30,6 +30,11 @@ GPU_PYTHON ?= $(BIN)/python
 gpu:
 	$(GPU_PYTHON) -m pytest -m gpu
 	$(GPU_PYTHON) benchmarks/run.py --device cuda --out benchmarks/results
+
+# The paper's comparison on OPT-1.3B; downloads the model and SST-2.
+opt-1.3b:
+	$(GPU_PYTHON) examples/compare.py --model facebook/opt-1.3b --tasks sst2 --data hub \
+		--dtype bfloat16 --out runs/opt-1.3b
 
 sass: $(STAMP)
 	$(BIN)/python benchmarks/sass.py --check

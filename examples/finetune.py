@@ -56,7 +56,7 @@ from plots import plot_curves
 from report import Result, print_table
 from rich.console import Console
 from tasks import DataError, default_source, protocol
-from training import RunError, run, write
+from training import RunError, claim, run, write
 
 
 def versions() -> dict[str, str]:
@@ -105,7 +105,7 @@ class Runs:
 
     def run(self, wanted: Settings, folder: Path) -> Result:
         """One run in `folder`, made, finished or read there."""
-        return run(
+        return claim(wanted, folder, self.args.overwrite) or run(
             wanted,
             self.problem(wanted),
             folder,
@@ -113,7 +113,6 @@ class Runs:
             device=self.device,
             report_to=self.args.report_to,
             keep_weights=not self.args.no_save,
-            overwrite=self.args.overwrite,
         )
 
     def problem(self, wanted: Settings) -> Problem:

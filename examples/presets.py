@@ -58,7 +58,8 @@ FOUND: dict[str, dict[str, dict[str, Any]]] = {
         "*": dict(_SMALL, lr_fo=3e-2, steps=200, eval_every=20, patience=0),
         "zo": dict(lr_zo=0.1, samples=4, include=(*ATTENTION_BIASES, "classifier")),
         "*-lora": dict(lr_fo=3e-3),
-        "hybrid-*": dict(lr_zo=3e-3, include=ATTENTION_BIASES),
+        "hybrid-*": dict(lr_zo=3e-2, include=ATTENTION_BIASES),
+        "hybrid-lora": dict(lr_zo=3e-3),
     },
     "stories260k": {
         "*": dict(_SMALL, lr_zo=1e-4, lr_fo=3e-2, steps=300, eval_every=30, patience=0),

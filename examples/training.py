@@ -85,6 +85,32 @@ class FinetuneTrainer(HybridTrainer):
         return metrics
 
 
+def claim(settings: Settings, folder: Path, overwrite: bool = False) -> dict[str, Any] | None:
+    """Make the folder this run's; returns its result, if it is there already.
+
+    Raises:
+        RunError: the folder holds a run with other settings, and is not to be overwritten.
+    """
+    own = json.loads(json.dumps(asdict(settings)))
+    note, result = folder / "settings.json", folder / "result.json"
+    if note.is_file():
+        there = json.loads(note.read_text(encoding="utf-8"))
+        if there != own and not overwrite:
+            names = [name for name in own if there.get(name) != own[name]]
+            raise RunError(
+                f"{folder} holds a run with another {names[0]}: {there.get(names[0])!r} there, "
+                f"{own[names[0]]!r} asked for; take another --out, or --overwrite"
+            )
+        if there != own:
+            shutil.rmtree(folder)
+        elif result.is_file():
+            found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+            return found
+    folder.mkdir(parents=True, exist_ok=True)
+    write(note, own)
+    return None
+
+
 def run(
     settings: Settings,
     problem: Problem,
@@ -94,20 +120,17 @@ def run(
     device: torch.device,
     report_to: Sequence[str] = (),
     keep_weights: bool = True,
-    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train as `settings` say, or go on where an interrupted run in `folder` stopped.
 
+    The folder is one that :func:`claim` made this run's.
+
     Returns:
-        What `finetune.py` documents, also written to `result.json`; a finished run is read there.
+        What `finetune.py` documents, also written to `result.json`.
 
     Raises:
-        RunError: the folder holds a run with other settings, and is not to be overwritten.
         ModelError: the method does not fit the model.
     """
-    finished = _claim(settings, folder, overwrite)
-    if finished is not None:
-        return finished
     method = METHODS[settings.method]
     torch.manual_seed(settings.seed)
     model, groups = prepare(
@@ -172,28 +195,6 @@ def run(
         shutil.rmtree(part)
     write(folder / "result.json", result)
     return result
-
-
-def _claim(settings: Settings, folder: Path, overwrite: bool) -> dict[str, Any] | None:
-    """Make the folder this run's; its result, if it is there already."""
-    own = json.loads(json.dumps(asdict(settings)))
-    note, result = folder / "settings.json", folder / "result.json"
-    if note.is_file():
-        there = json.loads(note.read_text(encoding="utf-8"))
-        if there != own and not overwrite:
-            names = [name for name in own if there.get(name) != own[name]]
-            raise RunError(
-                f"{folder} holds a run with another {names[0]}: {there.get(names[0])!r} there, "
-                f"{own[names[0]]!r} asked for; take another --out, or --overwrite"
-            )
-        if there != own:
-            shutil.rmtree(folder)
-        elif result.is_file():
-            found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-            return found
-    folder.mkdir(parents=True, exist_ok=True)
-    write(note, own)
-    return None
 
 
 def _seconds_until(checkpoint: Path) -> float:

@@ -4,6 +4,8 @@ import csv
 import importlib
 import json
 import os
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,9 +170,15 @@ def test_a_grid_is_rendered(tiny, words, tmp_path):  # noqa: F811
 
 
 def test_the_papers_command_on_a_small_model_of_the_kind(words, tmp_path):  # noqa: F811
-    """OPT-1.3B by its presets, all methods, but few steps of a model that is small."""
+    """`make opt-1.3b`: presets and all methods, but few steps of a model that is small."""
     from test_trainer import word_tokenizer
 
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    recipe = makefile.split("\nopt-1.3b:\n")[1].split("\n\n")[0].replace("\\\n", " ")
+    program, *arguments = shlex.split(recipe)[1:]
+    assert program == "examples/compare.py"
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert given["--model"] == "facebook/opt-1.3b"
     folder = tmp_path / "opt-1.3b"
     torch.manual_seed(0)
     config = transformers.OPTConfig(
@@ -184,14 +192,16 @@ def test_the_papers_command_on_a_small_model_of_the_kind(words, tmp_path):  # no
     )
     transformers.OPTForCausalLM(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
-    arguments = ["--model", str(folder), "--data", str(words), "--tasks", "copa", "--no-save"]
-    arguments += ["--dtype", "bfloat16", "--steps", "2", "--eval-every", "1", *SIZES]
-    assert compare.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    given |= {"--model": str(folder), "--data": str(words), "--out": str(tmp_path / "out")}
+    given |= {"--steps": "2", "--eval-every": "1"}
+    arguments = [part for pair in given.items() for part in pair]
+    assert compare.main([*arguments, "--no-save", *SIZES]) == 0
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
-    assert list(settings) == [f"copa {method}" for method in METHODS]
-    assert settings["copa hybrid-prefix"]["lr_fo"] == 2e-3
-    assert settings["copa hybrid-prefix"]["optimizer"] == "sgd"
-    assert settings["copa zo"]["model"] == "opt-1.3b"
+    assert list(settings) == [f"sst2 {method}" for method in METHODS]
+    assert settings["sst2 hybrid-prompt"]["lr_zo"] == 1e-7
+    assert settings["sst2 hybrid-prompt"]["dtype"] == "bfloat16"
+    assert {one["optimizer"] for one in settings.values()} == {"sgd"}
+    assert settings["sst2 zo"]["model"] == "opt-1.3b"
 
 
 def test_bad_options_are_explained(tmp_path, capsys):

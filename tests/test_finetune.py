@@ -294,7 +294,7 @@ def test_report_to_tensorboard(tiny, words, tmp_path, monkeypatch):
     arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
     arguments += ["--methods", "hybrid-lora", "--report-to", "tensorboard"]
     finetune.main([*RUN, *arguments, "--out", str(tmp_path)])
-    (file,) = (tmp_path / "logs").rglob("events.*")
+    (file,) = tmp_path.rglob("events.*")
     events = EventAccumulator(str(file))
     events.Reload()
     tags = set(events.Tags()["scalars"])
