@@ -1,4 +1,4 @@
-# Every target creates what it needs in .venv.
+# Every target creates what it needs in .venv, but for `gpu` and `opt-1.3b`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

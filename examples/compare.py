@@ -5,12 +5,13 @@
 
 Runs are those of `finetune.py`, with its options and its folders: one that is interrupted goes on,
 one that is finished is not run again. So a grid may be spread over processes that write to the same
-`--out`, each with some of the methods or tasks, and be rendered at last by one with all of them.
+`--out`, each with some of the methods, tasks or seeds: all runs there are rendered.
 
 `OUT` receives
 
     table1.md                test accuracy, F1 and loss by task and method, mean ± deviation; the
                              cost of a step; steps and seconds to a given development loss
+    table1.csv               the test scores: means and sample deviations
     runs.csv                 one line a run
     curves.csv               every evaluation of every run
     figure3-TASK.png         losses and accuracy against steps, loss against seconds
@@ -29,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import report
-from finetune import Runs, machine, model_name, versions
+from finetune import Runs, machine, model_name, there, versions
 from methods import ADAPTERS
 from models import ModelError
 from options import parser, task_name
 from plots import plot_curves, plot_rates
 from report import Result, as_csv, cells, markdown
 from rich.console import Console
-from tasks import DataError
+from tasks import TASKS, DataError
 from training import RunError, write
 
 QUANTITIES = {
@@ -65,7 +66,7 @@ def rates(runs: Runs, task: str, adapter: str) -> list[tuple[str, dict[str, list
         for method in methods:
             pair = {"lr_zo": lr_zo} if method == "zo" else {"lr_fo": lr_fo}
             pair = {"lr_zo": lr_zo, "lr_fo": lr_fo} if method == own.method else pair
-            for seed in args.seeds or [0]:
+            for seed in dict.fromkeys(args.seeds):
                 wanted = runs.settings(task, method, seed, **{**base, **pair})
                 folder = args.out / task / "rates" / f"{method}-{lr_zo:g}-{lr_fo:g}"
                 lines.setdefault(method, []).append(runs.run(wanted, folder / f"seed-{seed}"))
@@ -93,6 +94,7 @@ def render(out: Path, results: Sequence[Result], name: str) -> str:
         parts.append(f"![curves]({path.name})\n")
     text = "\n".join(parts)
     (out / "table1.md").write_text(text, encoding="utf-8")
+    (out / "table1.csv").write_text(as_csv(report.mean_table(grid)), encoding="utf-8")
     (out / "runs.csv").write_text(as_csv(report.long_table(results)), encoding="utf-8")
     (out / "curves.csv").write_text(as_csv(report.curve_table(results)), encoding="utf-8")
     return text
@@ -110,26 +112,33 @@ def shared_settings(results: Sequence[Result]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser("Compare methods on tasks, as the paper's tables and figures.", Path("runs/compare"))
-    p.add_argument("--tasks", type=task_name, nargs="+", default=["sst2"], help="rows of Table 1")
+    names = ", ".join(TASKS)
+    p.add_argument(
+        "--tasks", type=task_name, nargs="+", default=["sst2"], help=f"of {names} (default: sst2)"
+    )
     p.add_argument("--rates", choices=ADAPTERS, help="also draw Figure 2, with this adapter")
     args = p.parse_args(argv)
     console = Console()
     try:
         runs = Runs(args, console)
-        results = [result for task in dict.fromkeys(args.tasks) for result in runs.task(task)]
+        for task in dict.fromkeys(args.tasks):
+            runs.task(task)
+        results = [result for task in TASKS for result in there(args.out, task)]
         name = model_name(args.model)
-        console.print(render(args.out, results, name), highlight=False, markup=False)
+        print(render(args.out, results, name))
         for task in args.tasks if args.rates else ():
             panels = rates(runs, task, args.rates)
             title = f"{name} on {task}, {args.rates} tuning"
             plot_rates(args.out / f"figure2-{task}.png", panels, title)
     except (DataError, ModelError, RunError) as error:
         p.error(str(error))
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from the last checkpoint.")
+        return 130
     write(
         args.out / "results.json",
         {
             "settings": shared_settings(results),
-            "seeds": args.seeds or [0],
             "versions": versions(),
             "machine": machine(runs.device),
         },

@@ -28,12 +28,8 @@ a finished one is not run again. Its `result.json`:
     skipped_steps    steps whose estimates were not finite
     saved            folders of the trained weights
 
-`OUT/TASK/` gets `results.json` with all runs, and `curves.png`. Loading saved weights:
-
-    zo               model = AutoModelFor....from_pretrained("RUN/model")
-    fo-lora          model = PeftModel.from_pretrained(base_model, "RUN/adapter")
-    hybrid-lora      base = AutoModelFor....from_pretrained("RUN/base")
-                     model = PeftModel.from_pretrained(base, "RUN/adapter")
+`OUT/TASK/` gets `results.json` and `curves.png` of all runs there. How to load saved weights is in
+README.md here.
 
 Needs: pip install "zofo-optim[examples]"
 """
@@ -42,7 +38,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import platform
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,13 +48,15 @@ from typing import Any
 import torch
 from classification import LAYOUTS
 from heads import set_head
-from models import DEFAULT_MODEL_PACKAGE, ModelError, Problem, default_model, load_problem
+from methods import METHODS
+from models import DEFAULT_MODEL_PACKAGE, ModelError, Problem, load_problem
 from options import DTYPES, Settings, parser, settings, task_name
 from plots import plot_curves
+from presets import guesses
 from report import Result, print_table
 from rich.console import Console
-from tasks import DataError, default_source, protocol
-from training import RunError, claim, run, write
+from tasks import TASKS, DataError, default_source, protocol
+from training import RunError, finished, run, write
 
 
 def versions() -> dict[str, str]:
@@ -80,11 +80,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def model_name(model: str) -> str:
-    """A hub id, or the last part of a folder, or the package that carries the model."""
-    path = Path(model)
-    if path.parent.name == DEFAULT_MODEL_PACKAGE.replace("-", "_"):
-        return DEFAULT_MODEL_PACKAGE.removeprefix("gt-")
-    return path.name if path.is_dir() else model
+    """A hub id, or the last part of a folder."""
+    if model == DEFAULT_MODEL_PACKAGE:
+        return model.removeprefix("gt-")
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _place(text: str | None) -> str | None:
+    """The one spelling of a folder; hub ids and the like stay."""
+    return str(Path(text).resolve()) if text and Path(text).is_dir() else text
 
 
 class Runs:
@@ -92,7 +96,7 @@ class Runs:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self._console = args, console
-        self.args.model = args.model or default_model()
+        self.args.model = _place(args.model) or DEFAULT_MODEL_PACKAGE
         self.device = torch.device(args.device)
         self._problems: dict[str, Problem] = {}
 
@@ -100,12 +104,19 @@ class Runs:
         """See :func:`options.settings`."""
         prompts = task in LAYOUTS and bool(LAYOUTS[task].prompts)
         given = {"head": self.args.head or ("prompts" if prompts else "random"), **fixed}
-        data = str(self.args.data or default_source(task))
+        data = _place(str(self.args.data or default_source(task)))
         return settings(self.args, task, method, seed, **{**given, "data": data})
 
     def run(self, wanted: Settings, folder: Path) -> Result:
         """One run in `folder`, made, finished or read there."""
-        return claim(wanted, folder, self.args.overwrite) or run(
+        found = None
+        try:
+            found = finished(wanted, folder, weights=not self.args.no_save)
+        except RunError:
+            if not self.args.overwrite:
+                raise
+            shutil.rmtree(folder)
+        return found or run(
             wanted,
             self.problem(wanted),
             folder,
@@ -138,16 +149,14 @@ class Runs:
 
     def task(self, task: str) -> list[Result]:
         """All methods and seeds on one task; its table is printed, its files written."""
-        args, results = self.args, []
-        seeds = list(dict.fromkeys(args.seeds or [0]))
-        wanted = [
-            self.settings(task, method, seed)
-            for method in dict.fromkeys(args.methods)
-            for seed in seeds
-        ]
+        args = self.args
+        methods, seeds = dict.fromkeys(args.methods), dict.fromkeys(args.seeds)
+        wanted = [self.settings(task, method, seed) for method in methods for seed in seeds]
+        for note in (note for m in methods for note in guesses(args.model, m, task)):
+            self._console.print(note, highlight=False, soft_wrap=True)
         for one in wanted:
-            folder = args.out / task / one.method / f"seed-{one.seed}"
-            results.append(self.run(one, folder))
+            self.run(one, args.out / task / one.method / f"seed-{one.seed}")
+        results = there(args.out, task)
         title = f"{model_name(args.model)} on {task}, batches of {wanted[0].batch_size}"
         title += f", {len(seeds)} seeds" if len(seeds) > 1 else ""
         write(
@@ -159,19 +168,41 @@ class Runs:
         return results
 
 
+def there(out: Path, task: str) -> list[Result]:
+    """All finished runs of a task, by this command or an earlier one."""
+    files = [
+        file
+        for method in METHODS
+        for file in sorted(
+            (out / task / method).glob("seed-*/result.json"),
+            key=lambda file: int(file.parent.name.removeprefix("seed-")),
+        )
+    ]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser(
         "Fine-tune a transformer by zeroth order, first order and both, and compare.",
         Path("runs/finetune"),
     )
-    p.add_argument("--task", type=task_name, default="sentiment", help="what to learn")
+    p.add_argument(
+        "--task",
+        type=task_name,
+        default="sentiment",
+        help=f"one of {', '.join(TASKS)} (default: %(default)s)",
+    )
     args = p.parse_args(argv)
     console = Console()
     try:
         Runs(args, console).task(args.task)
     except (DataError, ModelError, RunError) as error:
         p.error(str(error))
-    console.print(f"Results, curves and weights: {args.out / args.task}", highlight=False)
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from the last checkpoint.")
+        return 130
+    what = "Results and curves" if args.no_save else "Results, curves and weights"
+    console.print(f"{what}: {args.out / args.task}", highlight=False)
     return 0
 
 

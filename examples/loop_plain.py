@@ -29,6 +29,8 @@ ACCUMULATED = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = loop_parser(__doc__).parse_args(argv)
+    if (args.out / "run.zofo").exists():
+        raise SystemExit(f"--out {args.out} holds a journal already: take another folder")
     model, data, loader = start(args)
     groups = hybrid_param_groups(
         model,

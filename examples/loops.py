@@ -9,26 +9,27 @@ from typing import Any
 
 import torch
 from methods import METHODS, AdapterOptions, prepare
-from models import Data, default_model, load_problem
+from models import DEFAULT_MODEL_PACKAGE, Data, ModelError, load_problem
 from options import number
-from presets import ATTENTION_BIASES
-from tasks import TASKS, default_source, protocol
+from presets import preset
+from tasks import TASKS, DataError, default_source, protocol
 from torch.utils.data import DataLoader
 
 CPU = torch.device("cpu")
 
 
 def loop_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Options; the defaults suit MiniLM."""
+    """Options; learning rates and what zeroth order trains have presets (presets.py)."""
     p = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     p.add_argument("--model", help="hub id or folder; default: the packaged MiniLM")
     p.add_argument("--task", choices=list(TASKS), default="sentiment")
     p.add_argument("--data", help="folder with the task's files, or hub")
     p.add_argument("--steps", type=number(int, 1), default=60)
     p.add_argument("--batch-size", type=number(int, 1), default=8)
-    p.add_argument("--lr-zo", type=number(float, 0), default=3e-3)
-    p.add_argument("--lr-fo", type=number(float, 0), default=3e-2)
-    p.add_argument("--include", nargs="*", default=list(ATTENTION_BIASES), help="trained by ZO")
+    rate = number(float, 0)
+    p.add_argument("--lr-zo", type=rate, help="of the base; default: the model's preset")
+    p.add_argument("--lr-fo", type=rate, help="of LoRA, by SGD; default: ten times the preset's")
+    p.add_argument("--include", nargs="*", help="trained by zeroth order; default: the preset's")
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--out", type=Path, default=Path("runs/loop"))
     return p
@@ -36,11 +37,21 @@ def loop_parser(doc: str | None) -> argparse.ArgumentParser:
 
 def start(args: argparse.Namespace) -> tuple[Any, Data, Any]:
     """The model under LoRA, the training data, and a loader of its batches."""
-    args.model = args.model or default_model()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.model = args.model or DEFAULT_MODEL_PACKAGE
+    settings = preset(args.model, "hybrid-lora", args.task)
+    args.include = settings.get("include", ()) if args.include is None else args.include
+    for name, factor in (("lr_zo", 1), ("lr_fo", 10)):  # SGD takes more than AdamW
+        if getattr(args, name) is None and name not in settings:
+            raise SystemExit(f"no preset for the model {args.model!r}: give --lr-zo and --lr-fo")
+        if getattr(args, name) is None:
+            setattr(args, name, factor * settings[name])
     torch.manual_seed(args.seed)
-    rows = protocol(args.task, args.data or default_source(args.task), args.seed)
-    problem = load_problem(args.model, args.task, rows, dtype=torch.float32, device=CPU)
+    try:
+        rows = protocol(args.task, args.data or default_source(args.task), args.seed)
+        problem = load_problem(args.model, args.task, rows, dtype=torch.float32, device=CPU)
+    except (DataError, ModelError) as error:
+        raise SystemExit(str(error)) from error
+    args.out.mkdir(parents=True, exist_ok=True)
     model, _ = prepare(
         METHODS["fo-lora"], problem, AdapterOptions(), zo={}, fo={}, include=(), device=CPU
     )

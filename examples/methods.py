@@ -115,12 +115,26 @@ def _adapted(kind: str, problem: Problem, model: Any, options: AdapterOptions) -
         )
     else:
         config = PrefixTuningConfig(num_virtual_tokens=options.tokens, **common)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft reads a renamed attribute
-        adapted = get_peft_model(model, config)
+    _check_length(kind, problem, options.tokens)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads a renamed attribute
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"--lora-targets, --lora-layers: {error}") from error
     if kind == "prefix":
         _start_prefix(adapted, problem, options.tokens)
     return adapted
+
+
+def _check_length(kind: str, problem: Problem, tokens: int) -> None:
+    most = getattr(problem.base.config, "max_position_embeddings", None)
+    longest = max(max(part.lengths) for part in (problem.train, problem.dev, problem.test))
+    if kind != "lora" and most is not None and tokens + longest > most:
+        raise ModelError(
+            f"--tokens must leave room for rows of {longest} tokens in the model's {most} "
+            f"positions, got {tokens}"
+        )
 
 
 @torch.no_grad()
@@ -150,6 +164,9 @@ def save(method: Method, model: Any, problem: Problem, folder: Path) -> dict[str
     that base, and its configuration says so.
     """
     saved: dict[str, str] = {}
+    folder = folder.resolve()  # so that the adapter finds its base from anywhere
+    for name, value in problem.switched.items():
+        setattr(model.config, name, value)
     if method.adapter is None:
         saved["model"] = str(folder / "model")
         model.save_pretrained(saved["model"])

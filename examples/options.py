@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from heads import HEADS
-from methods import METHODS, AdapterOptions
+from methods import METHODS, AdapterOptions, Method
 from models import DEFAULT_MODEL_PACKAGE, ModelError
-from presets import preset
+from presets import FOUND, PAPER, preset
 from tasks import DEV, TASKS, TEST, TRAIN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,6 +78,16 @@ def task_name(text: str) -> str:
     return text
 
 
+def pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a regular expression, got {text!r} ({error})"
+        ) from error
+    return text
+
+
 def device_name(text: str) -> str:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
     try:
@@ -88,12 +99,25 @@ def device_name(text: str) -> str:
     return name
 
 
+_TAKEN = {field.name for field in fields(Settings)} - {"model", "task", "method", "seed", "adapter"}
+
+
 def parser(description: str, out: Path) -> argparse.ArgumentParser:
     """What `finetune.py` and `compare.py` share. Options without default come from a preset."""
-    p = argparse.ArgumentParser(description=description)
+    p = argparse.ArgumentParser(
+        description=description,
+        epilog="Methods: zo trains the whole model, or --include, by zeroth order; fo-ADAPTER an "
+        "adapter by first order; hybrid-ADAPTER both. Presets are for "
+        f"{', '.join([*FOUND, *PAPER])} (presets.py); other models need --lr-zo and --lr-fo, and "
+        "have the defaults of Settings in options.py.",
+    )
+
+    own = {name.replace("_", "-") for name in _TAKEN} - {"data", "head"}
 
     def add(flag: str, text: str, **options: Any) -> None:
-        shown = " (default: %(default)s)" if options.get("default") else ""
+        shown = " (default: %(default)s)" if options.get("default") not in (None, [], False) else ""
+        if "default" not in options and flag[2:] in own:
+            shown = " (default: the model's preset)"
         p.add_argument(flag, help=text + shown, **options)
 
     count, rate = number(int, 1), number(float, 0)
@@ -104,13 +128,14 @@ def parser(description: str, out: Path) -> argparse.ArgumentParser:
         "in the environment variable ZOFO_DATA; for the task sentiment, the demo data",
     )
     add("--methods", "what to compare", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--seeds", "of data order, adapter, directions", type=number(int, 0), nargs="+")
+    seed = number(int, 0)
+    add("--seeds", "of data order, adapter, directions", type=seed, nargs="+", default=[0])
     add("--steps", "optimizer steps of each run, at most", type=count)
     add("--batch-size", "examples a step", type=count)
     add("--train-size", "training examples", type=count, default=TRAIN)
     add("--dev-size", "examples to choose the best weights by", type=count, default=DEV)
     add("--test-size", "examples of the final scores", type=count, default=TEST)
-    add("--data-seed", "draws the examples", type=number(int, 0))
+    add("--data-seed", "draws the examples", type=number(int, 0), default=0)
     add("--eval-every", "steps between evaluations", type=count)
     add("--patience", "stop after so many without a lower loss; 0: never", type=number(int, 0))
     add("--lr-zo", "learning rate of zeroth order", type=rate)
@@ -118,13 +143,14 @@ def parser(description: str, out: Path) -> argparse.ArgumentParser:
     add("--optimizer", "of the adapter and head", choices=("adamw", "sgd"))
     add("--schedule", "of both learning rates", choices=("linear", "constant"))
     add("--mu", "perturbation step size", type=number(float, 0, above=True))
-    add("--estimator", "of the slope", choices=("two_sided", "one_sided"))
+    add("--estimator", "of the projected gradient", choices=("two_sided", "one_sided"))
     add("--samples", "directions averaged in a step", type=count)
     add("--distribution", "of the directions", choices=("gaussian", "rademacher"))
     add(
         "--include",
         "what zeroth order trains, as patterns of parameter names; none: everything",
         nargs="*",
+        type=pattern,
         metavar="PATTERN",
     )
     add("--lora-rank", "LoRA's alpha is twice the rank", type=count, default=8)
@@ -153,9 +179,6 @@ def parser(description: str, out: Path) -> argparse.ArgumentParser:
     return p
 
 
-_TAKEN = {field.name for field in fields(Settings)} - {"model", "task", "method", "seed", "adapter"}
-
-
 def settings(args: argparse.Namespace, task: str, method: str, seed: int, **fixed: Any) -> Settings:
     """Of one run: what the command line says, else the preset, else the default.
 
@@ -182,6 +205,25 @@ def settings(args: argparse.Namespace, task: str, method: str, seed: int, **fixe
         layers=tuple(args.lora_layers),
         tokens=args.tokens,
     )
-    unused = {name for name, needs in needed.items() if not needs}
-    chosen = {name: value for name, value in chosen.items() if name not in unused}
-    return Settings(args.model, task, method, seed, adapter=adapter, **chosen)
+    return Settings(
+        args.model,
+        task,
+        method,
+        seed,
+        adapter=_own(adapter, METHODS[method]),
+        **{name: value for name, value in chosen.items() if name not in _unused(METHODS[method])},
+    )
+
+
+def _unused(method: Method) -> set[str]:
+    """Settings that make no difference to a method, so that changing them changes no run."""
+    unused = set() if method.adapter is not None else {"lr_fo", "optimizer"}
+    if not method.zo_base:
+        unused |= {"lr_zo", "mu", "estimator", "samples", "distribution", "include"}
+    return unused
+
+
+def _own(adapter: AdapterOptions, method: Method) -> AdapterOptions:
+    if method.adapter == "lora":
+        return replace(adapter, tokens=AdapterOptions.tokens)
+    return AdapterOptions(tokens=adapter.tokens) if method.adapter else AdapterOptions()

@@ -81,13 +81,29 @@ def preset(model: str, method: str, task: str) -> dict[str, Any]:
     """
     name = model.rstrip("/").rsplit("/", 1)[-1].lower()
     for known, methods in FOUND.items():
-        if known in name or (known.startswith("gt-") and known.replace("-", "_") in model):
+        if known in name:
             return _merged(methods, method, task)
     for known, rows in PAPER.items():
         if known in name:
             cell = rows[method][TASKS.index(task) if task in TASKS else 0]
             return {**SCHEME, "mu": PAPER_MU, **_rates(cell)}
     return {}
+
+
+def guesses(model: str, method: str, task: str) -> list[str]:
+    """What of a preset is not the paper's, in words."""
+    name = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    found = []
+    for known, rows in PAPER.items():
+        if known in name:
+            cell = rows[method][TASKS.index(task) if task in TASKS else 0]
+            if task not in TASKS:
+                found.append(f"{method}: the rates are those of {TASKS[0]}, not of {task}")
+            for flag, text in zip(("--lr-fo", "--lr-zo"), cell.split("/"), strict=True):
+                if "?" in text:
+                    rate = TYPICAL[flag[2:].replace("-", "_")]
+                    found.append(f"{method}: {flag} {rate:g} is typical, its own is illegible")
+    return found
 
 
 def _rates(cell: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -105,7 +106,8 @@ def cost_table(grid: Cells, task: str) -> list[list[str]]:
     """Losses, times, memory; and steps and seconds to a given development loss.
 
     The loss given is that of the first-order method with the same adapter (its best, in its worst
-    seed), and for `zo` its own; and one for all: what the method that gets least far reaches.
+    seed), and for `zo` its own; and one for all: what the method that gets least far reaches. Where
+    that is no lower than the untrained model's, it takes 0 steps.
     """
     own = {method: results for (t, method), results in grid.items() if t == task}
     common = max(best_loss(results) for results in own.values())
@@ -153,6 +155,22 @@ def long_table(results: Iterable[Result]) -> list[list[Any]]:
     return rows
 
 
+def mean_table(grid: Cells) -> list[list[Any]]:
+    """Table 1 for CSV, one row a task and method: means and sample deviations of test scores."""
+    names = ["accuracy", "f1", "loss"]
+    head = ["task", "method", "seeds", *(f"{n}{end}" for n in names for end in ("", "_std"))]
+    rows: list[list[Any]] = [head]
+    for (task, method), results in grid.items():
+        row: list[Any] = [task, method, len(results)]
+        for name in names:
+            values = [r["test"][name] for r in results]
+            told = name == "loss" or results[0]["scored"]
+            deviation = statistics.stdev(values) if len(values) > 1 else ""
+            row += [statistics.fmean(values), deviation] if told else ["", ""]
+        rows.append(row)
+    return rows
+
+
 def curve_table(results: Iterable[Result]) -> list[list[Any]]:
     """One row an evaluation, for CSV."""
     names = ["step", "seconds", "loss", "train_loss", "accuracy", "f1"]
@@ -182,4 +200,13 @@ def print_table(console: Console, results: Sequence[Result], title: str) -> None
             f"{statistics.fmean(r['seconds_per_step'] for r in runs):.3f}",
             f"{max(r['peak_memory_bytes'] for r in runs) / 1e6:,.0f}",
         )
+    if not console.is_terminal:  # in a log, all of it
+        console = Console(file=console.file, width=140)
     console.print(table)
+    for result in results:
+        if not math.isfinite(result["curve"][-1]["train_loss"]) or result["skipped_steps"]:
+            console.print(
+                f"{result['method']}, seed {result['seed']}: training loss "
+                f"{result['curve'][-1]['train_loss']:.3f} at the end, {result['skipped_steps']} "
+                "estimates were not finite"
+            )

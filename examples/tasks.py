@@ -52,13 +52,18 @@ class Task:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: must be UTF-8 ({error})") from None
 
 
 def _tsv(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
     path = folder / f"{split}.tsv"
     header, *lines = _lines(path)
     names = header.split("\t")
+    if not {"sentence", "label"} <= set(names):
+        raise DataError(f"{path}: the header must name sentence and label, got {names}")
     for number, line in enumerate(lines, start=2):
         cells = line.split("\t")
         if len(cells) != len(names):
@@ -191,8 +196,8 @@ def protocol(
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """MeZO's protocol: training and development rows from the training split, test from dev.
 
-    Drawn without replacement by ``seed``. A smaller training split (COPA has 400 rows) is used up:
-    development takes its number, at most half.
+    Drawn without replacement by ``seed``. A training split that is too small for both (COPA has
+    400 rows) is used up: development takes its number, at most half.
 
     Raises:
         DataError: as `read`; or the training rows have one label only.
@@ -204,7 +209,7 @@ def protocol(
         return [rows[i] for i in order[:count]]
 
     pool = drawn(read(task, source, "train"), train + dev)
-    held_out = min(dev, len(pool) // 2)
+    held_out = dev if len(pool) == train + dev else min(dev, len(pool) // 2)
     tests = drawn(read(task, source, "dev"), test)
     parts = pool[held_out:], pool[:held_out], tests
     for name, rows in zip(("training", "development", "test"), parts, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import time
@@ -20,7 +21,7 @@ from progress import ProgressLines
 from rich.console import Console
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from zofo_optim import HybridZOFO
@@ -73,6 +74,12 @@ class FinetuneTrainer(HybridTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return self.problem.train.loss(model, inputs)
 
+    def load_finished(self, checkpoint: str) -> None:
+        """The state and the best weights of a training that had come to its end."""
+        self.create_optimizer_and_scheduler(self.args.max_steps)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self._load_best_model()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         scores = asdict(self.problem.dev.score(self.model))
         metrics = {f"eval_{name}": value for name, value in scores.items()}
@@ -85,30 +92,38 @@ class FinetuneTrainer(HybridTrainer):
         return metrics
 
 
-def claim(settings: Settings, folder: Path, overwrite: bool = False) -> dict[str, Any] | None:
-    """Make the folder this run's; returns its result, if it is there already.
+def finished(settings: Settings, folder: Path, weights: bool) -> dict[str, Any] | None:
+    """The result of this run, if it is there already.
 
     Raises:
-        RunError: the folder holds a run with other settings, and is not to be overwritten.
+        RunError: the folder holds a run with other settings, or one without the weights wanted.
     """
-    own = json.loads(json.dumps(asdict(settings)))
     note, result = folder / "settings.json", folder / "result.json"
-    if note.is_file():
-        there = json.loads(note.read_text(encoding="utf-8"))
-        if there != own and not overwrite:
-            names = [name for name in own if there.get(name) != own[name]]
-            raise RunError(
-                f"{folder} holds a run with another {names[0]}: {there.get(names[0])!r} there, "
-                f"{own[names[0]]!r} asked for; take another --out, or --overwrite"
-            )
-        if there != own:
-            shutil.rmtree(folder)
-        elif result.is_file():
-            found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-            return found
-    folder.mkdir(parents=True, exist_ok=True)
-    write(note, own)
-    return None
+    if not note.is_file():
+        return None
+    try:
+        there = _flat(json.loads(note.read_text(encoding="utf-8")))
+        found: dict[str, Any] | None = None
+        if result.is_file():
+            found = json.loads(result.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{folder} holds a damaged run ({error}): --overwrite it") from error
+    own = _flat(json.loads(json.dumps(asdict(settings))))
+    others = [
+        f"{k} {there.get(k)!r} there, {own[k]!r} asked for" for k in own if there.get(k) != own[k]
+    ]
+    if others:
+        raise RunError(
+            f"{folder} holds a run with other settings ({'; '.join(others)}): take another --out, "
+            "or --overwrite"
+        )
+    if found is not None and weights and "saved" not in found:
+        raise RunError(f"{folder} holds a run without its weights: --overwrite it, or --no-save")
+    return found
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **settings.get("adapter", {}), "adapter": None}
 
 
 def run(
@@ -123,13 +138,14 @@ def run(
 ) -> dict[str, Any]:
     """Train as `settings` say, or go on where an interrupted run in `folder` stopped.
 
-    The folder is one that :func:`claim` made this run's.
+    The folder holds no other run; see :func:`finished`.
 
     Returns:
         What `finetune.py` documents, also written to `result.json`.
 
     Raises:
         ModelError: the method does not fit the model.
+        RunError: the folder cannot be made, or `report_to` is not to be had.
     """
     method = METHODS[settings.method]
     torch.manual_seed(settings.seed)
@@ -152,6 +168,13 @@ def run(
         weight_decay=0,
     )
     checkpoints = str(folder / "checkpoints")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out: cannot write there ({error})") from error
+    for part in folder.glob("checkpoints/checkpoint-*"):
+        if not (part / "trainer_state.json").is_file():
+            shutil.rmtree(part)  # its saving was interrupted
     checkpoint = get_last_checkpoint(checkpoints) if Path(checkpoints).is_dir() else None
     arguments = TrainingArguments(
         output_dir=checkpoints,
@@ -167,6 +190,7 @@ def run(
         load_best_model_at_end=True,  # by the development loss
         logging_steps=max(1, settings.steps // 100),
         logging_nan_inf_filter=False,
+        restore_callback_states_from_checkpoint=True,  # of early stopping
         seed=settings.seed,
         data_seed=settings.seed,
         report_to=list(report_to),
@@ -175,9 +199,14 @@ def run(
         disable_tqdm=True,
     )
     clock = Clock(device)
-    trainer = FinetuneTrainer(
-        problem, clock, model=model, args=arguments, optimizers=(optimizer, None)
-    )
+    try:
+        trainer = FinetuneTrainer(
+            problem, clock, model=model, args=arguments, optimizers=(optimizer, None)
+        )
+    except (ValueError, RuntimeError) as error:
+        if not report_to:
+            raise
+        raise RunError(f"--report-to {' '.join(report_to)}: {error}") from error
     trainer.remove_callback(PrinterCallback)
     name = f"{settings.method}, seed {settings.seed}"
     trainer.add_callback(ProgressLines(console, name, problem.scored))
@@ -185,15 +214,21 @@ def run(
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     if checkpoint is not None:
         clock.seconds = _seconds_until(Path(checkpoint))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    write(folder / "settings.json", asdict(settings))
+    if checkpoint is None or not checkpoint.endswith(f"-{settings.steps}"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:  # it ended before its result was written; the Trainer would make another step
+        trainer.load_finished(checkpoint)
 
     result = _result(trainer, settings, problem)
     if keep_weights:
         result["saved"] = save(method, model, problem, folder)
         model = problem.base  # saving took the adapter apart
+    write(folder / "result.json", result)
     for part in folder.glob("checkpoints/checkpoint-*"):
         shutil.rmtree(part)
-    write(folder / "result.json", result)
+    if not any(Path(checkpoints).iterdir()):  # reports may be there
+        Path(checkpoints).rmdir()
     return result
 
 
@@ -210,7 +245,7 @@ def _result(trainer: FinetuneTrainer, settings: Settings, problem: Problem) -> d
         for e in history
         if "eval_loss" in e
     ]
-    best = min(curve[1:], key=lambda point: point["loss"], default=curve[0])
+    best = min(curve[1:], key=_rank, default=curve[0])
     durations = trainer.clock.durations
     groups = optimizer.param_groups
     result: dict[str, Any] = {
@@ -237,6 +272,10 @@ def _result(trainer: FinetuneTrainer, settings: Settings, problem: Problem) -> d
     }
     result["peak_memory_bytes"] = _peak_of_a_step(trainer, problem)
     return result
+
+
+def _rank(point: dict[str, float]) -> float:
+    return math.inf if math.isnan(point["loss"]) else point["loss"]
 
 
 def _peak_of_a_step(trainer: FinetuneTrainer, problem: Problem) -> int:

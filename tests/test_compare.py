@@ -78,6 +78,18 @@ def test_table1():
 LOSSES = ["**2.600 ± 0.141**", "**2.600 ± 0.283**"]
 
 
+def test_table1_as_numbers():
+    sentences = [{**r, "task": "sst2-sentences", "scored": False} for r in RESULTS[:1]]
+    head, *rows = report.mean_table(report.cells([*RESULTS[2:4], *sentences]))
+    assert head[3:6] == ["accuracy", "accuracy_std", "f1"]
+    assert rows[0][:3] == ["copa", "fo-lora", 2]
+    assert rows[0][3:] == pytest.approx([0.75, 0.5**0.5 / 10, 0.375, 0.5**0.5 / 20, 2.6, LAST])
+    assert rows[1] == ["sst2-sentences", "zo", 1, "", "", "", "", 4.4, ""]
+
+
+LAST = 0.1 * 2**0.5
+
+
 def test_table1_of_several_tasks():
     sentences = [{**r, "task": "sst2-sentences", "scored": False} for r in RESULTS[:4]]
     grid = report.cells([*RESULTS, *sentences])
@@ -200,7 +212,7 @@ def test_the_papers_command_on_a_small_model_of_the_kind(words, tmp_path):  # no
     assert list(settings) == [f"sst2 {method}" for method in METHODS]
     assert settings["sst2 hybrid-prompt"]["lr_zo"] == 1e-7
     assert settings["sst2 hybrid-prompt"]["dtype"] == "bfloat16"
-    assert {one["optimizer"] for one in settings.values()} == {"sgd"}
+    assert {settings[f"sst2 {m}"]["optimizer"] for m in METHODS if m != "zo"} == {"sgd"}
     assert settings["sst2 zo"]["model"] == "opt-1.3b"
 
 

@@ -211,6 +211,47 @@ def test_every_method_learns(method, tiny, words, tmp_path):
     assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"] - 0.2
 
 
+def test_a_run_killed_before_its_result_was_written(tiny, words, tmp_path, monkeypatch):
+    """It makes no further step: the result is that of the checkpoint."""
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
+    arguments = [*RUN, *arguments, "--methods", "hybrid-lora"]
+    finetune.main([*arguments, "--out", str(tmp_path / "whole")])
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_result", killed)
+        assert finetune.main([*arguments, "--out", str(tmp_path / "cut")]) == 130
+    finetune.main([*arguments, "--out", str(tmp_path / "cut")])
+    whole, cut = (
+        json.loads((tmp_path / name / "copa" / "results.json").read_text())["runs"][0]
+        for name in ("whole", "cut")
+    )
+    assert cut["steps"] == 4
+    assert cut["test"] == whole["test"]
+    assert [point["loss"] for point in cut["curve"]] == [point["loss"] for point in whole["curve"]]
+
+
+def test_early_stopping_counts_on_after_an_interruption(tiny, words, tmp_path, monkeypatch):
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
+    arguments += ["--methods", "fo-lora", "--steps", "9", "--eval-every", "1", "--patience", "3"]
+    arguments += [*SIZES, "--lr-fo", "0", "--out", str(tmp_path)]
+    step = training.FinetuneTrainer.training_step
+
+    def fails(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.FinetuneTrainer, "training_step", fails)
+        assert finetune.main(arguments) == 130
+    finetune.main(arguments)
+    (run,) = json.loads((tmp_path / "copa" / "results.json").read_text())["runs"]
+    assert run["steps"] == 4
+
+
 @pytest.mark.parametrize("method", ["zo", "fo-prompt", "hybrid-lora", "hybrid-prefix"])
 def test_an_interrupted_run_goes_on(method, tiny, words, tmp_path, monkeypatch):
     """Killed after an evaluation, it ends with the weights of a run that was not."""
@@ -235,6 +276,8 @@ def test_an_interrupted_run_goes_on(method, tiny, words, tmp_path, monkeypatch):
             finetune.main([*arguments, "--out", str(tmp_path / "cut")])
     folder = Path("copa") / method / "seed-0"
     assert not (tmp_path / "cut" / folder / "result.json").exists()
+    # and killed again, while a later checkpoint was being written
+    (tmp_path / "cut" / folder / "checkpoints" / "checkpoint-5").mkdir()
     finetune.main([*arguments, "--out", str(tmp_path / "cut")])
     whole, cut = (
         json.loads((tmp_path / name / folder / "result.json").read_text())
@@ -244,6 +287,7 @@ def test_an_interrupted_run_goes_on(method, tiny, words, tmp_path, monkeypatch):
         assert {**point, "seconds": 0} == {**again, "seconds": 0}
     assert whole["losses"] == cut["losses"]
     assert whole["test"] == cut["test"]
+    assert not (tmp_path / "cut" / folder / "checkpoints").exists()
     for file in (tmp_path / "whole" / folder).rglob("*.safetensors"):
         one, two = (
             load_file(tmp_path / name / folder / file.relative_to(tmp_path / "whole" / folder))
@@ -269,10 +313,45 @@ def test_a_finished_run_is_not_run_again(tiny, words, tmp_path, capsys):
     assert note.read_text() == first
     with pytest.raises(SystemExit):
         finetune.main([*arguments, "--lr-fo", "0.5"])
-    assert "holds a run with another lr_fo: 0.001 there, 0.5 asked for" in capsys.readouterr().err
+    message = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "holds a run with other settings (lr_fo 0.001 there, 0.5 asked for)" in message
     assert note.read_text() == first
+    # What makes no difference to the method may change; weights must be there if wanted.
+    finetune.main([*arguments, "--lr-zo", "0.5", "--mu", "3", "--include", "mlp", "--tokens", "7"])
+    assert note.read_text() == first
+    arguments.remove("--no-save")
+    with pytest.raises(SystemExit):
+        finetune.main(arguments)
+    assert "without its weights" in re.sub(r"\s+", " ", capsys.readouterr().err)
     finetune.main([*arguments, "--lr-fo", "0.5", "--overwrite"])
     assert json.loads(note.read_text())["settings"]["lr_fo"] == 0.5
+    assert (note.parent / "adapter").exists()
+    (note.parent / "settings.json").write_text("{")
+    with pytest.raises(SystemExit):
+        finetune.main([*arguments, "--lr-fo", "0.5"])
+    assert "holds a damaged run" in re.sub(r"\s+", " ", capsys.readouterr().err)
+    # Another method's run is shown beside it.
+    finetune.main([*arguments, "--lr-fo", "0.5", "--overwrite", "--methods", "zo"])
+    finetune.main([*arguments, "--lr-fo", "0.5", "--overwrite"])
+    runs = json.loads((tmp_path / "copa" / "results.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == ["zo", "fo-lora"]
+
+
+def test_a_run_that_diverges_says_so(tiny, words, tmp_path, capsys):
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
+    arguments += ["--methods", "fo-lora", "--lr-fo", "1e30", "--steps", "4", "--eval-every", "2"]
+    finetune.main([*SIZES, *arguments, "--out", str(tmp_path)])
+    assert "fo-lora, seed 0: training loss nan at the end" in capsys.readouterr().out
+
+
+def test_an_interruption_is_told(tiny, words, tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.FinetuneTrainer, "compute_loss", interrupted)
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
+    assert finetune.main([*RUN, *arguments, "--out", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().out
 
 
 def test_early_stopping(tiny, words, tmp_path):
@@ -317,6 +396,11 @@ def test_report_to_tensorboard(tiny, words, tmp_path, monkeypatch):
         (["--task", "sst2-sentences", "--data", "DEMO"], "is one for causal language models"),
         (["--task", "copa", "--data", "COPA", "--head", "probe"], "scores options: use --head"),
         (["--methods", "zo", "--include", "embeddinks"], "--include: include must match"),
+        (["--include", "("], "--include: must be a regular expression, got '('"),
+        (["--methods", "fo-prompt", "--tokens", "600"], "--tokens must leave room for rows of"),
+        (["--methods", "fo-lora", "--lora-targets", "foo"], "--lora-targets, --lora-layers:"),
+        (["--methods", "zo", "--report-to", "carrier"], "--report-to carrier:"),
+        (["--model", "/nowhere", "--lr-zo", "1", "--lr-fo", "1"], "'/nowhere': no such folder"),
     ],
 )
 def test_bad_options_are_explained(arguments, message, capsys, tmp_path):
@@ -359,6 +443,11 @@ def test_presets_of_the_paper():
                 assert found["optimizer"] == "sgd"
     found = presets.preset("facebook/opt-1.3b", "hybrid-prompt", "sst2")
     assert (found["lr_fo"], found["lr_zo"]) == (1e-3, 1e-7)
+    assert presets.guesses("facebook/opt-1.3b", "fo-prompt", "sst2") == []
+    assert presets.guesses("facebook/opt-1.3b", "hybrid-lora", "sst2") == [
+        "hybrid-lora: --lr-zo 1e-06 is typical, its own is illegible"
+    ]
+    assert "not of wic" in presets.guesses("opt-1.3b", "fo-prompt", "wic")[0]
     found = presets.preset("meta-llama/Llama-2-7b-hf", "fo-lora", "winogrande")
     assert found["lr_fo"] == 1e-2
     assert presets.preset("gpt2", "zo", "sst2") == {}
@@ -403,6 +492,27 @@ def test_prompt_head_tells_good_from_bad_without_labels(encoder_data):
     assert classification.evaluate(base, batches).accuracy > 0.6
     with pytest.raises(models.ModelError, match="prompts for 2 labels"):
         heads.set_prompt_head(base, tokenizer, (("good",),), unlabelled)
+
+
+def test_a_saved_model_has_the_configuration_it_came_with(out):
+    """Dropout, caches: what was switched for training is as before."""
+    original = transformers.AutoConfig.from_pretrained(models.default_model())
+    for folder in ("zo/seed-0/model", "hybrid-prompt/seed-0/base"):
+        saved = transformers.AutoConfig.from_pretrained(out / folder)
+        assert saved.hidden_dropout_prob == original.hidden_dropout_prob == 0.1
+        assert saved.num_labels == 2
+
+
+def test_gpt2_is_a_causal_language_model(tmp_path, words):
+    from test_trainer import word_tokenizer
+
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    word_tokenizer().save_pretrained(tmp_path / "gpt2")
+    arguments = ["--model", str(tmp_path / "gpt2"), "--data", str(words), "--methods", "zo"]
+    finetune.main([*RUN, *arguments, "--task", "sst2-sentences", "--out", str(tmp_path / "out")])
+    folder = tmp_path / "out" / "sst2-sentences" / "zo" / "seed-0" / "model"
+    assert json.loads((folder / "config.json").read_text())["use_cache"] is True
 
 
 def test_dropout_is_left_out_unless_asked_for():

@@ -80,3 +80,19 @@ def test_lightning_loop(ran, tmp_path):
     assert len(rows) == 3
     assert all(0 < float(row["loss"]) < 2 and float(row["projected_grad"]) > 0 for row in rows)
     assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_other_models_need_rates(tmp_path, capsys):
+    arguments = ["--model", "nowhere/at-all", "--out", str(tmp_path / "out")]
+    for name in ("loop_plain", "loop_accelerate"):
+        with pytest.raises(SystemExit, match="no preset for the model 'nowhere/at-all'"):
+            importlib.import_module(name).main(arguments)
+    with pytest.raises(SystemExit, match="cannot load the model"):
+        importlib.import_module("loop_plain").main([*arguments, "--lr-zo", "1", "--lr-fo", "1"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_journal_is_not_overwritten(tmp_path):
+    (tmp_path / "run.zofo").touch()
+    with pytest.raises(SystemExit, match="holds a journal already"):
+        importlib.import_module("loop_plain").main(["--out", str(tmp_path)])

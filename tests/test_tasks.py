@@ -59,7 +59,8 @@ def test_a_folder_of_the_tasks_name_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("task", "file", "text", "message"),
     [
-        ("sst2", "train.tsv", "text\tlabel\nfine\t1\n", r"line 2: sst2 needs the text 'sentence'"),
+        ("sst2", "train.tsv", "text\tlabel\nfine\t1\n", r"header must name sentence and label"),
+        ("sst2", "train.tsv", "hello", r"header must name sentence and label, got \['hello'\]"),
         ("sst2", "train.tsv", "sentence\tlabel\nfine\t2\n", r"line 2: label must be one of .*'2'"),
         ("sst2", "train.tsv", "sentence\tlabel\nfine\n", "line 2: 2 cells expected, got 1"),
         ("copa", "train.jsonl", "{}\n", r"line 1: copa needs the text 'premise', got None"),
@@ -72,6 +73,12 @@ def test_bad_files(task, file, text, message, tmp_path):
     (tmp_path / file).write_text(text)
     with pytest.raises(DataError, match=message):
         read(task, tmp_path, "train")
+
+
+def test_bad_encoding(tmp_path):
+    (tmp_path / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\t1\n")
+    with pytest.raises(DataError, match=r"train\.tsv: must be UTF-8"):
+        read("sst2", tmp_path, "train")
 
 
 def test_bad_wic_files(tmp_path):
@@ -144,7 +151,9 @@ def test_protocol(tmp_path):
     assert [len(part) for part in first] == [20, 5, 7]
     sentences = [row["sentence"] for part in first for row in part]
     assert len(set(sentences)) == len(sentences)
-    # Too few: development gets its number, at most half.
+    # One may be larger than the other; what there is too little of is shared.
+    parts = protocol("sst2", tmp_path, seed=1, train=4, dev=20, test=1)
+    assert [len(part) for part in parts] == [4, 20, 1]
     few = protocol("sst2", tmp_path, seed=1, train=1000, dev=15, test=1000)
     assert [len(part) for part in few] == [25, 15, 9]
     half = protocol("sst2", tmp_path, seed=1)

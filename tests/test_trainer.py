@@ -96,7 +96,7 @@ def test_as_a_plain_loop(accumulate, tmp_path):
     done.train()
     model = lora().train()
     optimizer = HybridZOFO(
-        hybrid_param_groups(model, zo=dict(lr=1e-3, mu=1e-3), verbose=False), lr=0.1
+        hybrid_param_groups(model, zo=dict(lr=1e-3, mu=1e-3), verbose=False), lr=0.1, seed=1
     )
     data = batches(trainer(tmp_path, options=options))
     for step in range(3):
@@ -353,3 +353,161 @@ def test_what_is_not_supported(flags, message, tmp_path):
         setattr(made, name, value)
     with pytest.raises(ValueError, match=message):
         made._check_supported()
+
+
+def test_a_step_cut_off_leaves_no_coefficients(tmp_path):
+    """An error between the batches of a step, then training again: as if from the start."""
+
+    class Failing(HybridTrainer):
+        calls = 0
+
+        def training_step(self, *args, **kwargs):
+            Failing.calls += 1
+            if Failing.calls == 2:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    options = dict(gradient_accumulation_steps=2, max_steps=2)
+    cut, whole = trainer(tmp_path, cls=Failing, options=options), trainer(tmp_path, options=options)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    cut.train()
+    whole.train()
+    for a, b in zip(contents(cut.model), contents(whole.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_model_of_an_adapter_with_a_name(tmp_path):
+    """The Trainer finds no adapter that is not called "default"; base and adapter must agree."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2)
+    model = peft.get_peft_model(base_model(), config, adapter_name="mine")
+    saved = {}
+
+    class Snapshots(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saved[f"checkpoint-{state.global_step}"] = contents(model)
+
+    options = dict(
+        max_steps=3,
+        learning_rate=30.0,  # worse with every step
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    done = trainer(tmp_path, model, options, zo=dict(lr=1.0), callbacks=[Snapshots()])
+    done.train()
+    best = done.state.best_model_checkpoint.rsplit("/")[-1]
+    assert best != "checkpoint-3"
+    for now, then in zip(contents(model), saved[best], strict=True):
+        assert same_bits(now, then)
+    assert not any(same_bits(a, b) for a, b in zip(saved[best], saved["checkpoint-3"], strict=True))
+
+
+def test_seeds_reach_the_directions(tmp_path):
+    for seed in (1, 2):
+        made = trainer(tmp_path, options=dict(seed=seed))
+        made.create_optimizer()
+        assert {g["seed"] for g in made.hybrid_optimizer.param_groups if g["mode"] == "zo"} == {
+            seed
+        }
+    made = trainer(tmp_path, hybrid=dict(seed=7))
+    made.create_optimizer()
+    assert {g["seed"] for g in made.hybrid_optimizer.param_groups if g["mode"] == "zo"} == {7}
+
+
+def test_the_base_needs_a_rate_of_its_own(tmp_path):
+    with pytest.raises(ValueError, match="zo must have the learning rate"):
+        trainer(tmp_path, zo=dict(mu=1e-3)).create_optimizer()
+
+
+def test_an_optimizer_class_given_to_the_trainer(tmp_path):
+    given = dict(optimizer_cls_and_kwargs=(torch.optim.Adam, dict(lr=7e-3)))
+    made = trainer(tmp_path, **given)
+    made.create_optimizer()
+    assert made.hybrid_optimizer.param_groups[0]["lr"] == 7e-3
+    assert "betas" in made.hybrid_optimizer.param_groups[0]
+    given = dict(optimizer_cls_and_kwargs=(torch.optim.Adam, dict(params=[])))
+    with pytest.raises(ValueError, match=r"which sets \['params'\]"):
+        trainer(tmp_path, **given).create_optimizer()
+
+
+def test_no_optimizer_yet(tmp_path):
+    with pytest.raises(RuntimeError, match=r"call create_optimizer\(\) or train\(\)"):
+        _ = trainer(tmp_path).hybrid_optimizer
+
+
+def test_gradient_scaling_without_first_order_groups(tmp_path):
+    made = trainer(tmp_path, base_model().requires_grad_(False))
+    made.accelerator.scaler = torch.amp.GradScaler("cpu")
+    before = contents(made.model)
+    made.train()
+    assert not any(same_bits(a, b) for a, b in zip(before, contents(made.model), strict=True))
+
+
+def test_pushed_files_include_the_base_weights(tmp_path, monkeypatch):
+    pushed = {}
+
+    def push(self, folder):
+        pushed.update({f.name: f.read_bytes() for f in tmp_path.glob("*.safetensors")})
+
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", push)
+    options = dict(save_strategy="steps", save_steps=2, max_steps=2, push_to_hub=False)
+    done = trainer(tmp_path, options=options)
+    done.train()
+    done._push_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    there = (tmp_path / "checkpoint-2" / "zo_weights.safetensors").read_bytes()
+    assert pushed["zo_weights.safetensors"] == there
+
+
+def preferences():
+    datasets = pytest.importorskip("datasets")
+    texts = [[f" w{i}" for i in row] for row in TOKENS.tolist()]
+    return datasets.Dataset.from_list(
+        [
+            dict(prompt="".join(t[:4]), chosen="".join(t[4:6]), rejected="".join(t[6:]))
+            for t in texts
+        ]
+    )
+
+
+def test_preference_losses_need_a_reference_of_their_own(tmp_path):
+    trl = pytest.importorskip("trl")
+
+    class HybridDPOTrainer(HybridTrainerMixin, trl.DPOTrainer):
+        pass
+
+    def make(**options):
+        return HybridDPOTrainer(
+            base_model(),
+            args=trl.DPOConfig(**vars_of(arguments(tmp_path, learning_rate=0.0)), **options),
+            train_dataset=preferences(),
+            processing_class=word_tokenizer(),
+            peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=2),
+            zo=dict(lr=1e-3),
+        )
+
+    with pytest.raises(ValueError, match="precompute_ref_log_probs=True"):
+        make()
+    done = make(precompute_ref_log_probs=True)
+    done.train()
+    assert all(slope > 0 for slope in logged(done, "projected_grad"))
+
+
+def test_trainers_that_buffer_batches_are_refused(tmp_path):
+    class Buffering(HybridTrainer):
+        _buffered_inputs = None
+
+    with pytest.raises(TypeError, match="Buffering cannot train by HybridZOFO"):
+        trainer(tmp_path, cls=Buffering)
+    trl = pytest.importorskip("trl")
+    assert "_buffered_inputs" in trl.GRPOTrainer.__init__.__code__.co_names
+
+
+def test_base_weights_are_not_rounded(tmp_path):
+    model = lora()
+    save_base_weights(HybridZOFO(hybrid_param_groups(model, verbose=False)), model, tmp_path)
+    with pytest.raises(ValueError, match=r"holds the torch.float32 weights"):
+        load_base_weights(base_model().bfloat16(), tmp_path)
+    load_base_weights(base_model().double(), tmp_path)

@@ -19,6 +19,9 @@ def save_base_weights(
 ) -> Path:
     """Write the zeroth-order weights of ``optimizer`` to ``zo_weights.safetensors``.
 
+    First-order weights are the adapter's affair; of the base model, peft saves those that are named
+    in ``modules_to_save``, not those that you unfreeze by hand.
+
     Args:
         optimizer: whose zeroth-order groups are saved.
         model: names the parameters; peft's additions to the base model's names are left out.
@@ -54,13 +57,17 @@ def save_base_weights(
 def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read what :func:`save_base_weights` wrote into a model, with or without an adapter.
 
+    Where the adapter's initialisation changes the base model (PiSSA, OLoRA), load the adapter
+    first, then these weights into the peft model.
+
     Args:
         model: the base model, or a peft model of it.
         folder: holds ``zo_weights.safetensors``; or that file.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the model lacks one of the weights, or has another shape; nothing is changed.
+        ValueError: the model lacks one of the weights, has another shape, or a dtype that cannot
+            hold the weights; nothing is changed.
         ImportError: safetensors is not installed.
     """
     from safetensors.torch import load_file
@@ -68,7 +75,10 @@ def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"no {FILE} at {str(folder)!r}")
+        raise FileNotFoundError(
+            f"no {FILE} at {str(folder)!r}; where an adapter was trained by another optimizer, "
+            "there is none"
+        )
     saved = load_file(path)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     where = match_names(saved, parameters)
@@ -81,6 +91,11 @@ def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"model must have weights of the shapes in {path}, got {tuple(ours.shape)} for "
                 f"{name!r} of shape {tuple(tensor.shape)}"
+            )
+        if torch.promote_types(ours.dtype, tensor.dtype) != ours.dtype:
+            raise ValueError(
+                f"model must have a dtype that holds the {tensor.dtype} weights in {path}, got "
+                f"{ours.dtype} for {name!r}"
             )
     for name, tensor in saved.items():
         parameters[where[name]].copy_(tensor)

@@ -33,10 +33,10 @@ def hybrid_param_groups(
     ``requires_grad`` decides, so any peft model works as it is: the adapter and
     ``modules_to_save`` are first-order, the frozen base model is zeroth-order. A model without
     trainable parameters gives one ZO group (plain MeZO), one without frozen ones one FO group.
-    Tied weights count once. Left out of the ZO group, since they do not reach the loss or
-    cannot be perturbed: frozen originals that an adapter replaces (``modules_to_save``,
-    LayerNorm tuning, FRoD), weights of inactive adapters, and tensors that are not float32,
-    float64, bfloat16 or float16.
+    Tied weights count once. Left out of the ZO group, since they do not reach the loss, are not
+    the base model's or cannot be perturbed: frozen originals that an adapter replaces
+    (``modules_to_save``, LayerNorm tuning, FRoD), an adapter's own frozen weights, and tensors
+    that are not float32, float64, bfloat16 or float16.
 
     Args:
         model: any module; call this after peft has wrapped it.

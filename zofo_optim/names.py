@@ -15,23 +15,29 @@ def without_layers(name: str) -> str:
     return name
 
 
-def _forms(name: str) -> list[str]:
-    """A parameter's name, and the names without what peft adds to that of the base model."""
-    plain = without_layers(name)
-    return [name, *(plain.removeprefix(w) for w in _WRAPPERS if plain.startswith(w))]
+def _stripped(names: Iterable[str], wrapper: str) -> dict[str, str]:
+    """Names by what is left of them without the wrapper and without layers."""
+    return {
+        without_layers(name).removeprefix(wrapper): name
+        for name in names
+        if name.startswith(wrapper)
+    }
 
 
 def match_names(names: Iterable[str], available: Iterable[str]) -> dict[str, str]:
-    """For each name its like in ``available``, with or without peft's parts, if there is one."""
-    exact = set(available)
-    known: dict[str, str] = {}
-    for name in available:
-        for form in _forms(name):
-            known.setdefault(form, name)
-    found: dict[str, str] = {}
-    for name in names:
-        for form in _forms(name):
-            if form in exact or form in known:
-                found[name] = form if form in exact else known[form]
-                break
-    return found
+    """For each name its like in ``available``, with or without peft's parts, if there is one.
+
+    No two names get the same one: wrappers are taken off all names alike, in the way that finds
+    the most.
+    """
+    names, available = list(names), list(available)
+    there = set(available)
+    best = {name: name for name in names if name in there}
+    for ours in _WRAPPERS:
+        sources = _stripped(names, ours)
+        for theirs in _WRAPPERS:
+            targets = _stripped(available, theirs)
+            found = {name: targets[form] for form, name in sources.items() if form in targets}
+            if len(found) > len(best):
+                best = found
+    return best

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .base_weights import load_base_weights, save_base_weights
+from .base_weights import FILE, load_base_weights, save_base_weights
 from .groups import hybrid_param_groups
 from .optimizer import HybridZOFO
 
@@ -29,11 +30,18 @@ else:
     _Base = object
 
 
-class _StepEnd(TrainerCallback):
-    """Clears coefficients of a step that a GradScaler skipped, as the Trainer clears gradients."""
+class _Clearing(TrainerCallback):
+    """Clears coefficients of steps that never came, where the Trainer clears their gradients.
+
+    A step may be skipped by a GradScaler, or cut off by an error, an interruption or a checkpoint
+    in its midst.
+    """
 
     def __init__(self, trainer: HybridTrainerMixin) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.hybrid_optimizer.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.hybrid_optimizer.zero_grad()
@@ -55,16 +63,21 @@ class HybridTrainerMixin(_Base):
 
     Args:
         *args: as for the Trainer.
-        zo: options of the zeroth-order group; see :func:`hybrid_param_groups`.
+        zo: options of the zeroth-order group, ``lr`` among them; see
+            :func:`hybrid_param_groups`.
         include, exclude: which frozen parameters train, likewise.
-        hybrid: options of :class:`HybridZOFO`, such as ``dict(estimator="one_sided")``.
+        hybrid: options of :class:`HybridZOFO`, such as ``dict(estimator="one_sided")``. Its seed
+            is that of the arguments unless given.
         **kwargs: as for the Trainer. An optimizer given as ``optimizers=(HybridZOFO(...), None)``
             is taken as it is, without ``zo``, ``include``, ``exclude`` and ``hybrid``.
 
     Raises:
-        TypeError: ``optimizers`` holds another optimizer.
-        ValueError: both an optimizer and its options were given; or the training is distributed
-            in a way that is not supported.
+        TypeError: ``optimizers`` holds another optimizer; or the trainer takes another batch in
+            each evaluation of a step (GRPO).
+        ValueError: both an optimizer and its options were given; the training is distributed in a
+            way that is not supported; or the reference of a preference loss (DPO) is the model
+            itself. When the optimizer is made: ``zo`` has no ``lr``, or the arguments name an
+            optimizer that chooses its own parameters.
     """
 
     def __init__(
@@ -87,7 +100,7 @@ class HybridTrainerMixin(_Base):
                     "zo, include, exclude and hybrid must be left out where optimizers holds a "
                     "HybridZOFO, which has its options already"
                 )
-        self.add_callback(_StepEnd(self))
+        self.add_callback(_Clearing(self))
 
     def _check_supported(self) -> None:
         if self.is_deepspeed_enabled:
@@ -102,10 +115,24 @@ class HybridTrainerMixin(_Base):
                 "training must be on one device with HybridZOFO, got "
                 f"args.parallel_mode={self.args.parallel_mode.value!r}; set CUDA_VISIBLE_DEVICES"
             )
+        if hasattr(self, "_buffered_inputs"):
+            raise TypeError(
+                f"{type(self).__name__} cannot train by HybridZOFO: its training step takes "
+                "another part of a generated batch each time, and zeroth order evaluates one "
+                "step's loss several times"
+            )
+        precomputed = getattr(self.args, "precompute_ref_log_probs", True)
+        if getattr(self, "ref_model", self) is None and not precomputed:
+            raise ValueError(
+                "the reference model must not be the model that is trained, whose base weights "
+                "zeroth order moves: set precompute_ref_log_probs=True in args, or pass ref_model"
+            )
 
     @property
     def hybrid_optimizer(self) -> HybridZOFO:
         """The HybridZOFO, without accelerate's wrapper; for a journal, or its state."""
+        if self.optimizer is None:
+            raise RuntimeError("there is no optimizer yet: call create_optimizer() or train()")
         found = getattr(self.optimizer, "optimizer", self.optimizer)
         _check_optimizer(found)
         assert isinstance(found, HybridZOFO)
@@ -115,7 +142,15 @@ class HybridTrainerMixin(_Base):
         """HybridZOFO for the model; see the class."""
         if self.optimizer is None:
             model: Any = args[0] if args else kwargs.get("model") or self.model
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            chosen = getattr(self, "optimizer_cls_and_kwargs", None)
+            cls, options = chosen or self.get_optimizer_cls_and_kwargs(self.args, model)
+            parameters = {"params", "model", "optimizer_dict"} & set(options)
+            if parameters:
+                raise ValueError(
+                    f"optim must leave the choice of parameters to HybridZOFO, got "
+                    f"{self.args.optim!r} of {type(self).__name__}, which sets "
+                    f"{sorted(parameters)}: pass optimizers=(HybridZOFO(...), None)"
+                )
             decaying = set(self.get_decay_parameter_names(model))
             groups = hybrid_param_groups(
                 model, **self._group_options, verbose=self.is_world_process_zero()
@@ -128,8 +163,12 @@ class HybridTrainerMixin(_Base):
             ]
             # first, as the Trainer logs the first group's learning rate
             groups = first_order + [group for group in groups if group["mode"] == "zo"]
-            given = {"fo_optimizer": cls, **options, **self._hybrid_options}
-            self.optimizer = HybridZOFO(groups, **given)
+            if len(groups) > len(first_order) and "lr" not in (self._group_options["zo"] or {}):
+                raise ValueError("zo must have the learning rate of the base model, as lr=...")
+            given = {"fo_optimizer": cls, "seed": self.args.seed, **options}
+            self.optimizer = HybridZOFO(groups, **{**given, **self._hybrid_options})
+            if not first_order:  # it has no gradients to scale
+                self.accelerator.scaler = None
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -177,14 +216,26 @@ class HybridTrainerMixin(_Base):
         super()._load_best_model()
         best = self.state.best_model_checkpoint
         if self._saves_adapter_only() and best is not None and os.path.isdir(best):
-            load_base_weights(self._module(), best)
+            model: Any = self._module()
+            for adapter in getattr(model, "active_adapters", ()):
+                # the Trainer looks for an adapter of the name "default" only
+                if os.path.isdir(folder := os.path.join(best, adapter)):
+                    model.load_adapter(folder, adapter, is_trainable=True)
+            load_base_weights(model, best)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str, *args: Any, **kwargs: Any) -> None:
+        ours = os.path.join(checkpoint_folder, FILE)
+        if os.path.isfile(ours):
+            assert self.args.output_dir is not None
+            shutil.copy(ours, os.path.join(self.args.output_dir, FILE))
+        super()._push_from_checkpoint(checkpoint_folder, *args, **kwargs)
 
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
 
     def _saves_adapter_only(self) -> bool:
-        return hasattr(self.model, "peft_config")
+        return any(hasattr(module, "peft_config") for module in self._module().modules())
 
 
 def _by_decay(
