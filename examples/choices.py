@@ -144,6 +144,20 @@ class ChoiceData:
         chosen = [own.index(max(own)) for own in logits]
         return scores(chosen, self.labels[:first], -sum(right) / len(right))
 
+    @torch.no_grad()
+    def mean_loss(self, model: nn.Module, first: int | None = None, batch_size: int = 32) -> float:
+        """Of the (first) examples' right options, without dropout."""
+        training = model.training
+        model.eval()
+        pairs = zip(self.options[:first], self.labels, strict=False)
+        rows = sorted((own[label] for own, label in pairs), key=_length)
+        total = 0.0
+        for start in range(0, len(rows), batch_size):
+            batch = self._padded(rows[start : start + batch_size])
+            total -= float(mean_log_likelihood(model, batch).sum())
+        model.train(training)
+        return total / len(rows)
+
 
 def _length(row: tuple[list[int], int]) -> int:
     return len(row[0])

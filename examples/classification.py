@@ -192,3 +192,7 @@ class Encoded:
     def score(self, model: nn.Module, first: int | None = None, batch_size: int = 32) -> Scores:
         """Of the (first) examples."""
         return evaluate(model, self.fixed_batches(batch_size, first))
+
+    def mean_loss(self, model: nn.Module, first: int | None = None) -> float:
+        """Of the (first) examples."""
+        return self.score(model, first).loss

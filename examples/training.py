@@ -19,7 +19,7 @@ from models import Problem
 from options import Settings
 from progress import ProgressLines
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -83,7 +83,7 @@ class FinetuneTrainer(HybridTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         scores = asdict(self.problem.dev.score(self.model))
         metrics = {f"eval_{name}": value for name, value in scores.items()}
-        metrics["eval_train_loss"] = self.problem.train.score(self.model, LOSS_EXAMPLES).loss
+        metrics["eval_train_loss"] = self.problem.train.mean_loss(self.model, LOSS_EXAMPLES)
         metrics["eval_seconds"] = self.clock.seconds
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -248,6 +248,7 @@ def _result(trainer: FinetuneTrainer, settings: Settings, problem: Problem) -> d
     best = min(curve[1:], key=_rank, default=curve[0])
     durations = trainer.clock.durations
     groups = optimizer.param_groups
+    mean = curve[-1]["seconds"] / trainer.state.global_step
     result: dict[str, Any] = {
         "task": settings.task,
         "method": settings.method,
@@ -259,7 +260,7 @@ def _result(trainer: FinetuneTrainer, settings: Settings, problem: Problem) -> d
         "steps": trainer.state.global_step,
         "stopped_early": trainer.state.global_step < settings.steps,
         "seconds": curve[-1]["seconds"],
-        "seconds_per_step": statistics.median(durations[1:] or durations or [0.0]),
+        "seconds_per_step": statistics.median(durations[1:] or durations or [mean]),
         "skipped_steps": optimizer.skipped_steps,
         "parameters_zo": sum(p.numel() for p in trained_parameters(groups, "zo")),
         "parameters_fo": sum(p.numel() for p in trained_parameters(groups, "fo")),
@@ -283,17 +284,18 @@ def _peak_of_a_step(trainer: FinetuneTrainer, problem: Problem) -> int:
     lengths, size = problem.train.lengths, trainer.args.per_device_train_batch_size
     longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-size:]
     batch = problem.train.batch(longest)
-    optimizer = trainer.hybrid_optimizer
+    optimizer, model = trainer.hybrid_optimizer, trainer.model
+    assert isinstance(model, nn.Module)
     live: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     kept = [p.detach().to("cpu", copy=True) for p in live]
 
     def step() -> None:
-        trainer.training_step(trainer.model, batch)
+        optimizer.backward(lambda: problem.train.loss(model, batch))
         optimizer.step()
         optimizer.zero_grad()
 
     optimizer.zero_grad()
-    peak = peak_memory(step, trainer.model, optimizer, trainer.args.device)
+    peak = peak_memory(step, model, optimizer, trainer.args.device)
     with torch.no_grad():
         for p, before in zip(live, kept, strict=True):
             p.copy_(before)

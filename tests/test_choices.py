@@ -107,6 +107,9 @@ def test_scores(data):
         assert scores.accuracy == sum(a == b for a, b in zip(chosen, data.labels, strict=True)) / 2
         assert scores.loss == pytest.approx(loss, rel=1e-5)
     assert model.training
+    for batch_size in (1, 2):
+        assert data.mean_loss(model, batch_size=batch_size) == pytest.approx(loss, rel=1e-5)
+    assert data.mean_loss(model, 1) == pytest.approx(-found[0][1], rel=1e-5)
     assert data.score(model, first=1).loss == pytest.approx(-found[0][1], rel=1e-5)
 
 
