@@ -511,3 +511,21 @@ def test_base_weights_are_not_rounded(tmp_path):
     with pytest.raises(ValueError, match=r"holds the torch.float32 weights"):
         load_base_weights(base_model().bfloat16(), tmp_path)
     load_base_weights(base_model().double(), tmp_path)
+
+
+def test_modes_of_the_first_order_optimizer(tmp_path):
+    """Schedule-free optimizers must be told when training stops for an evaluation."""
+    calls = []
+
+    class Free(torch.optim.SGD):
+        def train(self):
+            calls.append("train")
+
+        def eval(self):
+            calls.append("eval")
+
+    options = dict(max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer(tmp_path, options=options, hybrid=dict(fo_optimizer=Free)).train()
+    assert calls[0] == "train"
+    assert calls.count("eval") == 2
+    HybridZOFO(base_model().parameters(), lr=0.1).eval()  # SGD has no modes

@@ -117,3 +117,9 @@ class FirstOrder:
             if getattr(plain, "hooked", False):
                 plain = plain.__wrapped__  # type: ignore[attr-defined]
             plain(self._inner)
+
+    def switch(self, mode: str) -> None:
+        """Call the optimizer's own ``train`` or ``eval``, which schedule-free ones have."""
+        method = getattr(self._inner, mode, None)
+        if callable(method):
+            method()

@@ -322,6 +322,14 @@ class HybridZOFO(Optimizer):
 
     # ---- stepping ---------------------------------------------------------------------------
 
+    def train(self) -> None:
+        """Switch ``fo_optimizer`` to training, if it has modes, as schedule-free optimizers do."""
+        self._fo.switch("train")
+
+    def eval(self) -> None:
+        """Switch ``fo_optimizer`` to evaluation, if it has modes."""
+        self._fo.switch("eval")
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""
         if self._evaluating == "repeat":
