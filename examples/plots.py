@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,13 @@ def plot_curves(
     _tidy(figure, title, path)
 
 
+def diverges(runs: Sequence[Result]) -> bool:
+    """Whether the mean training loss ends above its start, or is no number."""
+    ends = ([run["curve"][i]["train_loss"] for run in runs] for i in (0, -1))
+    first, last = (sum(losses) / len(losses) for losses in ends)
+    return not last <= first
+
+
 def plot_rates(
     path: Path, panels: Sequence[tuple[str, dict[str, list[Result]]]], title: str
 ) -> None:
@@ -81,13 +89,15 @@ def plot_rates(
     )
     for axis, (heading, lines) in zip(axes, panels, strict=True):
         for method, runs in lines.items():
-            band(axis, runs, "train_loss", method, **style(method))
+            label = f"{method}, diverges" if diverges(runs) else method
+            band(axis, runs, "train_loss", label, **style(method))
         axis.set(xlabel="step", title=heading)
         axis.title.set_fontsize(9)
         axis.legend(frameon=False, fontsize=8)
     curves = [run["curve"] for _, lines in panels for runs in lines.values() for run in runs]
     highest = max(curve[0]["train_loss"] for curve in curves)
-    lowest = min(point["train_loss"] for curve in curves for point in curve)
+    losses = [point["train_loss"] for curve in curves for point in curve]
+    lowest = min(loss for loss in losses if math.isfinite(loss))
     room = highest - lowest
     axes[0].set(ylabel=PANELS["train_loss"], ylim=(lowest - 0.1 * room, highest + 0.8 * room))
     _tidy(figure, title, path)

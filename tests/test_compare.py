@@ -140,6 +140,13 @@ def test_long_tables():
     assert report.as_csv([["a", "b,c"]]) == 'a,"b,c"\n'
 
 
+def test_what_diverges():
+    plots = importlib.import_module("plots")
+    assert not plots.diverges(RESULTS[:2])
+    assert plots.diverges([result("zo", 0, [4, 3, 4.5]), result("zo", 1, [4, 3, 3.8])])
+    assert plots.diverges([result("zo", 0, [4, 3, float("nan")])])
+
+
 def test_markdown():
     assert report.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 
