@@ -15,7 +15,7 @@ one that is finished is not run again. So a grid may be spread over processes th
     runs.csv                 one line a run
     curves.csv               every evaluation of every run
     figure3-TASK.png         losses and accuracy against steps, loss against seconds
-    figure2-TASK.png         with `--rates ADAPTER`: training loss where base and adapter have the
+    figure2-TASK.png, .csv   with `--rates ADAPTER`: training loss where base and adapter have the
                              small rate, the large rate, or each its own (the presets', or
                              --lr-zo and --lr-fo)
     results.json             settings, versions, machine
@@ -74,6 +74,15 @@ def rates(runs: Runs, task: str, adapter: str) -> list[tuple[str, dict[str, list
     return panels
 
 
+def rates_table(panels: Sequence[tuple[str, dict[str, list[Result]]]]) -> list[list[Any]]:
+    """The evaluations in Figure 2, for CSV."""
+    rows: list[list[Any]] = [["panel", *report.curve_table([])[0]]]
+    for heading, lines in panels:
+        for runs in lines.values():
+            rows += [[heading, *row] for row in report.curve_table(runs)[1:]]
+    return rows
+
+
 def render(out: Path, results: Sequence[Result], name: str) -> str:
     """Write tables and Figure 3; returns the Markdown."""
     grid = cells(results)
@@ -130,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             panels = rates(runs, task, args.rates)
             title = f"{name} on {task}, {args.rates} tuning"
             plot_rates(args.out / f"figure2-{task}.png", panels, title)
+            text = as_csv(rates_table(panels))
+            (args.out / f"figure2-{task}.csv").write_text(text, encoding="utf-8")
     except (DataError, ModelError, RunError) as error:
         p.error(str(error))
     except KeyboardInterrupt:

@@ -160,6 +160,8 @@ def test_a_grid_is_rendered(tiny, words, tmp_path):  # noqa: F811
     for task in ("copa", "sst2-sentences"):
         for figure in ("figure2", "figure3"):
             assert (tmp_path / f"{figure}-{task}.png").stat().st_size > 1000
+        with (tmp_path / f"figure2-{task}.csv").open() as lines:
+            assert len(list(csv.DictReader(lines))) == 7 * 2 * 3
         rates = {folder.name for folder in (tmp_path / task / "rates").iterdir()}
         assert rates == {
             "zo-0.0001-0.0001",
