@@ -1,6 +1,7 @@
 """What all tests share: offline, deterministic, and an independent definition of the noise."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -46,6 +47,10 @@ def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(INTERPRET, "1")
         yield
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where the tests run in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
