@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch
+
 from .capture import capturing, check_replayable
 
 Closure = Callable[[], Any]
@@ -43,10 +45,6 @@ class GlobalRandomState:
         np.random.set_state(self._numpy)  # noqa: NPY002
 
 
-def _in_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 class _ClosureWatch(TorchFunctionMode):
     """Notices, or swallows, the closure's own calls of backward; refuses what graphs cannot do."""
 
@@ -63,7 +61,7 @@ class _ClosureWatch(TorchFunctionMode):
             self.called = True
             if self.swallow:
                 return None
-        if self.swallow and func is torch._C._set_grad_enabled and not _in_functorch():
+        if self.swallow and func is SET_GRAD_ENABLED and not in_functorch():
             args = (False,)  # Lightning's closures turn gradients on, and would keep activations
         if self.captured:
             check_replayable(func, args, kwargs or {})

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zofo_kernels._torch_compat import unhooked_step
+
 OWN_DEFAULTS = {
     "lr": 1e-3,
     "momentum": 0,
@@ -113,10 +115,7 @@ class FirstOrder:
     def step(self) -> None:
         """One step, without the hooks that torch wraps around ``step``: ours have fired."""
         if self._inner is not None:
-            plain = type(self._inner).step
-            if getattr(plain, "hooked", False):
-                plain = plain.__wrapped__  # type: ignore[attr-defined]
-            plain(self._inner)
+            unhooked_step(self._inner)(self._inner)
 
     def switch(self, mode: str) -> None:
         """Call the optimizer's own ``train`` or ``eval``, which schedule-free ones have."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zofo_kernels import Shift, backend_for, perturb_, perturbed, uninterrupted
+from zofo_kernels._torch_compat import in_functorch, without_functorch
 
 from .perturbation import Move, Perturbation, ZOGroup
 
@@ -174,13 +175,12 @@ class Streaming(TorchFunctionMode):
 
     def _copy(self, source: Source) -> Tensor:
         """The perturbed parameter as a plain tensor, whatever the closure is in the midst of."""
-        functorch = torch._C._functorch.peek_interpreter_stack() is not None
         inference = torch.is_inference_mode_enabled()
-        if not functorch and not inference:
+        if not in_functorch() and not inference:
             return self._laid_out(source)
         # functorch would wrap new tensors, and those of inference mode do not count writes
         with (
-            torch._C._DisableFuncTorch() if functorch else nullcontext(),
+            without_functorch(),
             torch.inference_mode(False) if inference else nullcontext(),
         ):
             return self._laid_out(source)
@@ -223,7 +223,7 @@ class Streaming(TorchFunctionMode):
             and rows.dtype in (torch.int64, torch.int32)
             and max_norm is None  # else it writes to the weight
             and (padding_idx is None or -len(weight) <= padding_idx < len(weight))
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and not in_functorch()
         )
 
     def _refuse(self, func: Any, source: Source) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ._torch_compat import has_internal_overlap, increment_versions, is_wrapper_subclass
 from .table import Slot, Slots
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -29,7 +30,7 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
             f"perturbed (quantised, complex and integer weights have no direction to move in); "
             f"it must be one of {known}"
         )
-    wrapper = torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)
+    wrapper = is_wrapper_subclass(tensor)
     if wrapper or tensor.layout != torch.strided:
         kind = type(tensor).__name__ if wrapper else tensor.layout
         raise TypeError(
@@ -38,7 +39,7 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
         )
     if tensor.is_meta:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")
-    if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
+    if not tensor.is_contiguous() and has_internal_overlap(tensor):
         raise ValueError(f"{name} must not share memory among its elements (expanded tensor)")
 
 
@@ -145,12 +146,7 @@ class Weights:
 
     def mark_changed(self) -> None:
         """Tell autograd that the data changed, as torch's own in-place operations do."""
-        changed = [t for t in self.tensors if not t.is_inference()]
-        try:
-            torch.autograd.graph.increment_version(changed)
-        except TypeError:  # older torch takes one at a time
-            for tensor in changed:
-                torch.autograd.graph.increment_version(tensor)
+        increment_versions([t for t in self.tensors if not t.is_inference()])
 
 
 def as_weights(

@@ -1,0 +1,57 @@
+"""All that this distribution uses of torch's private API, in one place.
+
+Each name says what is asked; how torch answers may change with its version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+SET_GRAD_ENABLED: Callable[..., Any] = torch._C._set_grad_enabled
+"""What ``torch.set_grad_enabled`` and its like call; a torch-function mode sees this call."""
+
+
+def in_functorch() -> bool:
+    """Whether a functorch transform (``torch.func.grad``, ``vmap``) is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def without_functorch() -> AbstractContextManager[Any]:
+    """New tensors in the block are plain ones, even inside a functorch transform."""
+    if not in_functorch():
+        return nullcontext()
+    block: AbstractContextManager[Any] = torch._C._DisableFuncTorch()
+    return block
+
+
+def is_wrapper_subclass(tensor: Tensor) -> bool:
+    """Whether a tensor holds others in place of data: a DTensor, a quantised weight."""
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def has_internal_overlap(tensor: Tensor) -> bool:
+    """Whether elements surely share memory, as those of an expanded tensor do."""
+    return torch._debug_has_internal_overlap(tensor) == 1
+
+
+def increment_versions(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that the tensors were written, as torch's in-place operations do."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # older torch takes one at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
+def unhooked_step(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
+    """The optimizer class's ``step`` without the hooks that torch wraps around it."""
+    step: Callable[..., Any] = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step
