@@ -78,6 +78,19 @@ def assert_equal(model, other):
         assert same_bits(a, b)
 
 
+def assert_moved(model, before):
+    """Every base weight, and the adapter.
+
+    Of the adapter only as a whole: the gradient of an A is B times a small number at the start,
+    so that its first update may round away; the one of an adapter of q is 0 where attention is
+    saturated. Which tensors this concerns depends on the CPU.
+    """
+    named = zip(model.named_parameters(), before, contents(model), strict=True)
+    moved = {name: not same_bits(old, new) for (name, _), old, new in named}
+    assert all(value for name, value in moved.items() if "lora_" not in name), moved
+    assert any(value for name, value in moved.items() if "lora_" in name), moved
+
+
 def logged(done, key):
     return [entry[key] for entry in done.state.log_history if key in entry]
 
@@ -107,8 +120,7 @@ def test_as_a_plain_loop(accumulate, tmp_path):
         optimizer.zero_grad()
     for a, b in zip(contents(done.model), contents(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    before = contents(lora())
-    assert not any(same_bits(a, b) for a, b in zip(before, contents(model), strict=True))
+    assert_moved(model, contents(lora()))
 
 
 def test_without_frozen_weights_it_is_the_trainer(tmp_path):
@@ -402,7 +414,7 @@ def test_the_best_model_of_an_adapter_with_a_name(tmp_path):
     assert best != "checkpoint-3"
     for now, then in zip(contents(model), saved[best], strict=True):
         assert same_bits(now, then)
-    assert not any(same_bits(a, b) for a, b in zip(saved[best], saved["checkpoint-3"], strict=True))
+    assert_moved(model, saved["checkpoint-3"])
 
 
 def test_seeds_reach_the_directions(tmp_path):
