@@ -200,7 +200,7 @@ class Evaluator:
 
     def __init__(self) -> None:
         self.running: str | None = None
-        """"first" or "repeat" while a closure runs: the first run of an estimate, or a later one."""
+        """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
 
     def runs(
         self,

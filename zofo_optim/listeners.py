@@ -19,10 +19,6 @@ class Move(NamedTuple):
     sample: int
     scales: tuple[float, ...]
 
-    def of(self, position: int) -> tuple[int, float] | None:
-        """(sample, scale) of the group at ``position``; None if it was added later."""
-        return (self.sample, self.scales[position]) if position < len(self.scales) else None
-
 
 class Estimated(NamedTuple):
     """What one estimate found. All tensors are on the loss's device, detached."""

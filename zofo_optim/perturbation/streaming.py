@@ -1,18 +1,10 @@
-"""Perturbation without writing: torch functions get perturbed copies of the parameters.
-
-While a loss is evaluated at w + scale z, a torch-function mode sees every torch call and replaces
-each zeroth-order parameter among its arguments by a fresh, perturbed copy. A copy lives as long as
-the call needs it; the weights themselves are written by updates only, so they cannot drift.
-
-Compiled code makes no torch calls, so ``torch.compile`` is off while a closure is evaluated, also
-at w itself: losses that are subtracted come from the same arithmetic.
-"""
+"""The torch-function mode that hands torch calls perturbed copies of the parameters."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zofo_kernels import Shift, backend_for, perturb_, perturbed, uninterrupted
+from zofo_kernels import Shift, backend_for, perturbed
 from zofo_kernels._torch_compat import in_functorch, without_functorch
-
-from .perturbation import Move, Perturbation, ZOGroup
 
 
 class Source(NamedTuple):
@@ -174,7 +164,7 @@ class Streaming(TorchFunctionMode):
         return value
 
     def _copy(self, source: Source) -> Tensor:
-        """The perturbed parameter as a plain tensor, whatever the closure is in the midst of."""
+        """The perturbed parameter as a plain tensor, in whatever mode the closure is."""
         inference = torch.is_inference_mode_enabled()
         if not in_functorch() and not inference:
             return self._laid_out(source)
@@ -212,7 +202,7 @@ class Streaming(TorchFunctionMode):
         *unused: Any,
         **only_for_gradients: Any,
     ) -> bool:
-        """Whether ``F.embedding`` of these arguments is had for less than a copy of the weight."""
+        """Whether ``F.embedding`` of these arguments costs less than a copy of the weight."""
         return (
             type(rows) is Tensor
             and id(weight) in self._sources
@@ -233,153 +223,9 @@ class Streaming(TorchFunctionMode):
         )
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[Any]:
     """Compiled functions run as they were written, by torch calls."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-class StreamedPerturbation(Perturbation):
-    """Evaluations see perturbed copies of the weights, which are written by updates only."""
-
-    def __init__(
-        self,
-        groups: Sequence[ZOGroup],
-        distribution: str,
-        backend: str,
-        path: list[Move] | None = None,
-    ) -> None:
-        super().__init__(groups, distribution, backend, path)
-        self._shifts: list[Shift] = []
-        self._mode: Streaming | None = None
-        self._kept: dict[int, Tensor] = {}  # contents of parameters that verify() displaces
-        self._sources = {
-            id(parameter): Source(parameter, index, name, position)
-            for position, group in enumerate(groups)
-            for parameter, index, name in zip(group.params, group.indices, group.names, strict=True)
-        }
-
-    def move(self, sample: int, sign: int) -> None:
-        self._shifts = [self._shift(group, sample, sign) for group in self.groups]
-
-    def restore(self) -> None:
-        self._put_back()
-        self._shifts = []
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        if not self._sources:
-            yield
-        elif not self._shifts:
-            with _uncompiled():
-                yield
-        else:
-            displaced = self._kept.keys()
-            self._mode = Streaming(self._sources, self._shifts, self._backend, displaced)
-            with _uncompiled(), self._mode:
-                yield
-
-    # ---- verification -----------------------------------------------------------------------
-
-    def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> bool:
-        """Compare with evaluations in which the weights themselves are perturbed, in parts.
-
-        Parts are as large as the largest weight, whose content is kept aside: the weights are
-        written, and then restored to the bit. Torch functions get copies of these too, so that
-        the loss is the same to the bit unless something else reads the weights.
-
-        Args:
-            evaluate: evaluates the loss at the present point.
-            loss: the loss there.
-
-        Returns:
-            False where the loss does not repeat, so that nothing can be said.
-
-        Raises:
-            RuntimeError: the loss depends on a weight in a way that torch functions do not see;
-                names the parameters.
-        """
-        if not _same(evaluate(), loss):
-            return False
-        missed = [
-            name
-            for part in _parts(list(self._sources.values()))
-            for name in self._unseen(part, evaluate, loss)
-        ]
-        if missed:
-            raise RuntimeError(
-                "closure must use zeroth-order parameters through torch functions where "
-                "perturbation='streamed', but these reach the loss in another way (an extension, "
-                "a raw pointer, a view made earlier): "
-                + ", ".join(missed)
-                + "; use perturbation='in_place'"
-            )
-        return True
-
-    def _unseen(
-        self, part: list[Source], evaluate: Callable[[], Tensor], loss: Tensor
-    ) -> list[str]:
-        """Names of the parameters in ``part`` that streaming does not perturb everywhere."""
-        with self._written(part):
-            same = _same(evaluate(), loss)
-        if same:
-            return []
-        if len(part) == 1:
-            return [part[0].name]
-        half = len(part) // 2
-        found = [
-            name
-            for some in (part[:half], part[half:])
-            for name in self._unseen(some, evaluate, loss)
-        ]
-        return found or [source.name for source in part]
-
-    @contextmanager
-    def _written(self, part: list[Source]) -> Iterator[None]:
-        """These weights are perturbed in place; then restored to the bit."""
-        self._kept = {id(s.parameter): s.parameter.detach().clone() for s in part}
-        try:
-            for source in part:
-                direction, scale = self._shifts[source.group]
-                perturb_(
-                    [source.parameter],
-                    direction,
-                    scale,
-                    indices=[source.noise_index],
-                    backend=self._backend,
-                )
-            yield
-        finally:
-            self._put_back()
-
-    def _put_back(self) -> None:
-        with uninterrupted(), torch.no_grad():
-            if self._mode is not None:
-                self._mode.stop()
-            for where, content in self._kept.items():
-                parameter = self._sources[where].parameter
-                with torch.inference_mode(parameter.is_inference()):
-                    parameter.copy_(content)
-            self._kept = {}
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(a, b) or (a.isnan() & b.isnan()).all())
-
-
-def _parts(sources: list[Source]) -> Iterator[list[Source]]:
-    """Runs of parameters of together at most the largest one's bytes."""
-    sizes = [s.parameter.numel() * s.parameter.element_size() for s in sources]
-    room = max(sizes, default=0)
-    part: list[Source] = []
-    used = 0
-    for source, size in zip(sources, sizes, strict=True):
-        if part and used + size > room:
-            yield part
-            part, used = [], 0
-        part.append(source)
-        used += size
-    if part:
-        yield part
