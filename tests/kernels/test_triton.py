@@ -644,7 +644,7 @@ def test_double_weights_take_scales_in_double(element_noise):
 
 # Where the interpreter is asked for, and where it is not.
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPILED = """
 import os, torch
 from zofo_kernels import Direction, perturb_
