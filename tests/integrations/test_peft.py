@@ -10,7 +10,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from test_trainer import TOKENS, base_model  # noqa: E402
+from tiny_llama import TOKENS, base_model  # noqa: E402
 
 from zofo_optim import HybridZOFO, hybrid_param_groups  # noqa: E402
 from zofo_optim.base_weights import load_base_weights, save_base_weights  # noqa: E402

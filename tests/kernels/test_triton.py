@@ -1,19 +1,28 @@
-"""The Triton backend in the interpreter: tables, launches, keys, and tables that are kept.
+"""The Triton backend in the interpreter: lists of tensors, far places, keys, many directions.
 
 What the operations compute is tested on every backend, this one too, in test_noise, test_perturb
 and test_update.
 """
 
-import importlib
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from arranged import (
+    DIRECTIONS,
+    GAUSSIAN,
+    HERE,
+    NARROW,
+    RADEMACHER,
+    RUNS,
+    TENSORS,
+    Arranged,
+    alike,
+    interpreted_kernels,
+    of_each,
+    z_of,
+)
 from conftest import same_bits, weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -33,122 +42,10 @@ from zofo_kernels.table import Slot
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
-NARROW = (torch.bfloat16, torch.float16)
-GAUSSIAN, RADEMACHER = Direction(3, 1), Direction(3, 1, 0, "rademacher")
-PIECE, GUARD = 4096, 1040  # elements of a program; bytes, more than a program's lead of 127 fp64
-HERE = {"backend": "triton"}
-
 
 @pytest.fixture(scope="module")
 def kernels(interpreted):
-    module = importlib.import_module("zofo_kernels.triton")
-    assert module.INTERPRETED
-    assert 8 * module.VECTORS == PIECE
-    return module
-
-
-@pytest.fixture
-def built(kernels, monkeypatch):
-    """Lists the tables that are built from now on."""
-    build, results = kernels._build, []
-
-    def spied(*args):
-        results.append(build(*args))
-        return results[-1]
-
-    monkeypatch.setattr(kernels, "_build", spied)
-    return results
-
-
-@pytest.fixture
-def launches(kernels, monkeypatch):
-    """Lists the number of programs of each launch of the pass from now on."""
-    compiled, programs = kernels.kernels.pass_kernel, []
-
-    class Spied:
-        def __getitem__(self, grid):
-            programs.append(math.prod(grid))
-            return compiled[grid]
-
-    monkeypatch.setattr(kernels.kernels, "pass_kernel", Spied())
-    return programs
-
-
-class Arranged:
-    """Tensors in one buffer, otherwise of bytes 0xFF, which are NaN in each dtype.
-
-    Args:
-        values: what the tensors hold.
-        shifts: how many elements past a multiple of 16 bytes each of them starts.
-    """
-
-    def __init__(self, values, shifts, device="cpu"):
-        spans, end = [], GUARD
-        for w, shift in zip(values, shifts, strict=True):
-            start = -(-end // 16) * 16 + shift * w.element_size()
-            spans.append(slice(start, start + w.numel() * w.element_size()))
-            end = spans[-1].stop + GUARD
-        self.spans = spans
-        self.memory = torch.full((end,), 0xFF, dtype=torch.uint8, device=device)
-        assert self.memory.data_ptr() % 16 == 0
-        self.tensors = [
-            self.memory[span].view(w.dtype).view(w.shape)
-            for w, span in zip(values, spans, strict=True)
-        ]
-        for view, w in zip(self.tensors, values, strict=True):
-            view.copy_(w)
-
-    def rest_is_untouched(self):
-        rest = self.memory.clone()
-        for span in self.spans:
-            rest[span] = 0xFF
-        return bool((rest == 0xFF).all())
-
-
-def alike(a, b):
-    """The same bits, but that any NaN is as good as another."""
-    number = ~b.isnan()
-    return torch.equal(~a.isnan(), number) and same_bits(a[number], b[number])
-
-
-def z_of(element_noise, direction, index, offset, size):
-    return torch.from_numpy(element_noise(direction, index, offset, size))
-
-
-SIZES = st.one_of(
-    st.integers(0, 40),
-    st.sampled_from([127, 128, 129, 1000, PIECE - 8, PIECE, 2 * PIECE]),
-    st.sampled_from([PIECE - 1, PIECE + 1, 2 * PIECE - 3, 2 * PIECE + 8, 2 * PIECE + 127]),
-)
-OFFSETS = st.one_of(
-    st.sampled_from([0, 128, 2**35 - 128, 2**39 - 2048, 2**62]),
-    st.sampled_from([1, 8, 64, 127, 2**32 - 5, 2**35 - 1001, 2**39 - 999, 2**62 + 77]),
-    st.integers(0, 3000),
-)
-TENSORS = st.lists(
-    st.fixed_dictionaries(
-        {
-            "size": SIZES,
-            "dtype": st.sampled_from(DTYPES),
-            "shift": st.one_of(st.just(0), st.integers(0, 9)),
-            "index": st.one_of(st.integers(0, 9), st.sampled_from([2**31, 2**32 - 1])),
-            "offset": OFFSETS,
-        }
-    ),
-    min_size=1,
-    max_size=5,
-)
-DIRECTIONS = st.builds(
-    Direction,
-    seed=st.integers(0, 2**64 - 1),
-    step=st.integers(0, 2**64 - 1),
-    sample=st.one_of(st.integers(0, 9), st.just(2**64 - 1)),
-    distribution=st.sampled_from(DISTRIBUTIONS),
-)
-
-
-def of_each(tensors, name):
-    return [t[name] for t in tensors]
+    return interpreted_kernels()
 
 
 # Lists of tensors of every kind in one call.
@@ -197,88 +94,6 @@ def test_lists_of_all_kinds_agree_with_the_reference(tensors, direction, other, 
     assert arranged.rest_is_untouched()
 
 
-@settings(max_examples=100)
-@given(TENSORS, TENSORS)
-def test_tables_cover_every_element_once_and_nothing_else(kernels, tensors, others):
-    """Counted by byte, for what is written and for what is read."""
-    values = [torch.zeros(t["size"], dtype=t["dtype"]) for t in tensors]
-    shifts = [*of_each(others, "shift"), *[0] * len(tensors)][: len(tensors)]
-    to, source = Arranged(values, of_each(tensors, "shift")), Arranged(values, shifts)
-    slots, sources, fields = [], [], []
-    for t, a, b in zip(tensors, to.tensors, source.tensors, strict=True):
-        if t["size"] > 0:
-            slots.append(Slot(a, t["index"], t["offset"]))
-            sources.append(b)
-            fields.append((t["index"], t["offset"]))
-    if len(slots) < 2:
-        return
-    written, read = (torch.zeros(x.memory.numel(), dtype=torch.int64) for x in (to, source))
-    seen = set()
-    for launch in kernels._build(slots, sources):
-        key = (launch.dtype, launch.aligned)
-        assert key not in seen  # one launch for all tensors alike
-        seen.add(key)
-        width = launch.dtype.itemsize
-        rows = launch.table.view(-1, 5).tolist()
-        for item in launch.items.tolist():
-            address, size, offset, index, start = rows[item & 0xFFFFFFFF]
-            lead = offset % 128
-            if launch.aligned:
-                assert (address % 16, start % 16, size % 8, lead) == (0, 0, 0, 0)
-            begin = (item >> 32) * PIECE - lead
-            low, high = max(0, begin), min(size, begin + PIECE)
-            assert low < high
-            for base, counts in ((address, written), (start, read)):
-                at = base - (to if counts is written else source).memory.data_ptr()
-                counts[at + low * width : at + high * width] += 1
-        for address, _, offset, index, start in rows:  # each row has the noise of its tensor
-            (which,) = (
-                i
-                for i, s in enumerate(slots)
-                if 0 <= address - s.tensor.data_ptr() < s.tensor.numel() * width
-                and s.tensor.dtype == launch.dtype
-            )
-            past = address - slots[which].tensor.data_ptr()
-            assert start - sources[which].data_ptr() == past
-            assert (index, offset - past // width) == fields[which]
-    for counts, arranged in ((written, to), (read, source)):
-        expected = torch.zeros_like(counts)
-        for span in arranged.spans:
-            expected[span] = 1
-        assert torch.equal(counts, expected)
-
-
-LAUNCHES = [  # sizes, dtypes, shifts, offsets -> programs of each launch
-    ([8, PIECE, 5 * 8], "ddd", None, None, [3]),
-    ([PIECE + 8, 3 * PIECE], "ff", None, [128, 2**40], [5]),
-    ([PIECE, PIECE + 3], "ff", None, None, [2, 1]),
-    ([7, 3], "ff", None, None, [2]),
-    ([16, 16], "bb", [1, 0], None, [1, 1]),
-    ([16, 16], "bb", [8, 16], None, [2]),
-    ([2 * PIECE], "b", None, [64], [3]),  # from 64 elements before its start
-    ([2 * PIECE], "b", [3], None, [2]),
-    ([PIECE - 100], "h", None, [100], [1]),
-    ([16] * 8, "fdbh" * 2, None, None, [2, 2, 2, 2]),
-]
-
-
-@pytest.mark.parametrize(("sizes", "kinds", "shifts", "offsets", "programs"), LAUNCHES)
-def test_launches_of_a_pass(launches, sizes, kinds, shifts, offsets, programs):
-    """One a dtype for aligned tensors, and one more where tensors are ragged or misaligned."""
-    dtypes = dict(zip("fdbh", DTYPES, strict=True))
-    values = [torch.zeros(n, dtype=dtypes[kind]) for n, kind in zip(sizes, kinds, strict=True)]
-    tensors = Arranged(values, shifts or [0] * len(sizes)).tensors
-    perturb_(tensors, GAUSSIAN, 1.0, offsets=offsets, **HERE)
-    assert launches == programs
-    for recover in (None, Shift(GAUSSIAN, 1.0)):
-        options = {"recover": recover, "offsets": offsets} | HERE
-        launches.clear()
-        perturb_(tensors, GAUSSIAN, 1.0, **options)
-        assert len(launches) == len(programs)
-        update_(tensors, [GAUSSIAN, RADEMACHER], torch.ones(2), 0.1, **options)
-        assert len(launches) == 2 * len(programs)
-
-
 # Far places, and many parameters.
 
 
@@ -324,19 +139,6 @@ def test_many_parameters_in_one_call(element_noise, direction):
 
 
 # Keys made on the device, and steps known only there.
-
-BIG = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 2**31, 2**63, 2**64 - 1]))
-RUNS = st.lists(
-    st.tuples(
-        BIG,
-        st.one_of(BIG, st.integers(0, 2**63 - 1).map(torch.tensor)),
-        st.one_of(st.integers(0, 100), st.sampled_from([2**32 - 3, 2**63 - 3, 2**64 - 200])),
-        st.sampled_from(DISTRIBUTIONS),
-        st.sampled_from([1, 2, 3, 63, 64, 65, 150]),
-    ),
-    min_size=1,
-    max_size=4,
-)
 
 
 @given(RUNS)
@@ -457,132 +259,6 @@ def test_coefficients_and_lr_of_every_dtype_and_layout(dtype):
                 assert same_bits(*results)
 
 
-# Tables that are kept.
-
-
-def three_passes(kept):
-    perturb_(kept, RADEMACHER, 0.1, **HERE)
-    perturb_(kept, RADEMACHER, -0.1, recover=Shift(RADEMACHER, 0.1), **HERE)
-    shift = Shift(RADEMACHER, -0.1)
-    update_(kept, [RADEMACHER], torch.ones(1), 0.01, recover=shift, **HERE)
-
-
-def after_three_passes(tensors):
-    expected = [w.detach().clone() for w in tensors]
-    shift = Shift(RADEMACHER, 0.1)
-    for scale, recover in ((0.1, None), (-0.1, shift)):
-        perturb_(expected, RADEMACHER, scale, recover=recover, backend="reference")
-    shift = Shift(RADEMACHER, -0.1)
-    update_(expected, [RADEMACHER], torch.ones(1), 0.01, recover=shift, backend="reference")
-    return expected
-
-
-def check_three_passes(kept):
-    expected = after_three_passes(kept.tensors)
-    three_passes(kept)
-    assert all(map(alike, (w.detach() for w in kept.tensors), expected))
-
-
-def test_a_table_is_built_once(built):
-    p = [torch.nn.Parameter(weights((n,), torch.float32, n)) for n in (24, 0, 5)]
-    kept = Weights(p)
-    assert not built
-    for _ in range(3):
-        check_three_passes(kept)
-    assert len(built) == 1
-    with torch.no_grad():
-        p[0].mul_(2)
-        p[2].copy_(torch.ones(5))
-    check_three_passes(kept)
-    p[0].data = p[0].data.view(4, 6)
-    check_three_passes(kept)
-    assert len(built) == 1
-    three_passes(p)  # a plain list keeps nothing
-    assert len(built) == 4
-
-
-def new_storage(p, q):
-    p.data = weights((24,), p.dtype, 9)
-
-
-def new_dtype(p, q):
-    p.data = p.data.half()
-
-
-def same_bytes_of_another_dtype(p, q):
-    p.data = p.data.view(torch.float16)
-
-
-def new_size(p, q):
-    p.data = weights((4099,), p.dtype, 9)
-
-
-def shorter(p, q):
-    p.data = p.data[:7]
-
-
-def misaligned(p, q):
-    p.data = p.data[1:]
-
-
-def emptied(p, q):
-    p.data = torch.empty(0, dtype=p.dtype)
-
-
-def exchanged(p, q):
-    p.data, q.data = q.data, p.data
-
-
-def transposed(p, q):
-    p.data = p.data.view(4, 6).t()
-
-
-def to_double_and_back(p, q):
-    p.data = p.data.double()
-    p.data = p.data.bfloat16()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        new_storage,
-        new_dtype,
-        same_bytes_of_another_dtype,
-        new_size,
-        shorter,
-        misaligned,
-        emptied,
-        exchanged,
-        transposed,
-        to_double_and_back,
-    ],
-)
-def test_a_table_is_built_again_where_a_tensor_has_changed(built, change):
-    p, q, r = (torch.nn.Parameter(weights((24,), torch.bfloat16, seed)) for seed in (1, 2, 3))
-    kept = Weights([p, q, r])
-    check_three_passes(kept)
-    old, content = p.data, None
-    change(p, q)
-    if change in (new_storage, new_dtype, new_size, emptied, to_double_and_back):
-        content = old.clone()
-    check_three_passes(kept)
-    assert len(built) == (4 if change is transposed else 2)  # tables of copies are not kept
-    check_three_passes(kept)
-    assert len(built) == (7 if change is transposed else 2)
-    assert content is None or same_bits(old, content)  # nothing follows the old address
-
-
-def test_tables_of_copies_are_not_kept(built):
-    """A tensor that is not contiguous is read anew in each pass, and written back."""
-    dense, base = weights((24,), torch.float32), weights((6, 4), torch.bfloat16, 2)
-    kept = Weights([dense, base.t()])
-    for passes in (3, 6, 9):
-        check_three_passes(kept)
-        assert len(built) == passes
-        base.mul_(-2)
-    check_three_passes(Weights([dense, base]))
-
-
 # Reading elsewhere, and not at all.
 
 
@@ -640,63 +316,3 @@ def test_double_weights_take_scales_in_double(element_noise):
     narrow = torch.zeros(203)
     perturb_([narrow], RADEMACHER, third, **HERE)
     assert torch.equal(narrow, (torch.tensor(third) * z).float())
-
-
-# Where the interpreter is asked for, and where it is not.
-
-ROOT = Path(__file__).parents[1]
-COMPILED = """
-import os, torch
-from zofo_kernels import Direction, perturb_
-
-def refused():
-    w = torch.ones(3)
-    try:
-        perturb_([w], Direction(0, 0), 1.0, backend="triton")
-    except RuntimeError as error:
-        assert w.eq(1).all()
-        return error
-
-print(refused())
-os.environ["TRITON_INTERPRET"] = "1"
-print(refused())
-"""
-INTERPRETED = """
-import torch
-from zofo_kernels import Direction, noise, perturb_
-w = torch.ones(11)
-perturb_([w], Direction(1, 2, 0, "rademacher"), 0.25, backend="triton")
-expected = 1 + 0.25 * noise((11,), Direction(1, 2, 0, "rademacher"), backend="reference")
-print(torch.equal(w, expected))
-"""
-
-
-def python(code, **variables):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=env | {"PYTHONPATH": path} | variables,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_without_a_gpu_and_without_the_interpreter(monkeypatch):
-    w = torch.ones(3)
-    monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(RuntimeError, match="'triton' is not available: torch sees no CUDA device"):
-        perturb_([w], GAUSSIAN, 1.0, **HERE)
-    assert w.eq(1).all()
-
-
-def test_the_interpreter_must_be_asked_for_before_triton_is_imported():
-    unset, late = python(COMPILED)
-    assert unset == "backend='triton' is not available: torch sees no CUDA device"
-    assert late.startswith("backend='triton' is not available: TRITON_INTERPRET must be set before")
-
-
-def test_the_interpreter_as_users_ask_for_it():
-    assert python(INTERPRETED, TRITON_INTERPRET="1") == ["True"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "sass.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sass.py"
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
     pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux"),
