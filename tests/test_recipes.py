@@ -10,8 +10,8 @@ from conftest import same_bits
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from test_trainer import DATA, TOKENS, arguments, lora, vars_of  # noqa: E402
-from test_trainer import base_model as tiny  # noqa: E402
+from tiny_llama import DATA, TOKENS, arguments, lora, vars_of  # noqa: E402
+from tiny_llama import base_model as tiny  # noqa: E402
 
 from zofo_optim import HybridZOFO, hybrid_param_groups  # noqa: E402
 
@@ -103,7 +103,7 @@ def test_sft_trainer(tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
-    from test_trainer import word_tokenizer
+    from tiny_llama import word_tokenizer
 
     texts = [" ".join(f"w{i}" for i in row) for row in TOKENS.tolist()]
     base = tiny()
