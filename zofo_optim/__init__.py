@@ -5,6 +5,7 @@ from .groups import hybrid_param_groups
 from .journal import Journal, replay
 from .listeners import Listener
 from .optimizer import HybridZOFO
+from .saving import load_hybrid, save_hybrid
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "__version__",
     "hybrid_param_groups",
     "load_base_weights",
+    "load_hybrid",
     "replay",
     "save_base_weights",
+    "save_hybrid",
 ]
