@@ -206,8 +206,8 @@ class HybridZOFO(GroupsAndState):
         samples = settings.num_samples if groups else 0
         points = estimator.points(samples, first_order=bool(first_order))
 
-        every = (p for g in self.param_groups for p in g["params"])
-        with self._evaluator.runs(closure, first_order, every if groups else None) as evaluate:
+        devices = {p.device for g in self.param_groups for p in g["params"]}
+        with self._evaluator.runs(closure, first_order, devices if groups else None) as evaluate:
             evaluations = perturbation.visit(self._replicas.mine(points), evaluate)
         self._advice.about_losses(evaluations, groups, first_order)
         has_clean = points[0].sign == 0

@@ -171,10 +171,10 @@ def test_wrong_first_order_weights_are_found(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["step"], indirect=True)
 def test_evaluations_with_other_random_draws_are_found(name, monkeypatch):
-    from zofo_optim import optimizer
+    from zofo_optim import evaluation
 
     case = quick_case(name, "ZO, two-sided")  # with dropout
-    monkeypatch.setattr(optimizer.GlobalRandomState, "restore", lambda self: None)
+    monkeypatch.setattr(evaluation.GlobalRandomState, "restore", lambda self: None)
     with pytest.raises(registry.WrongResult, match="random draws"):
         case.check()
 
@@ -183,19 +183,19 @@ def test_a_wrong_slope_is_found(monkeypatch):
     from zofo_optim import estimators
 
     case = quick_case("growth", "1,000")
-    right = estimators.Estimator.slope
-    monkeypatch.setattr(estimators.Estimator, "slope", lambda *args: 1.01 * right(*args))
+    right = estimators.Estimator.differences
+    monkeypatch.setattr(estimators.Estimator, "differences", lambda *args: 1.01 * right(*args))
     with pytest.raises(registry.WrongResult, match="projected gradient"):
         case.check()
 
 
 def test_evaluations_at_the_wrong_weights_are_found(monkeypatch):
-    from zofo_optim import optimizer
+    from zofo_optim.perturbation import InPlacePerturbation
 
     case = quick_case("growth", "1,000")
-    right = optimizer.InPlacePerturbation.move
+    right = InPlacePerturbation.move
     monkeypatch.setattr(
-        optimizer.InPlacePerturbation, "move", lambda self, sample, sign: right(self, sample, -sign)
+        InPlacePerturbation, "move", lambda self, sample, sign: right(self, sample, -sign)
     )
     with pytest.raises(registry.WrongResult, match="weights of the evaluation"):
         case.check()

@@ -8,7 +8,7 @@ import torch
 from torch import nn, overrides
 
 from zofo_optim import evaluation
-from zofo_optim.evaluation import evaluate, gradients_aside
+from zofo_optim.evaluation import Evaluator, evaluate
 
 WATCHED = {inspect.getsourcefile(module) for module in (evaluation, overrides, torch.autograd)}
 WATCHED.add(inspect.getsourcefile(torch.no_grad))
@@ -89,10 +89,14 @@ def test_ctrl_c_loses_no_gradient_while_setting_it_aside():
         p.grad = grad
     counter, entered = CtrlC(0), []
 
+    def closure():
+        entered.append(counter.passed)
+        assert all(p.grad is None for p in parameters)
+        return 0.0
+
     def run():
-        with gradients_aside(parameters):
-            entered.append(counter.passed)
-            assert all(p.grad is None for p in parameters)
+        with Evaluator().runs(closure, parameters, None) as evaluate:
+            evaluate(False)
 
     counter.during(run)
     assert entered[0] > 20

@@ -16,7 +16,8 @@ from toys import (
     seed_everything,
 )
 
-from zofo_optim import HybridZOFO, evaluation, perturbation
+from zofo_optim import HybridZOFO, evaluation
+from zofo_optim.perturbation import in_place
 
 
 @pytest.mark.parametrize("dtype", ULPS, ids=str)
@@ -109,14 +110,14 @@ def test_a_hook_that_raises_leaves_the_weights():
 @pytest.mark.parametrize("call", ["step", "backward"])
 def test_ctrl_c_while_weights_are_written_restores_all_groups(call, monkeypatch):
     """SIGINT is held back during a pass and raised after it, here in every pass of a step."""
-    original, left = perturbation.perturb_, []
+    original, left = in_place.perturb_, []
 
     def interrupted(*args, **options):
         original(*args, **options)
         if left and left.pop() == "last":
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(perturbation, "perturb_", interrupted)
+    monkeypatch.setattr(in_place, "perturb_", interrupted)
     hit = 0
     for k in range(1, 7):
         toy = Toy()

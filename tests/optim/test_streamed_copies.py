@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from zofo_kernels import DISTRIBUTIONS, DTYPES, Direction, perturbed, unavailable_reason
-from zofo_optim import streamed
+from zofo_optim.perturbation import streaming
 
 # ---- copies -----------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ from zofo_optim import streamed
 def copies(monkeypatch):
     """Weak references to all copies that were made, with how many lived when each was made."""
     made, alive = [], []
-    original = streamed.Streaming._copy
+    original = streaming.Streaming._copy
 
     def counting(self, source):
         alive.append(sum(reference() is not None for reference in made))
@@ -42,7 +42,7 @@ def copies(monkeypatch):
         made.append(weakref.ref(copy))
         return copy
 
-    monkeypatch.setattr(streamed.Streaming, "_copy", counting)
+    monkeypatch.setattr(streaming.Streaming, "_copy", counting)
     return made, alive
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from streamed_models import assert_matches, tokens
 
-from zofo_optim import streamed
+from zofo_optim.perturbation import streaming
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 
@@ -44,9 +44,9 @@ def language_loss(model):
 def caught(monkeypatch):
     """Names of the parameters that were copied."""
     names = set()
-    original = streamed.Streaming._copy
+    original = streaming.Streaming._copy
     monkeypatch.setattr(
-        streamed.Streaming, "_copy", lambda self, s: names.add(s.name) or original(self, s)
+        streaming.Streaming, "_copy", lambda self, s: names.add(s.name) or original(self, s)
     )
     return names
 

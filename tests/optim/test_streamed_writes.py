@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from streamed_models import Around, Call, assert_same, contents, frozen, randn, tokens, trained
 from torch import nn
 
-from zofo_optim import streamed
+from zofo_optim.perturbation import streaming
 
 
 def set_data(w):
@@ -128,7 +128,7 @@ def test_a_mode_that_ctrl_c_left_behind_does_nothing(monkeypatch):
     def interrupted(*error):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(streamed.Streaming, "__exit__", interrupted)
+    monkeypatch.setattr(streaming.Streaming, "__exit__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(model)
     try:
