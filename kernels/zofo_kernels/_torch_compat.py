@@ -44,7 +44,7 @@ def show_backward_to_modes() -> None:
 
     @functools.wraps(backward)
     def shown(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        outputs = tensors if isinstance(tensors, (list, tuple)) else (tensors,)
         if has_torch_function(outputs):
             return handle_torch_function(shown, outputs, tensors, *args, **kwargs)
         return backward(tensors, *args, **kwargs)
