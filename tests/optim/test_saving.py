@@ -221,9 +221,10 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="model must hold all first-order parameters"):
         save_hybrid(base_model(), optimizer, tmp_path)
     other = optimizer_of(copy.deepcopy(model))
-    with Journal(tmp_path / "run.zofo").attach(other) as journal:
-        with pytest.raises(ValueError, match="journal must be attached to optimizer"):
-            save_hybrid(model, optimizer, tmp_path, journal=journal)
+    journal = Journal(tmp_path / "run.zofo").attach(other)
+    with pytest.raises(ValueError, match="journal must be attached to optimizer"):
+        save_hybrid(model, optimizer, tmp_path, journal=journal)
+    journal.close()
     optimizer.backward(lambda: model(input_ids=IDS[0], labels=IDS[0]).loss)
     with pytest.raises(RuntimeError, match="optimizer must not be accumulating"):
         save_hybrid(model, optimizer, tmp_path)
@@ -231,7 +232,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 
 def test_what_cannot_be_loaded(tmp_path):
-    with pytest.raises(TypeError, match="base must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"base must be a torch\.nn\.Module, got str"):
         load_hybrid(tmp_path, "facebook/opt-125m")
     with pytest.raises(FileNotFoundError, match=r"no hybrid\.json"):
         load_hybrid(tmp_path / "nowhere", base_model())
