@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch
+from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_backward_to_modes
 
 from .capture import capturing, check_replayable
 
@@ -49,6 +49,7 @@ class _ClosureWatch(TorchFunctionMode):
 
     def __init__(self, swallow: bool) -> None:
         super().__init__()
+        show_backward_to_modes()
         self.swallow = swallow
         self.called = False
         self.captured = capturing()

@@ -176,6 +176,8 @@ def _unreached(model: nn.Module) -> set[str]:
         own = [
             *getattr(module, "adapter_layer_names", ()),
             *getattr(module, "other_param_names", ()),
+            # these are not listed by peft before 0.18
+            *(name for name, _ in module.named_children() if name in _STANDS_IN),
         ]
         for child in (*own, *_replaced(module)):
             start = f"{prefix}.{child}" if prefix else child

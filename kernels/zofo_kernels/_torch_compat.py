@@ -5,12 +5,14 @@ Each name says what is asked; how torch answers may change with its version.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 SET_GRAD_ENABLED: Callable[..., Any] = torch._C._set_grad_enabled
@@ -28,6 +30,27 @@ def without_functorch() -> AbstractContextManager[Any]:
         return nullcontext()
     block: AbstractContextManager[Any] = torch._C._DisableFuncTorch()
     return block
+
+
+def show_backward_to_modes() -> None:
+    """Torch-function modes see calls of ``torch.autograd.backward`` from now on.
+
+    Before torch 2.11 they see ``Tensor.backward`` alone: there, the function is replaced by one
+    that asks the modes of its thread first, as newer torch does by itself.
+    """
+    backward = torch.autograd.backward
+    if torch.__version__ >= "2.11" or hasattr(backward, "shown_to_modes"):
+        return
+
+    @functools.wraps(backward)
+    def shown(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        if has_torch_function(outputs):
+            return handle_torch_function(shown, outputs, tensors, *args, **kwargs)
+        return backward(tensors, *args, **kwargs)
+
+    shown.shown_to_modes = True  # type: ignore[attr-defined]
+    torch.autograd.backward = shown
 
 
 def is_wrapper_subclass(tensor: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """transformers' Trainer and TRL's SFTTrainer with HybridZOFO."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -46,6 +47,18 @@ def assert_equal(model, other):
         assert same_bits(a, b)
 
 
+def assert_moved(model, before):
+    """Every base weight, and the adapter.
+
+    The adapter only as a whole: at the start B is small, and so is the gradient of A, whose
+    update may round away. Which tensors this concerns depends on the CPU.
+    """
+    named = zip(model.named_parameters(), before, contents(model), strict=True)
+    moved = {name: not same_bits(old, new) for (name, _), old, new in named}
+    assert all(value for name, value in moved.items() if "lora_" not in name), moved
+    assert any(value for name, value in moved.items() if "lora_" in name), moved
+
+
 def logged(done, key):
     return [entry[key] for entry in done.state.log_history if key in entry]
 
@@ -75,8 +88,7 @@ def test_as_a_plain_loop(accumulate, tmp_path):
         optimizer.zero_grad()
     for a, b in zip(contents(done.model), contents(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    before = contents(lora())
-    assert not any(same_bits(a, b) for a, b in zip(before, contents(model), strict=True))
+    assert_moved(model, contents(lora()))
 
 
 def test_without_frozen_weights_it_is_the_trainer(tmp_path):
@@ -151,25 +163,26 @@ def test_resume(perturbation, tmp_path):
     assert whole.hybrid_optimizer.zo_groups()[0].options["zo_step"] == 4
 
 
+def the_second_is_best(**options):
+    """Options that save three checkpoints, and a metric by which the second one is the best."""
+    ranks = itertools.chain([1, 0], itertools.count(2))
+    saved = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    best = dict(load_best_model_at_end=True, metric_for_best_model="rank", greater_is_better=False)
+    return {
+        "options": dict(max_steps=3, **saved, **best, **options),
+        "compute_metrics": lambda prediction: {"rank": next(ranks)},
+    }
+
+
 def test_the_best_model_has_its_base_weights(tmp_path):
-    options = dict(
-        save_strategy="steps",
-        eval_strategy="steps",
-        save_steps=1,
-        eval_steps=1,
-        load_best_model_at_end=True,
-        learning_rate=0.0,
-        max_steps=3,
-    )
-    done = trainer(tmp_path, options=options, zo=dict(lr=3.0, mu=1e-3))
-    first = copy.deepcopy(done.model)
-    done.train()  # such a rate makes each step worse than the one before
-    losses = logged(done, "eval_loss")[:3]
-    best = min(range(3), key=losses.__getitem__)
-    assert best < 2
-    assert done.state.best_model_checkpoint.endswith(f"checkpoint-{best + 1}")
-    assert done.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
-    assert not same_bits(contents(first)[0], contents(done.model)[0])
+    done = trainer(tmp_path, **the_second_is_best(learning_rate=0.0), zo=dict(lr=1e-2, mu=1e-3))
+    before = contents(done.model)
+    done.train()
+    assert done.state.best_model_checkpoint.endswith("checkpoint-2")
+    losses = logged(done, "eval_loss")
+    assert losses[1] != pytest.approx(losses[2], rel=1e-4)
+    assert done.evaluate()["eval_loss"] == pytest.approx(losses[1], rel=1e-6)
+    assert not same_bits(before[0], contents(done.model)[0])
 
 
 def test_saved_weights_load_into_base_and_peft_models(tmp_path):
@@ -337,22 +350,12 @@ def test_the_best_model_of_an_adapter_with_a_name(tmp_path):
         def on_save(self, args, state, control, **kwargs):
             saved[f"checkpoint-{state.global_step}"] = contents(model)
 
-    options = dict(
-        max_steps=3,
-        learning_rate=30.0,  # worse with every step
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-    )
-    done = trainer(tmp_path, model, options, zo=dict(lr=1.0), callbacks=[Snapshots()])
+    done = trainer(tmp_path, model, **the_second_is_best(), callbacks=[Snapshots()])
     done.train()
-    best = done.state.best_model_checkpoint.rsplit("/")[-1]
-    assert best != "checkpoint-3"
-    for now, then in zip(contents(model), saved[best], strict=True):
+    assert done.state.best_model_checkpoint.endswith("checkpoint-2")
+    for now, then in zip(contents(model), saved["checkpoint-2"], strict=True):
         assert same_bits(now, then)
-    assert not any(same_bits(a, b) for a, b in zip(saved[best], saved["checkpoint-3"], strict=True))
+    assert_moved(model, saved["checkpoint-3"])
 
 
 def test_seeds_reach_the_directions(tmp_path):

@@ -17,7 +17,7 @@ def hugging_face(kind, **options):
     sizes = SIZES | {"max_position_embeddings": 32} | options
     if kind == "gpt2":
         config = transformers.GPT2Config(
-            n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=50
+            n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=50, **options
         )
         return transformers.GPT2LMHeadModel(config)
     if kind == "opt":
@@ -64,8 +64,9 @@ def caught(monkeypatch):
     ],
 )
 def test_transformers(kind, tied, attention, caught):
-    model = hugging_face(kind, tie_word_embeddings=tied).requires_grad_(False)
-    model.set_attn_implementation(attention)
+    options = {"tie_word_embeddings": tied, "attn_implementation": attention}
+    model = hugging_face(kind, **options).requires_grad_(False)
+    assert model.config._attn_implementation == attention
     assert_matches(model.train(), language_loss, steps=2)
     assert caught == {name for name, _ in model.named_parameters()}
 
@@ -95,7 +96,7 @@ ADAPTERS = {
     "loha": ("LoHaConfig", {"r": 2}),
     "lokr": ("LoKrConfig", {"r": 2}),
     "vera": ("VeraConfig", {"r": 2}),
-    "oft": ("OFTConfig", {"oft_block_size": 4}),
+    "oft": ("OFTConfig", {"r": 0, "oft_block_size": 4}),
     "boft": ("BOFTConfig", {"boft_block_size": 4}),
     "layer norms": ("LNTuningConfig", {}),
 }

@@ -143,9 +143,21 @@ def test_stepping_the_scheduler_first_warns_and_last_does_not(mode):
             assert len(caught) == early
 
 
+def sgd_takes(lr):
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    try:
+        torch.optim.SGD([p], lr=lr).step()
+    except TypeError:  # torch 2.6 takes a tensor with dimensions, and then cannot use it
+        return False
+    return True
+
+
 @pytest.mark.parametrize("dims", [0, 1, 2])
 @pytest.mark.parametrize("options", SGD_INPUTS.values(), ids=SGD_INPUTS)
 def test_tensor_lr_equals_float_lr(mode, options, dims):
+    if mode != "zo" and not sgd_takes(torch.full((1,) * dims, 1e-3)):
+        pytest.skip(f"SGD of this torch takes no lr of {dims} dimensions")
     options = {k: v for k, v in options.items() if k != "lr"}
     for flag in SGD_FLAGS.values():
         problem, twin = Problem(), Problem()
