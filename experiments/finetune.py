@@ -1,7 +1,7 @@
 """Fine-tune a pre-trained transformer with and without gradients, and compare.
 
-    python examples/finetune.py --out runs/finetune
-    python examples/finetune.py --task copa --data hub --model facebook/opt-125m \
+    python -m experiments.finetune --out runs/finetune
+    python -m experiments.finetune --task copa --data hub --model facebook/opt-125m \
         --lr-zo 1e-6 --lr-fo 1e-3 --methods zo fo-lora hybrid-lora --seeds 0 1 2
 
 Methods, all from the same start, on the same batches in the same order for the same seed:
@@ -46,17 +46,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classification import LAYOUTS
-from heads import set_head
-from methods import METHODS
-from models import DEFAULT_MODEL_PACKAGE, ModelError, Problem, load_problem
-from options import DTYPES, Settings, parser, settings, task_name
-from plots import plot_curves
-from presets import guesses
-from report import Result, print_table
 from rich.console import Console
-from tasks import TASKS, DataError, default_source, protocol
-from training import RunError, finished, run, write
+
+from .classification import LAYOUTS
+from .heads import set_head
+from .methods import METHODS
+from .models import DEFAULT_MODEL_PACKAGE, ModelError, Problem, load_problem
+from .options import DTYPES, Settings, parser, settings, task_name
+from .plots import plot_curves
+from .presets import guesses
+from .report import Result, print_table
+from .tasks import TASKS, DataError, default_source, protocol
+from .training import RunError, finished, run, write
 
 
 def versions() -> dict[str, str]:

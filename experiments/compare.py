@@ -1,7 +1,7 @@
 """Run a grid of methods, tasks and seeds, and render the paper's Table 1 and Figures 2 and 3.
 
-    python examples/compare.py --tasks sst2 copa winogrande wic --seeds 0 1 2 --out runs/compare
-    python examples/compare.py --model facebook/opt-1.3b --data hub --tasks sst2 --dtype bfloat16
+    python -m experiments.compare --tasks sst2 copa winogrande wic --seeds 0 1 2 --out runs/compare
+    python -m experiments.compare --model facebook/opt-1.3b --data hub --tasks sst2 --dtype bfloat16
 
 Runs are those of `finetune.py`, with its options and its folders: one that is interrupted goes on,
 one that is finished is not run again. So a grid may be spread over processes that write to the same
@@ -29,16 +29,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import report
-from finetune import Runs, machine, model_name, there, versions
-from methods import ADAPTERS
-from models import ModelError
-from options import parser, task_name
-from plots import plot_curves, plot_rates
-from report import Result, as_csv, cells, markdown
 from rich.console import Console
-from tasks import TASKS, DataError
-from training import RunError, write
+
+from . import report
+from .finetune import Runs, machine, model_name, there, versions
+from .methods import ADAPTERS
+from .models import ModelError
+from .options import parser, task_name
+from .plots import plot_curves, plot_rates
+from .report import Result, as_csv, cells, markdown
+from .tasks import TASKS, DataError
+from .training import RunError, write
 
 QUANTITIES = {
     "accuracy": "Test accuracy, %",

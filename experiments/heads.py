@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from classification import LAYOUTS, Batch
-from models import ModelError, Problem
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .classification import LAYOUTS, Batch
+from .models import ModelError, Problem
 
 PROBE_PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
 PROBE_FOLDS = 5

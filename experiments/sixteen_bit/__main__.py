@@ -1,8 +1,8 @@
 """What 16-bit weights do to zeroth-order training, measured in three ways.
 
-    python examples/sixteen_bit.py drift --out runs/16-bit
-    python examples/sixteen_bit.py survival --out runs/16-bit
-    python examples/sixteen_bit.py finetune --out runs/16-bit
+    python -m experiments.sixteen_bit drift --out runs/16-bit
+    python -m experiments.sixteen_bit survival --out runs/16-bit
+    python -m experiments.sixteen_bit finetune --out runs/16-bit
 
 drift     How far weights wander under a loss that is constant, where no step should move them:
           MeZO's recipe (+mu, -2 mu, +mu), ours in place, and streamed.
@@ -27,15 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune import versions
-from models import ModelError
-from options import number
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from sixteen_bit_report import PLOTS, finetune_line, write_table
-from sixteen_bit_rounding import drift, survival
-from sixteen_bit_runs import DEFAULT_RECIPES, RECIPES, load_problem, run
-from tasks import DataError
+
+from ..finetune import versions
+from ..models import ModelError
+from ..options import number
+from ..tasks import DataError
+from .report import PLOTS, finetune_line, write_table
+from .rounding import drift, survival
+from .runs import DEFAULT_RECIPES, RECIPES, load_problem, run
 
 SIZES = [float(f"{m}e{e}") for e in range(-7, -3) for m in (1, 2, 5)] + [1e-3]
 

@@ -8,7 +8,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from choices import (  # noqa: E402
+from small_models import base_model, word_tokenizer  # noqa: E402
+
+from experiments.choices import (  # noqa: E402
     Choice,
     ChoiceData,
     choices,
@@ -19,8 +21,7 @@ from choices import (  # noqa: E402
     wic,
     winogrande,
 )
-from tasks import DataError, read  # noqa: E402
-from test_trainer import base_model, word_tokenizer  # noqa: E402
+from experiments.tasks import DataError, read  # noqa: E402
 
 DATA = os.environ.get("ZOFO_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="ZOFO_DATA does not name the data folder")

@@ -11,7 +11,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from classification import (
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from zofo_optim import HybridZOFO, hybrid_param_groups
+
+from ..classification import (
     LAYOUTS,
     Batch,
     Encoded,
@@ -20,14 +25,10 @@ from classification import (
     evaluate,
     examples,
 )
-from heads import set_prompt_head
-from models import ModelError, default_model, load_model
-from sixteen_bit_rounding import DTYPES, PRIME, MeZO
-from tasks import default_source, read
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from zofo_optim import HybridZOFO, hybrid_param_groups
+from ..heads import set_prompt_head
+from ..models import ModelError, default_model, load_model
+from ..tasks import default_source, read
+from .rounding import DTYPES, PRIME, MeZO
 
 Step = Callable[[Callable[[], Tensor], float], Any]
 

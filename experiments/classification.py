@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scores import Scores, scores
-from tasks import DataError, Row
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from .scores import Scores, scores
+from .tasks import DataError, Row
 
 MAX_LENGTH = 128
 Batch = dict[str, Tensor]

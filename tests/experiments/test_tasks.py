@@ -9,12 +9,12 @@ from sklearn.metrics import accuracy_score, f1_score
 
 transformers = pytest.importorskip("transformers")
 
-import tasks  # noqa: E402
-from choices import CHOICES  # noqa: E402
-from choices import choices as choices_of  # noqa: E402
-from classification import LAYOUTS, Encoded, Example, examples, logits  # noqa: E402
-from scores import scores  # noqa: E402
-from tasks import DataError, protocol, read  # noqa: E402
+from experiments import tasks  # noqa: E402
+from experiments.choices import CHOICES  # noqa: E402
+from experiments.choices import choices as choices_of  # noqa: E402
+from experiments.classification import LAYOUTS, Encoded, Example, examples, logits  # noqa: E402
+from experiments.scores import scores  # noqa: E402
+from experiments.tasks import DataError, protocol, read  # noqa: E402
 
 DATA = os.environ.get("ZOFO_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="ZOFO_DATA does not name the data folder")
@@ -216,7 +216,7 @@ class Tiny(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from test_trainer import word_tokenizer
+    from small_models import word_tokenizer
 
     return word_tokenizer()
 

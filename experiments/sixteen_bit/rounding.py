@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.zofo_bench.mezo import MeZO
 from zofo_kernels import Direction, noise, update_
 from zofo_optim import HybridZOFO
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from zofo_bench.mezo import MeZO
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DRIFTS = ("MeZO's recipe", "in place, two-sided", "in place, one-sided", "streamed")

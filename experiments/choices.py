@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scores import Scores, scores
-from tasks import DataError, Row
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+from .scores import Scores, scores
+from .tasks import DataError, Row
 
 MAX_LENGTH = 256
 IGNORED = -100

@@ -13,11 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import peak_memory
-from methods import METHODS, prepare, save, trained_parameters
-from models import Problem
-from options import Settings
-from progress import ProgressLines
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
@@ -26,6 +21,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zofo_optim import HybridZOFO
 from zofo_optim.trainer import HybridTrainer
+
+from .measure import peak_memory
+from .methods import METHODS, prepare, save, trained_parameters
+from .models import Problem
+from .options import Settings
+from .progress import ProgressLines
 
 LOSS_EXAMPLES = 256
 """Of the training examples, how many the curves' training loss is taken over."""

@@ -12,7 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from report import Result, cells
+
+from .report import Result, cells
 
 ADAPTER_COLOURS = {"": "#555555", "prompt": "#0072B2", "prefix": "#009E73", "lora": "#D55E00"}
 PANELS = {
