@@ -1,4 +1,4 @@
-"""Tasks as a choice between texts, for causal language models: SST-2, COPA, WinoGrande, WiC.
+"""Tasks as a choice between texts, for causal language models.
 
 Templates, and the scoring of an option by the mean log-likelihood of its tokens, are those of MeZO
 (Malladi et al. 2023, appendix E.2), which ZO-Bench follows.
@@ -6,15 +6,15 @@ Templates, and the scoring of an option by the mean log-likelihood of its tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .files import Row
 from .scores import Scores, scores
-from .tasks import DataError, Row
 
 MAX_LENGTH = 256
 IGNORED = -100
@@ -73,19 +73,14 @@ CHOICES: dict[str, Callable[[Row], Choice]] = {
 }
 
 
-def choices(task: str, rows: Iterable[Row]) -> list[Choice]:
-    """What a causal language model chooses between.
+def text_choice(labels: Sequence[str], template: str) -> Callable[[Row], Choice]:
+    """Texts with labels: the template's prompt, with the name of each label after it."""
 
-    Raises:
-        DataError: a row has no form that the templates know, such as no blank in WinoGrande.
-    """
-    found = []
-    for row in rows:
-        try:
-            found.append(CHOICES[task](row))
-        except (KeyError, ValueError) as error:
-            raise DataError(f"{task}: no choice in {row!r} ({error!r})") from None
-    return found
+    def choice(row: Row) -> Choice:
+        prompt = template.format(text=row["text"].strip(), pair=row.get("pair", "").strip())
+        return Choice(tuple((prompt, f" {label}") for label in labels), row["label"])
+
+    return choice
 
 
 class ChoiceData:

@@ -1,7 +1,8 @@
 """The tasks for encoders: one text or a pair, classified; or options, each with a score.
 
-SST-2 and WiC are classified into two labels. COPA and WinoGrande are multiple choice, as is usual
-for encoders: a row of text for each option, one score a row, a softmax over an example's options.
+SST-2, WiC and a user's own texts are classified. COPA and WinoGrande are multiple choice, as is
+usual for encoders: a row of text for each option, one score a row, a softmax over an example's
+options.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from .files import Row
 from .scores import Scores, scores
-from .tasks import DataError, Row
 
 MAX_LENGTH = 128
 Batch = dict[str, Tensor]
@@ -101,19 +102,14 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def examples(task: str, rows: Iterable[Row]) -> list[Example]:
-    """What an encoder reads.
+def text_layout(labels: Sequence[str]) -> Layout:
+    """Texts, or pairs of texts, with labels."""
 
-    Raises:
-        DataError: a row cannot be read so, such as no blank in WinoGrande.
-    """
-    found = []
-    for row in rows:
-        try:
-            found.append(LAYOUTS[task].example(row))
-        except (KeyError, ValueError) as error:
-            raise DataError(f"{task}: no example in {row!r} ({error!r})") from None
-    return found
+    def example(row: Row) -> Example:
+        texts = (row["text"].strip(), *([row["pair"].strip()] if "pair" in row else []))
+        return Example((texts,), row["label"])
+
+    return Layout(example, outputs=len(labels), label_names=tuple(labels))
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

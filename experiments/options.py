@@ -1,230 +1,251 @@
-"""Settings of one run of `finetune.py`, and the command lines that make them."""
+"""Command lines as dataclasses, which transformers' HfArgumentParser fills."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import HfArgumentParser
 
 from .heads import HEADS
-from .methods import METHODS, AdapterOptions, Method
-from .models import DEFAULT_MODEL_PACKAGE, ModelError
-from .presets import FOUND, PAPER, preset
+from .methods import METHODS
+from .models import DEFAULT_MODEL_PACKAGE
+from .own_data import OWN
+from .presets import FOUND, PAPER
 from .tasks import DEV, TASKS, TEST, TRAIN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EVERYTHING = "."
+TEMPLATE = "{text}\nLabel:"
+OUT = "folder for everything written; runs there are resumed"
+
+Kind = TypeVar("Kind")
+
+
+class OptionError(ValueError):
+    """A value on the command line is out of its range; the message says which, and the rule."""
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field with what `argparse` is told of it: help, and perhaps choices and metavar."""
+    shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    shown = "" if shown in ("", "None", "False") else f" (default: {shown})"
+    told = {"help": text + shown, **more}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=told)
+    return field(default=default, metadata=told)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides the outcome of a run, beside the versions of the packages."""
+class Range:
+    """Numbers at least, or above, one bound, and below another."""
 
-    model: str
-    task: str
-    method: str
-    seed: int
-    lr_zo: float | None = None
-    lr_fo: float | None = None
-    mu: float = 1e-3
-    estimator: str = "two_sided"
-    samples: int = 1
-    distribution: str = "gaussian"
-    include: tuple[str, ...] = ()
-    optimizer: str = "adamw"
-    schedule: str = "linear"
-    steps: int = 200
-    batch_size: int = 16
-    eval_every: int = 20
-    patience: int = 0
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
-    head: str = "random"
-    dropout: bool = False
-    dtype: str = "float32"
-    data: str = ""
-    data_seed: int = 0
-    train_size: int = TRAIN
-    dev_size: int = DEV
-    test_size: int = TEST
+    least: float
+    above: bool = False
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        high_enough = value > self.least if self.above else value >= self.least
+        return high_enough and value < self.below
+
+    def __str__(self) -> str:
+        text = f"{'above' if self.above else 'at least'} {self.least:g}"
+        return text if self.below == math.inf else f"{text} and below {self.below:g}"
 
 
-def number(
-    kind: Callable[[str], float], least: float, *, above: bool = False, below: float = math.inf
-) -> Callable[[str], Any]:
-    """An argparse type: a number of `kind`, at least (or above) `least`, below `below`."""
-    rule = f"must be {'an integer' if kind is int else 'a number'}"
-    rule += f" {'above' if above else 'of at least'} {least}"
-    rule += "" if below == math.inf else f" and below {below}"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > least if above else value >= least) or not value < below:
-            raise argparse.ArgumentTypeError(f"{rule}, got {text!r}")
-        return value
-
-    return parse
+COUNT, INDEX, RATE, POSITIVE = Range(1), Range(0), Range(0), Range(0, above=True)
 
 
-def task_name(text: str) -> str:
-    if text not in TASKS:
-        raise argparse.ArgumentTypeError(f"unknown task {text!r}; known tasks: {', '.join(TASKS)}")
-    return text
+def check_ranges(options: Any, ranges: Mapping[str, Range]) -> None:
+    """Numbers, and the numbers in lists, must lie in their ranges; None may stand for any.
+
+    Raises:
+        OptionError: one does not.
+    """
+    for name, allowed in ranges.items():
+        found = getattr(options, name)
+        for value in found if isinstance(found, list) else [found]:
+            if value is not None and value not in allowed:
+                rule = "finite" if value == math.inf else allowed
+                raise OptionError(f"{flag(name)} must be {rule}, got {value}")
 
 
-def pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a regular expression, got {text!r} ({error})"
-        ) from error
-    return text
+def flag(name: str) -> str:
+    """ "lr_zo" to "--lr-zo"."""
+    return "--" + name.replace("_", "-")
 
 
-def device_name(text: str) -> str:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
+def check_task(name: str) -> None:
+    """
+    Raises:
+        OptionError: there is no such task.
+    """
+    known = (*TASKS, OWN)
+    if name not in known:
+        raise OptionError(f"unknown task {name!r}; known tasks: {', '.join(known)}")
+
+
+def check_device(name: str) -> None:
+    """
+    Raises:
+        OptionError: torch has no such device here.
+    """
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a device torch can use here, got {text!r}"
+        raise OptionError(f"--device must be a device torch can use here, got {name!r}") from error
+
+
+def check_pattern(text: str) -> None:
+    """
+    Raises:
+        OptionError: it is no regular expression.
+    """
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise OptionError(
+            f"--include must be regular expressions, got {text!r} ({error})"
         ) from error
-    return name
 
 
-_TAKEN = {field.name for field in fields(Settings)} - {"model", "task", "method", "seed", "adapter"}
+def check_template(text: str) -> None:
+    """
+    Raises:
+        OptionError: it has no place for the text, or other places than for text and pair.
+    """
+    try:
+        filled = text.format(text="\0", pair="")
+    except (KeyError, IndexError, ValueError) as error:
+        raise OptionError(
+            f"--template must have no places but {{text}} and {{pair}}, got {text!r}"
+        ) from error
+    if "\0" not in filled:
+        raise OptionError(f"--template must have a place {{text}}, got {text!r}")
 
 
-def parser(description: str, out: Path) -> argparse.ArgumentParser:
-    """What `finetune.py` and `compare.py` share. Options without default come from a preset."""
-    p = argparse.ArgumentParser(
-        description=description,
-        epilog="Methods: zo trains the whole model, or --include, by zeroth order; fo-ADAPTER an "
-        "adapter by first order; hybrid-ADAPTER both. Presets are for "
-        f"{', '.join([*FOUND, *PAPER])} (presets.py); other models need --lr-zo and --lr-fo, and "
-        "have the defaults of Settings in options.py.",
+@dataclass
+class Options:
+    """What `finetune` and `compare` share. What is None comes from the model's preset."""
+
+    model: str | None = option(
+        None, f"hub id or folder; default: MiniLM from the package {DEFAULT_MODEL_PACKAGE}"
     )
-
-    own = {name.replace("_", "-") for name in _TAKEN} - {"data", "head"}
-
-    def add(flag: str, text: str, **options: Any) -> None:
-        shown = " (default: %(default)s)" if options.get("default") not in (None, [], False) else ""
-        if "default" not in options and flag[2:] in own:
-            shown = " (default: the model's preset)"
-        p.add_argument(flag, help=text + shown, **options)
-
-    count, rate = number(int, 1), number(float, 0)
-    add("--model", f"hub id or folder; default: MiniLM from the package {DEFAULT_MODEL_PACKAGE}")
-    add(
-        "--data",
-        "folder with the task's files, or with a folder of its name; or hub. Default: the folder "
-        "in the environment variable ZOFO_DATA; for the task sentiment, the demo data",
+    data: str | None = option(
+        None,
+        "folder with the task's files, or with a folder of its name; or hub; or, for "
+        f"{OWN}, a CSV, TSV or JSONL file or a folder of train, dev and test files. Default: the "
+        "folder in the environment variable ZOFO_DATA; for the task sentiment, the demo data",
     )
-    add("--methods", "what to compare", nargs="+", choices=METHODS, default=list(METHODS))
-    seed = number(int, 0)
-    add("--seeds", "of data order, adapter, directions", type=seed, nargs="+", default=[0])
-    add("--steps", "optimizer steps of each run, at most", type=count)
-    add("--batch-size", "examples a step", type=count)
-    add("--train-size", "training examples", type=count, default=TRAIN)
-    add("--dev-size", "examples to choose the best weights by", type=count, default=DEV)
-    add("--test-size", "examples of the final scores", type=count, default=TEST)
-    add("--data-seed", "draws the examples", type=number(int, 0), default=0)
-    add("--eval-every", "steps between evaluations", type=count)
-    add("--patience", "stop after so many without a lower loss; 0: never", type=number(int, 0))
-    add("--lr-zo", "learning rate of zeroth order", type=rate)
-    add("--lr-fo", "learning rate of the adapter and head", type=rate)
-    add("--optimizer", "of the adapter and head", choices=("adamw", "sgd"))
-    add("--schedule", "of both learning rates", choices=("linear", "constant"))
-    add("--mu", "perturbation step size", type=number(float, 0, above=True))
-    add("--estimator", "of the projected gradient", choices=("two_sided", "one_sided"))
-    add("--samples", "directions averaged in a step", type=count)
-    add("--distribution", "of the directions", choices=("gaussian", "rademacher"))
-    add(
-        "--include",
-        "what zeroth order trains, as patterns of parameter names; none: everything",
-        nargs="*",
-        type=pattern,
+    text_column: str = option("text", f"of your own data ({OWN})")
+    pair_column: str | None = option(None, "of a second text, if there is one")
+    label_column: str = option("label", "of your own data; labels are texts or numbers")
+    template: str = option(
+        TEMPLATE,
+        "of the prompt for your own data, which the name of a label follows; {text}, {pair}. "
+        "For causal language models",
+    )
+    methods: list[str] = option(
+        list(METHODS), "what to compare", choices=tuple(METHODS), metavar="METHOD"
+    )
+    seeds: list[int] = option([0], "of data order, adapter, directions")
+    steps: int | None = option(None, "optimizer steps of each run, at most")
+    batch_size: int | None = option(None, "examples a step")
+    train_size: int = option(TRAIN, "training examples, at most")
+    dev_size: int = option(DEV, "examples to choose the best weights by, at most")
+    test_size: int = option(TEST, "examples of the final scores, at most")
+    data_seed: int = option(0, "draws the examples")
+    eval_every: int | None = option(None, "steps between evaluations")
+    patience: int | None = option(None, "stop after so many without a lower loss; 0: never")
+    lr_zo: float | None = option(None, "learning rate of zeroth order")
+    lr_fo: float | None = option(None, "learning rate of the adapter and head")
+    optimizer: str | None = option(None, "of the adapter and head", choices=("adamw", "sgd"))
+    schedule: str | None = option(None, "of both learning rates", choices=("linear", "constant"))
+    mu: float | None = option(None, "perturbation step size")
+    estimator: str | None = option(
+        None, "of the projected gradient", choices=("two_sided", "one_sided")
+    )
+    samples: int | None = option(None, "directions averaged in a step")
+    distribution: str | None = option(None, "of the directions", choices=("gaussian", "rademacher"))
+    include: list[str] | None = option(
+        None,
+        f"what zeroth order trains, as patterns of parameter names; {EVERYTHING!r}: everything",
         metavar="PATTERN",
     )
-    add("--lora-rank", "LoRA's alpha is twice the rank", type=count, default=8)
-    add("--lora-targets", "modules LoRA goes to; none: peft's choice", nargs="*", default=[])
-    add("--lora-layers", "its layers; none: all", type=number(int, 0), nargs="*", default=[])
-    add("--lora-dropout", "dropout before LoRA", type=number(float, 0, below=1), default=0.0)
-    add("--tokens", "virtual tokens of prompt and prefix tuning", type=count, default=5)
-    add(
-        "--head",
+    lora_rank: int = option(8, "LoRA's alpha is twice the rank")
+    lora_targets: list[str] = option([], "modules LoRA goes to; default: peft's choice")
+    lora_layers: list[int] = option([], "its layers; default: all")
+    lora_dropout: float = option(0.0, "dropout before LoRA")
+    tokens: int = option(5, "virtual tokens of prompt and prefix tuning")
+    head: str | None = option(
+        None,
         "first head of an encoder: zero-shot prompts, a probe fitted on its features, or random; "
-        "default: prompts where the task has some",
+        f"default: prompts where the task has some, a probe for {OWN}",
         choices=HEADS,
     )
-    add(
-        "--dropout",
-        "train with the model's own dropout",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-    )
-    add("--dtype", "of the base model", choices=DTYPES, default="float32")
-    add("--device", "auto: cuda where there is one, else cpu", type=device_name, default="auto")
-    add("--report-to", "the Trainer's reports: tensorboard, wandb, ...", nargs="+", default=[])
-    add("--no-save", "keep results only, no weights", action="store_true")
-    add("--overwrite", "throw away runs in --out made by other settings", action="store_true")
-    add("--out", "folder for everything written; runs there are resumed", type=Path, default=out)
-    return p
+    dropout: bool = option(False, "train with the model's own dropout")
+    dtype: str = option("float32", "of the base model", choices=tuple(DTYPES))
+    device: str = option("auto", "auto: cuda where there is one, else cpu")
+    report_to: list[str] = option([], "the Trainer's reports: tensorboard, wandb, ...")
+    no_save: bool = option(False, "keep results only, no weights")
+    overwrite: bool = option(False, "throw away runs in --out made by other settings")
+    out: Path = option(Path("runs"), OUT)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, RANGES)
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_device(self.device)
+        for pattern in self.include or ():
+            check_pattern(pattern)
+        if self.include == [EVERYTHING]:
+            self.include = []
+        check_template(self.template)
 
 
-def settings(args: argparse.Namespace, task: str, method: str, seed: int, **fixed: Any) -> Settings:
-    """Of one run: what the command line says, else the preset, else the default.
+RANGES = {
+    **dict.fromkeys(("seeds", "data_seed", "patience", "lora_layers"), INDEX),
+    **dict.fromkeys(("steps", "batch_size", "train_size", "dev_size", "test_size"), COUNT),
+    **dict.fromkeys(("eval_every", "samples", "lora_rank", "tokens"), COUNT),
+    **dict.fromkeys(("lr_zo", "lr_fo"), RATE),
+    "mu": POSITIVE,
+    "lora_dropout": Range(0, below=1),
+}
 
-    Raises:
-        ModelError: a learning rate is neither given nor in a preset.
+EPILOG = (
+    "Methods: zo trains the whole model, or --include, by zeroth order; fo-ADAPTER an adapter by "
+    "first order; hybrid-ADAPTER both. What has no default shown comes from the preset of the "
+    f"model. Presets are for {', '.join([*FOUND, *PAPER])} (presets.py); other models need --lr-zo "
+    "and --lr-fo, and have the defaults of Settings in settings.py."
+)
+
+
+def parse(
+    kind: type[Kind], name: str, description: str, arguments: Sequence[str] | None = None
+) -> tuple[Kind, Any]:
+    """The options on a command line, and the parser, whose `error` ends the program.
+
+    Values out of their ranges end it, too.
     """
-    given = {
-        name: value
-        for name, value in vars(args).items()
-        if name in _TAKEN and value is not None and name != "include"
-    }
-    if args.include is not None:
-        given["include"] = tuple(args.include)
-    chosen: Mapping[str, Any] = {**preset(args.model, method, task), **given, **fixed}
-    needed = {"lr_zo": METHODS[method].zo_base, "lr_fo": METHODS[method].adapter is not None}
-    for name, needs in needed.items():
-        if needs and name not in chosen:
-            flag = "--" + name.replace("_", "-")
-            raise ModelError(f"{method} has no preset for the model {args.model!r}: give {flag}")
-    adapter = AdapterOptions(
-        rank=args.lora_rank,
-        dropout=args.lora_dropout,
-        targets=tuple(args.lora_targets),
-        layers=tuple(args.lora_layers),
-        tokens=args.tokens,
+    parser = HfArgumentParser(
+        kind,  # type: ignore[arg-type]
+        prog=f"python -m {name}",
+        description=description,
+        epilog=EPILOG,
+        formatter_class=argparse.HelpFormatter,
     )
-    return Settings(
-        args.model,
-        task,
-        method,
-        seed,
-        adapter=_own(adapter, METHODS[method]),
-        **{name: value for name, value in chosen.items() if name not in _unused(METHODS[method])},
-    )
-
-
-def _unused(method: Method) -> set[str]:
-    """Settings that make no difference to a method, so that changing them changes no run."""
-    unused = set() if method.adapter is not None else {"lr_fo", "optimizer"}
-    if not method.zo_base:
-        unused |= {"lr_zo", "mu", "estimator", "samples", "distribution", "include"}
-    return unused
-
-
-def _own(adapter: AdapterOptions, method: Method) -> AdapterOptions:
-    if method.adapter == "lora":
-        return replace(adapter, tokens=AdapterOptions.tokens)
-    return AdapterOptions(tokens=adapter.tokens) if method.adapter else AdapterOptions()
+    try:
+        found, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except OptionError as error:
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return found, parser

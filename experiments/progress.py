@@ -13,7 +13,7 @@ LINES = 10
 
 
 class ProgressLines(TrainerCallback):
-    """Shows steps, training loss, development loss and accuracy."""
+    """Shows steps, training loss, development loss and accuracy, and the time that is left."""
 
     def __init__(self, console: Console, name: str, scored: bool = True) -> None:
         self._console, self._name, self._scored = console, name, scored
@@ -23,15 +23,17 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started, self._first = time.perf_counter(), state.global_step
         self._progress = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  dev {task.fields[dev]}"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._bar = self._progress.add_task(self._name, total=state.max_steps, **self._shown)
+        shown: dict[str, Any] = dict(self._shown)
+        self._bar = self._progress.add_task(self._name, total=state.max_steps, **shown)
         self._progress.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -43,7 +45,11 @@ class ProgressLines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self._shown["loss"] = f"{float(logs['loss']):.4f}"
-            self._progress.update(self._bar, **self._shown)
+            self._show()
+
+    def _show(self) -> None:
+        shown: dict[str, Any] = dict(self._shown)
+        self._progress.update(self._bar, **shown)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
@@ -52,7 +58,7 @@ class ProgressLines(TrainerCallback):
         self._shown["dev"] = f"{metrics['eval_loss']:.4f}"
         if self._scored:
             self._shown["dev"] += f", {100 * metrics['eval_accuracy']:.1f} %"
-        self._progress.update(self._bar, **self._shown)
+        self._show()
         due = step - self._logged >= steps / LINES or step == steps
         if self._console.is_terminal or not due:
             return
@@ -60,7 +66,8 @@ class ProgressLines(TrainerCallback):
         spent = time.perf_counter() - self._started
         left = spent / max(step - self._first, 1) * (steps - step)
         self._console.print(
-            f"{self._name:<22} step {step}/{steps}  loss {self._shown['loss']}  "
-            f"dev {self._shown['dev']}  {left:.0f} s left",
+            f"{self._name}: step {step}/{steps}, training loss {self._shown['loss']}, "
+            f"development {self._shown['dev']}, {left:.0f} s left for this method",
             highlight=False,
+            soft_wrap=True,
         )

@@ -2,30 +2,26 @@
 
 A row is a dictionary with the fields of the data set on the hub; `label` is 0 or 1. Files have the
 form of the data sets' own releases (GLUE, SuperGLUE, WinoGrande 1.1, WiC). What a model sees of a
-row is in `choices.py` (causal language models) and `classification.py` (encoders).
+row is in `choices.py` (causal language models) and `classification.py` (encoders); a user's own
+texts and labels are the task of `own_data.py`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from .files import DataError, Row, read_rows
 
 DEMO_DATA = Path(__file__).resolve().parent / "data"
 HUB = "hub"
 TRAIN, DEV, TEST = 1000, 100, 1000
 """Sizes of MeZO's protocol (Malladi et al. 2023)."""
-
-Row = dict[str, Any]
-
-
-class DataError(ValueError):
-    """The data asked for cannot be used; the message says which, and why."""
 
 
 @dataclass(frozen=True)
@@ -60,29 +56,24 @@ def _lines(path: Path) -> list[str]:
 
 def _tsv(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
     path = folder / f"{split}.tsv"
-    header, *lines = _lines(path)
-    names = header.split("\t")
-    if not {"sentence", "label"} <= set(names):
-        raise DataError(f"{path}: the header must name sentence and label, got {names}")
-    for number, line in enumerate(lines, start=2):
-        cells = line.split("\t")
-        if len(cells) != len(names):
-            raise DataError(f"{path}, line {number}: {len(names)} cells expected, got {len(cells)}")
-        yield f"{path}, line {number}", dict(zip(names, cells, strict=True))
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; other files need --task text-classification")
+    rows = read_rows(path, quoted=False)
+    if not {"sentence", "label"} <= set(rows[0]):
+        raise DataError(f"{path}: the header must name sentence and label, got {list(rows[0])}")
+    yield from _named(path, rows)
 
 
 def _jsonl(train: str, dev: str) -> Callable[[Path, str], Iterator[tuple[str, Row]]]:
     def read(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
         path = folder / (train if split == "train" else dev)
-        for number, line in enumerate(_lines(path), start=1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: no JSON ({error})") from None
-            yield where, row
+        yield from _named(path, read_rows(path))
 
     return read
+
+
+def _named(path: Path, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _wic(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
@@ -191,9 +182,17 @@ def default_source(task: str) -> Path:
     return Path(os.environ["ZOFO_DATA"])
 
 
+class Parts(NamedTuple):
+    """Rows by what they are for."""
+
+    train: list[Row]
+    dev: list[Row]
+    test: list[Row]
+
+
 def protocol(
     task: str, source: str | Path, seed: int, train: int = TRAIN, dev: int = DEV, test: int = TEST
-) -> tuple[list[Row], list[Row], list[Row]]:
+) -> Parts:
     """MeZO's protocol: training and development rows from the training split, test from dev.
 
     Drawn without replacement by ``seed``. A training split that is too small for both (COPA has
@@ -202,21 +201,32 @@ def protocol(
     Raises:
         DataError: as `read`; or the training rows have one label only.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draw = Draw(seed)
+    pool = draw(read(task, source, "train"), train + dev)
+    held_out = dev if len(pool) == train + dev else min(dev, len(pool) // 2)
+    tests = draw(read(task, source, "dev"), test)
+    parts = Parts(pool[held_out:], pool[:held_out], tests)
+    check_parts(source, parts, labelled=TASKS[task].scored)
+    return parts
 
-    def drawn(rows: list[Row], count: int) -> list[Row]:
-        order = torch.randperm(len(rows), generator=generator).tolist()
+
+class Draw:
+    """Draws rows without replacement, in an order that the seed decides."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, rows: Sequence[Row], count: int | None = None) -> list[Row]:
+        order = torch.randperm(len(rows), generator=self._generator).tolist()
         return [rows[i] for i in order[:count]]
 
-    pool = drawn(read(task, source, "train"), train + dev)
-    held_out = dev if len(pool) == train + dev else min(dev, len(pool) // 2)
-    tests = drawn(read(task, source, "dev"), test)
-    parts = pool[held_out:], pool[:held_out], tests
+
+def check_parts(source: str | Path, parts: Parts, labelled: bool) -> None:
+    """Each part must have rows, and the training rows two labels where they are learned."""
     for name, rows in zip(("training", "development", "test"), parts, strict=True):
         if not rows:
             raise DataError(f"{source}: no {name} examples")
-    if TASKS[task].scored and len({row["label"] for row in parts[0]}) < 2:
+    if labelled and len({row["label"] for row in parts.train}) < 2:
         raise DataError(
-            f"{source}: the {len(parts[0])} training examples must have two labels, got one"
+            f"{source}: the {len(parts.train)} training examples must have two labels, got one"
         )
-    return parts

@@ -25,8 +25,9 @@ from zofo_optim.trainer import HybridTrainer
 from .measure import peak_memory
 from .methods import METHODS, prepare, save, trained_parameters
 from .models import Problem
-from .options import Settings
 from .progress import ProgressLines
+from .scores import Scores
+from .settings import Settings
 
 LOSS_EXAMPLES = 256
 """Of the training examples, how many the curves' training loss is taken over."""
@@ -72,6 +73,12 @@ class FinetuneTrainer(HybridTrainer):
             **options,
         )
 
+    @property
+    def trained(self) -> nn.Module:
+        """The model; the Trainer may have none."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return self.problem.train.loss(model, inputs)
 
@@ -82,9 +89,10 @@ class FinetuneTrainer(HybridTrainer):
         self._load_best_model()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        scores = asdict(self.problem.dev.score(self.model))
+        model = self.trained
+        scores = asdict(self.problem.dev.score(model))
         metrics = {f"eval_{name}": value for name, value in scores.items()}
-        metrics["eval_train_loss"] = self.problem.train.mean_loss(self.model, LOSS_EXAMPLES)
+        metrics["eval_train_loss"] = self.problem.train.mean_loss(model, LOSS_EXAMPLES)
         metrics["eval_seconds"] = self.clock.seconds
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -134,21 +142,23 @@ def run(
     console: Console,
     *,
     device: torch.device,
+    name: str = "",
     report_to: Sequence[str] = (),
     keep_weights: bool = True,
 ) -> dict[str, Any]:
     """Train as `settings` say, or go on where an interrupted run in `folder` stopped.
 
-    The folder holds no other run; see :func:`finished`.
+    The folder holds no other run; see :func:`finished`. Its progress is shown under `name`.
 
     Returns:
         What `finetune.py` documents, also written to `result.json`.
 
     Raises:
         ModelError: the method does not fit the model.
-        RunError: the folder cannot be made, or `report_to` is not to be had.
+        RunError: the folder cannot be made, or `report_to` names what cannot report.
     """
     method = METHODS[settings.method]
+    untrained = problem.untrained(device)
     torch.manual_seed(settings.seed)
     model, groups = prepare(
         method,
@@ -176,7 +186,9 @@ def run(
     for part in folder.glob("checkpoints/checkpoint-*"):
         if not (part / "trainer_state.json").is_file():
             shutil.rmtree(part)  # its saving was interrupted
-    checkpoint = get_last_checkpoint(checkpoints) if Path(checkpoints).is_dir() else None
+    checkpoint = None
+    if Path(checkpoints).is_dir():
+        checkpoint = get_last_checkpoint(checkpoints)  # type: ignore[no-untyped-call]
     arguments = TrainingArguments(
         output_dir=checkpoints,
         max_steps=settings.steps,
@@ -209,8 +221,8 @@ def run(
             raise
         raise RunError(f"--report-to {' '.join(report_to)}: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    name = f"{settings.method}, seed {settings.seed}"
-    trainer.add_callback(ProgressLines(console, name, problem.scored))
+    name = name or f"{settings.method}, seed {settings.seed}"
+    trainer.add_callback(ProgressLines(console, name, problem.form.scored))
     if settings.patience:
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     if checkpoint is not None:
@@ -221,7 +233,7 @@ def run(
     else:  # it ended before its result was written; the Trainer would make another step
         trainer.load_finished(checkpoint)
 
-    result = _result(trainer, settings, problem)
+    result = _result(trainer, settings, problem, untrained)
     if keep_weights:
         result["saved"] = save(method, model, problem, folder)
         model = problem.base  # saving took the adapter apart
@@ -238,7 +250,9 @@ def _seconds_until(checkpoint: Path) -> float:
     return max((entry.get("eval_seconds", 0.0) for entry in history), default=0.0)
 
 
-def _result(trainer: FinetuneTrainer, settings: Settings, problem: Problem) -> dict[str, Any]:
+def _result(
+    trainer: FinetuneTrainer, settings: Settings, problem: Problem, untrained: Scores
+) -> dict[str, Any]:
     """Of the trainer's log, the best weights' test scores, and one more step's memory."""
     history, optimizer = trainer.state.log_history, trainer.hybrid_optimizer
     curve = [
@@ -255,9 +269,11 @@ def _result(trainer: FinetuneTrainer, settings: Settings, problem: Problem) -> d
         "method": settings.method,
         "seed": settings.seed,
         "settings": asdict(settings),
-        "scored": problem.scored,
+        "scored": problem.form.scored,
         "best": best,
-        "test": asdict(problem.test.score(trainer.model)),
+        "test": asdict(problem.test.score(trainer.trained)),
+        "untrained": asdict(untrained),
+        "test_examples": len(problem.test),
         "steps": trainer.state.global_step,
         "stopped_early": trainer.state.global_step < settings.steps,
         "seconds": curve[-1]["seconds"],
@@ -285,8 +301,7 @@ def _peak_of_a_step(trainer: FinetuneTrainer, problem: Problem) -> int:
     lengths, size = problem.train.lengths, trainer.args.per_device_train_batch_size
     longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-size:]
     batch = problem.train.batch(longest)
-    optimizer, model = trainer.hybrid_optimizer, trainer.model
-    assert isinstance(model, nn.Module)
+    optimizer, model = trainer.hybrid_optimizer, trainer.trained
     live: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     kept = [p.detach().to("cpu", copy=True) for p in live]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from benchmarks.zofo_bench.mezo import MeZO
 from zofo_kernels import Direction, noise, update_
 from zofo_optim import HybridZOFO
+
+from .options import Drift, Survival
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DRIFTS = ("MeZO's recipe", "in place, two-sided", "in place, one-sided", "streamed")
@@ -52,21 +54,19 @@ def idle_step(method: str, w: Tensor, mu: float, seed: int) -> Callable[[], Any]
     return lambda: optimizer.step(loss)
 
 
-def drift(
-    *, count: int, sigma: float, mu: float, steps: int, seed: int, progress: Progress
-) -> dict[str, Any]:
+def drift(options: Drift, progress: Progress) -> dict[str, Any]:
     """RMS distance from the start after some numbers of steps, by dtype and method."""
-    marks = log_spaced(steps)
+    marks = log_spaced(options.steps)
     result: dict[str, Any] = {"steps": marks, "rms": {}}
     for name, dtype in DTYPES.items():
         for method in DRIFTS:
-            start = weights(count, sigma, dtype, seed)
+            start = weights(options.count, options.sigma, dtype, options.seed)
             w = start.clone()
-            step = idle_step(method, w, mu, seed)
+            step = idle_step(method, w, options.mu, options.seed)
             distances = []
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # "the loss does not depend on the weights"
-                for i in progress(range(1, steps + 1), f"drift, {name}, {method}"):
+                for i in progress(range(1, options.steps + 1), f"drift, {name}, {method}"):
                     step()
                     if i in marks:
                         distances.append(
@@ -76,26 +76,19 @@ def drift(
     return result
 
 
-def survival(
-    *,
-    count: int,
-    sigma: float,
-    sizes: Sequence[float],
-    repeats: int,
-    seed: int,
-    progress: Progress,
-) -> dict[str, Any]:
+def survival(options: Survival, progress: Progress) -> dict[str, Any]:
     """What is left of one update lr c z of RMS size lr c, on weights of a dtype, by its rounding.
 
     `kept` is the part of the asked change that was made, <made, asked> / <asked, asked>: 1 is all.
     `error` is |made - asked| / |asked|: 1 is as much as losing it all, and where `kept` is 1 it is
     noise of mean 0. Means over `repeats` directions; `spread` is the sample deviation of `kept`.
     """
+    count, seed, repeats, sizes = options.count, options.seed, options.repeats, options.sizes
     kinds = [(name, r) for name in DTYPES for r in ("stochastic", "nearest") if name != "fp32"]
     kinds.insert(0, ("fp32", "nearest"))
     result: dict[str, Any] = {"sizes": list(sizes)}
     for name, rounding in kinds:
-        start = weights(count, sigma, DTYPES[name], seed)
+        start = weights(count, options.sigma, DTYPES[name], seed)
         rows: dict[str, list[float]] = {"kept": [], "error": [], "spread": []}
         for i in progress(range(len(sizes)), f"survival, {name}, {rounding}"):
             kept, errors = [], []

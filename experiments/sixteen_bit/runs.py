@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,23 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.zofo_bench.mezo import MeZO
 from zofo_optim import HybridZOFO, hybrid_param_groups
 
-from ..classification import (
-    LAYOUTS,
-    Batch,
-    Encoded,
-    Example,
-    classification_loss,
-    evaluate,
-    examples,
-)
+from ..classification import LAYOUTS, Batch, Encoded, Example, classification_loss, evaluate
+from ..forms import FORMS
 from ..heads import set_prompt_head
 from ..models import ModelError, default_model, load_model
 from ..tasks import default_source, read
-from .rounding import DTYPES, PRIME, MeZO
+from .options import Finetune, Recipe
+from .rounding import DTYPES, PRIME
 
 Step = Callable[[Callable[[], Tensor], float], Any]
 
@@ -38,34 +32,12 @@ MAX_LENGTH = 64
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The weights' dtype, and how they are perturbed and updated; None: MeZO's recipe."""
-
-    dtype: str
-    perturbation: str | None = "in_place"
-    rounding: str = "stochastic"
-
-
-RECIPES = {
-    "fp32": Recipe("fp32"),
-    "bf16 in place": Recipe("bf16"),
-    "bf16 streamed": Recipe("bf16", "streamed"),
-    "bf16 nearest": Recipe("bf16", rounding="nearest"),
-    "fp32 MeZO's recipe": Recipe("fp32", None),
-    "bf16 MeZO's recipe": Recipe("bf16", None),
-    "fp16 in place": Recipe("fp16"),
-    "fp16 MeZO's recipe": Recipe("fp16", None),
-}
-DEFAULT_RECIPES = [name for name, recipe in RECIPES.items() if recipe.dtype != "fp16"]
-
-
 @dataclass
 class Problem:
     """A pre-trained model, its data and its loss."""
 
     name: str
-    base: PreTrainedModel
+    base: Any
     train: Encoded
     dev: Encoded
     loss: Callable[[nn.Module, Batch], Tensor]
@@ -97,28 +69,29 @@ def evaluate_classes(model: nn.Module, batches: Iterable[Batch]) -> dict[str, fl
     return {"loss": scores.loss, "accuracy": scores.accuracy}
 
 
-def load_problem(args: argparse.Namespace) -> Problem:
+def load_problem(options: Finetune) -> Problem:
     """The classification task or, with `--text`, its sentences as language modelling."""
-    source = args.data or default_source(args.task)
-    parts = [examples("sst2", read(args.task, source, split)) for split in ("train", "dev")]
-    if args.text:
-        if args.model is None:
+    source = options.data or default_source(options.task)
+    rows = [read(options.task, source, split) for split in ("train", "dev")]
+    parts = [FORMS["sst2"].examples(part) for part in rows]
+    if options.text:
+        if options.model is None:
             raise ModelError("--text needs a causal language model: name one with --model")
-        parts = [[e for e in part if _words(e) >= args.min_words] for part in parts]
+        parts = [[e for e in part if _words(e) >= options.min_words] for part in parts]
         try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model)
-            base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+            base: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the model {args.model!r}: {error}") from error
+            raise ModelError(f"cannot load the model {options.model!r}: {error}") from error
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     else:
         torch.manual_seed(0)
-        base, tokenizer = load_model(args.model or default_model(), "sst2", torch.float32)
+        base, tokenizer = load_model(options.model or default_model(), FORMS["sst2"], torch.float32)
     train, dev = (
         Encoded(part[:size], tokenizer, CPU, MAX_LENGTH)
-        for part, size in zip(parts, (args.train_size, args.dev_size), strict=True)
+        for part, size in zip(parts, (options.train_size, options.dev_size), strict=True)
     )
-    if args.text:
+    if options.text:
         return Problem("language model", base, train, dev, language_loss, evaluate_language)
     prompts = LAYOUTS["sst2"].prompts
     set_prompt_head(base, tokenizer, prompts, train.fixed_batches(EVAL_BATCH))
@@ -166,7 +139,7 @@ def run(
     recipe: Recipe,
     lr: float,
     seed: int,
-    args: argparse.Namespace,
+    options: Finetune,
     advance: Callable[[], Any],
 ) -> dict[str, Any]:
     """One run: losses on the training and dev set every so often, and seconds a step.
@@ -177,7 +150,7 @@ def run(
     model = base.requires_grad_(False).eval()
     try:
         groups = hybrid_param_groups(
-            model, zo={"lr": lr, "mu": args.mu}, include=args.include, verbose=False
+            model, zo={"lr": lr, "mu": options.mu}, include=options.include, verbose=False
         )
     except ValueError as error:
         raise ModelError(f"--include: {error}") from error
@@ -193,19 +166,23 @@ def run(
 
     record(0)
     seconds = 0.0
-    batches = shuffled_batches(len(problem.train), args.batch_size, seed)
-    for number, indices in enumerate(islice(batches, args.steps), start=1):
+    batches = shuffled_batches(len(problem.train), options.batch_size, seed)
+    for number, indices in enumerate(islice(batches, options.steps), start=1):
         batch = problem.train.batch(indices)
         started = time.perf_counter()
-        rate = lr * (1 - (number - 1) / args.steps) if args.schedule == "linear" else lr
-        step(lambda batch=batch: problem.loss(model, batch), rate)
+        rate = lr * (1 - (number - 1) / options.steps) if options.schedule == "linear" else lr
+
+        def closure(batch: Batch = batch) -> Tensor:
+            return problem.loss(model, batch)
+
+        step(closure, rate)
         seconds += time.perf_counter() - started if number > 1 else 0.0
-        if number % args.eval_every == 0 or number == args.steps:
+        if number % options.eval_every == 0 or number == options.steps:
             record(number)
         advance()
     parameters = sum(p.numel() for group in groups for p in group["params"])
     return {
-        "seconds_per_step": seconds / max(args.steps - 1, 1),
+        "seconds_per_step": seconds / max(options.steps - 1, 1),
         "parameters": parameters,
         "curve": curve,
     }
