@@ -66,9 +66,10 @@ def prepare(
     zo: Mapping[str, Any],
     fo: Mapping[str, Any],
     include: Sequence[str],
-    device: torch.device,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A copy of the base model set up for the method, and the parameter groups of its optimizer.
+
+    It lies on the CPU.
 
     `zo`: everything, an encoder's head included, is frozen and learns by zeroth order. With an
     adapter, it (and the head) learns by first order; first-order groups come first.
@@ -83,7 +84,6 @@ def prepare(
         model.requires_grad_(False)
     else:
         model = _adapted(method.adapter, problem, model, adapter)
-    model.to(device)
     try:
         groups = hybrid_param_groups(
             model, zo=zo, fo=fo, include=include if method.zo_base else (), verbose=False

@@ -158,7 +158,6 @@ def run(
         RunError: the folder cannot be made, or `report_to` names what cannot report.
     """
     method = METHODS[settings.method]
-    untrained = problem.untrained(device)
     torch.manual_seed(settings.seed)
     model, groups = prepare(
         method,
@@ -167,8 +166,9 @@ def run(
         zo={"lr": settings.lr_zo or 0.0, "mu": settings.mu},
         fo={"lr": settings.lr_fo or 0.0},
         include=settings.include,
-        device=device,
     )
+    untrained = problem.untrained(device)
+    model.to(device)
     optimizer = HybridZOFO(
         groups,
         estimator=settings.estimator,

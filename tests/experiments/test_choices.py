@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from small_models import base_model, word_tokenizer
 
-transformers = pytest.importorskip("transformers")
-
-from small_models import base_model, word_tokenizer  # noqa: E402
-
-from experiments.choices import (  # noqa: E402
+from experiments.choices import (
     Choice,
     ChoiceData,
-    choices,
     copa,
     mean_log_likelihood,
     option_loss,
@@ -21,7 +18,9 @@ from experiments.choices import (  # noqa: E402
     wic,
     winogrande,
 )
-from experiments.tasks import DataError, read  # noqa: E402
+from experiments.files import DataError
+from experiments.forms import FORMS
+from experiments.tasks import read
 
 DATA = os.environ.get("ZOFO_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="ZOFO_DATA does not name the data folder")
@@ -54,15 +53,15 @@ def test_templates():
 
 def test_choices_of_rows():
     row = dict(premise="It rained.", choice1="A.", choice2="B.", question="effect", label=1, idx=3)
-    assert choices("copa", [row]) == [copa("It rained.", ("A.", "B."), "effect", 1)]
+    assert FORMS["copa"].choices([row]) == [copa("It rained.", ("A.", "B."), "effect", 1)]
     row = dict(word="bank", sentence1="a", sentence2="b", label=0, start1=0)
-    assert choices("wic", [row]) == [wic("bank", "a", "b", 0)]
+    assert FORMS["wic"].choices([row]) == [wic("bank", "a", "b", 0)]
     row = dict(sentence="X _ Y", option1="p", option2="q", label=1)
-    assert choices("winogrande", [row]) == [winogrande("X _ Y", ("p", "q"), 1)]
-    assert choices("sst2", [dict(sentence="s", label=0)]) == [sst2("s", 0)]
-    assert whole(choices("sst2-sentences", [dict(sentence="s t ", label=1)])[0]) == ["s t"]
-    with pytest.raises(DataError, match=r"winogrande: no choice in .*no blank"):
-        choices("winogrande", [dict(row, sentence="no blank")])
+    assert FORMS["winogrande"].choices([row]) == [winogrande("X _ Y", ("p", "q"), 1)]
+    assert FORMS["sst2"].choices([dict(sentence="s", label=0)]) == [sst2("s", 0)]
+    assert whole(FORMS["sst2-sentences"].choices([dict(sentence="s t ", label=1)])[0]) == ["s t"]
+    with pytest.raises(DataError, match=r"winogrande: no example in .*no blank"):
+        FORMS["winogrande"].choices([dict(row, sentence="no blank")])
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +137,8 @@ def test_a_pretrained_model_scores_the_real_files():
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     accuracy = (
-        ChoiceData(choices("copa", read("copa", DATA, "dev")), tokenizer).score(model).accuracy
+        ChoiceData(FORMS["copa"].choices(read("copa", DATA, "dev")), tokenizer)
+        .score(model)
+        .accuracy
     )
     assert 0.4 < accuracy < 0.8

