@@ -20,7 +20,7 @@ one that is finished is not run again. So a grid may be spread over processes th
                              --lr-zo and --lr-fo)
     results.json             settings, versions, machine
 
-Needs: pip install "zofo-optim[examples]"
+Needs, in a checkout: pip install -e ".[experiments]"
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ a finished one is not run again. Its `result.json`:
 `OUT/TASK/` gets `results.json` and `curves.png` of all runs there. How to load saved weights is in
 README.md here.
 
-Needs: pip install "zofo-optim[examples]"
+Needs, in a checkout: pip install -e ".[experiments]"
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ finetune  The same zeroth-order fine-tuning in fp32 and in 16 bits: same batches
 
 Each writes NAME.json and NAME.png into `--out`, and one `table.md` of all that is there.
 
-Needs: pip install "zofo-optim[examples]"
+Needs, in a checkout: pip install -e ".[experiments]"
 """
 
 from __future__ import annotations
