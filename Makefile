@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 .PHONY: demo test lint format bench gpu opt-1.3b sass build clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/finetune.py --methods zo fo-lora hybrid-lora --out runs/demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m experiments.finetune --methods zo fo-lora hybrid-lora --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -33,7 +33,7 @@ gpu:
 
 # The paper's comparison on OPT-1.3B; downloads the model and SST-2.
 opt-1.3b:
-	$(GPU_PYTHON) examples/compare.py --model facebook/opt-1.3b --tasks sst2 --data hub \
+	$(GPU_PYTHON) -m experiments.compare --model facebook/opt-1.3b --tasks sst2 --data hub \
 		--dtype bfloat16 --out runs/opt-1.3b
 
 sass: $(STAMP)
