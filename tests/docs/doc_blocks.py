@@ -71,7 +71,8 @@ def sections(path: Path) -> list[Section]:
 def commands(code: str) -> list[str]:
     """The lines of a shell block, joined where they go on, without comments."""
     lines = re.sub(r"\\\n\s*", " ", code).splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    plain = (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines)
+    return [line for line in plain if line]
 
 
 def modules_with_examples() -> list[str]:

@@ -109,6 +109,10 @@ def test_the_first_commands_are_there():
     assert any(command.startswith("pip install -e") for command in COMMANDS)
 
 
+def test_options_are_read_from_the_help():
+    test_command("python benchmarks/sass.py --check --arch 90")
+
+
 @pytest.mark.parametrize(
     "command",
     [
