@@ -14,6 +14,9 @@ from hypothesis import settings
 
 from zofo_kernels import unavailable_reason
 
+for helper in ("arranged", "least_squares", "simulation", "streamed_models", "toys"):
+    pytest.register_assert_rewrite(helper)
+
 settings.register_profile("zofo", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("zofo")
 
@@ -72,6 +75,22 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seeded():
+    """torch's global generator as after ``torch.manual_seed(0)``."""
+    torch.manual_seed(0)
+
+
+def each_of(values):
+    """A fixture that is each of ``values`` in turn, to be bound to its name in a test module."""
+
+    @pytest.fixture(params=values)
+    def value(request):
+        return request.param
+
+    return value
 
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}

@@ -20,7 +20,7 @@ from choices import (  # noqa: E402
     winogrande,
 )
 from tasks import DataError, read  # noqa: E402
-from test_trainer import base_model, word_tokenizer  # noqa: E402
+from tiny_llama import base_model, word_tokenizer  # noqa: E402
 
 DATA = os.environ.get("ZOFO_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="ZOFO_DATA does not name the data folder")

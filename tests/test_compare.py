@@ -192,7 +192,7 @@ def test_a_grid_is_rendered(tiny, words, tmp_path):  # noqa: F811
 
 def test_the_papers_command_on_a_small_model_of_the_kind(words, tmp_path):  # noqa: F811
     """`make opt-1.3b`: presets and all methods, but few steps of a model that is small."""
-    from test_trainer import word_tokenizer
+    from tiny_llama import word_tokenizer
 
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     recipe = makefile.split("\nopt-1.3b:\n")[1].split("\n\n")[0].replace("\\\n", " ")

@@ -34,7 +34,7 @@ DATA = os.environ.get("ZOFO_DATA")
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A small random Llama with a tokenizer, in a folder."""
-    from test_trainer import base_model, word_tokenizer
+    from tiny_llama import base_model, word_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     model = base_model()
@@ -504,7 +504,7 @@ def test_a_saved_model_has_the_configuration_it_came_with(out):
 
 
 def test_gpt2_is_a_causal_language_model(tmp_path, words):
-    from test_trainer import word_tokenizer
+    from tiny_llama import word_tokenizer
 
     config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")

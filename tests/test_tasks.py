@@ -216,7 +216,7 @@ class Tiny(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from test_trainer import word_tokenizer
+    from tiny_llama import word_tokenizer
 
     return word_tokenizer()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .perturbation import ZOGroup
+from .zo_groups import ZOGroup
 
 _DROPOUTS = {
     F.dropout,
@@ -91,3 +91,19 @@ class StepCounters:
                     kept = torch.zeros((), dtype=torch.int64, device=device)
                     self._kept[position] = kept
                 group.options["zo_step"] = kept.fill_(int(step))
+
+
+def check_capture(capturable: bool, groups: Sequence[ZOGroup], counters: StepCounters) -> None:
+    """Attach the counters where steps are capturable; refuse to capture others.
+
+    Raises:
+        RuntimeError: a graph is being captured, and ``capturable`` is False.
+        ValueError: see :meth:`StepCounters.attach`.
+    """
+    if capturable:
+        counters.attach(groups)
+    elif groups and capturing():
+        raise RuntimeError(
+            "every replay of a CUDA graph would perturb along the same direction; construct "
+            "HybridZOFO with capturable=True to capture its steps"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from zofo_kernels import check_weight
 
-from .perturbation import ZOGroup
+from .settings import Settings
+from .zo_groups import ZOGroup
 
 MODES = ("zo", "fo")
 INSIDE = ("zofo_optim", "torch")
@@ -76,6 +78,25 @@ def check_zo_options(
     check_seed(group["seed"])
 
 
+def check_group(
+    group: Mapping[str, Any],
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    zo_groups: Sequence[ZOGroup],
+) -> None:
+    """A group that is being added; ``zo_groups`` are all, with this one where it is one."""
+    check_mode(group["mode"])
+    for field in dataclasses.fields(Settings):
+        if field.name in given and field.name != "capturable":
+            raise ValueError(
+                f"{field.name} must be given to HybridZOFO, for all groups, "
+                f"got {given[field.name]!r} in a parameter group"
+            )
+    if group["mode"] == "zo":
+        check_zo_options(group, given, defaults)
+        check_zo_parameters(zo_groups)
+
+
 def check_zo_parameters(groups: Sequence[ZOGroup]) -> None:
     """Every ZO parameter can be perturbed, and none shares its memory with another."""
     owners: dict[tuple[torch.device, int], str] = {}
@@ -89,13 +110,3 @@ def check_zo_parameters(groups: Sequence[ZOGroup]) -> None:
                     "would be perturbed twice; pass one of them"
                 )
             owners[where] = name
-
-
-def check_same_modes(current: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
-    for position, (ours, theirs) in enumerate(zip(current, loaded, strict=False)):
-        mode = theirs.get("mode", "fo")  # a torch.optim state dict has no modes
-        if mode != ours["mode"]:
-            raise ValueError(
-                f"state_dict must have the same modes, got mode={mode!r} for parameter group "
-                f"{position}, which has mode={ours['mode']!r}"
-            )

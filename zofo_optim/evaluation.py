@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,14 +132,87 @@ def scalar_loss(returned: Any) -> Tensor:
     )
 
 
-@contextmanager
-def gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Detach ``.grad`` for the block, so that nothing a closure does can change or clear it."""
-    kept = [(p, p.grad) for p in parameters if p.grad is not None]
-    try:
-        for p, _ in kept:
+class Runs:
+    """The runs of one closure that belong to one estimate; a context manager.
+
+    All runs draw the same random numbers. On leaving, the global generators are as after one run,
+    and first-order gradients are those of the run that took them: while others run, ``.grad`` is
+    set aside, so that nothing a closure does can change or clear it.
+
+    Args:
+        evaluator: told which run is going on.
+        closure: see :func:`evaluate`.
+        first_order: parameters with gradients to keep.
+        devices: whose generators the closure may draw from; None where it runs once.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        closure: Closure,
+        first_order: Sequence[Tensor],
+        devices: Iterable[torch.device] | None,
+    ) -> None:
+        self._evaluator = evaluator
+        self._closure = closure
+        self._first_order = first_order
+        self._devices = None if devices is None else set(devices)
+        self._before: GlobalRandomState | None = None
+        self._after: GlobalRandomState | None = None
+        self._aside: list[tuple[Tensor, Tensor]] | None = None
+
+    def __enter__(self) -> Runs:
+        if self._devices is not None:
+            self._before = GlobalRandomState(self._devices)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            for p, grad in self._aside or ():
+                p.grad = grad
+        finally:
+            if self._after is not None:
+                self._after.restore()
+
+    def __call__(self, gradients: bool) -> Evaluation:
+        """Run the closure once more; see :func:`evaluate`."""
+        if not gradients and self._aside is None:
+            self._set_gradients_aside()
+        try:
+            self._evaluator.running = "first" if self._after is None else "repeat"
+            if self._before is not None and self._after is not None:
+                self._before.restore()
+            result = evaluate(self._closure, gradients=gradients)
+        finally:
+            self._evaluator.running = None
+        if self._devices is not None and self._after is None:
+            self._after = GlobalRandomState(self._devices)
+        return result
+
+    def _set_gradients_aside(self) -> None:
+        self._aside = [(p, p.grad) for p in self._first_order if p.grad is not None]
+        for p, _ in self._aside:
             p.grad = None
-        yield
-    finally:
-        for p, grad in kept:
-            p.grad = grad
+
+
+class Evaluator:
+    """Runs an optimizer's closures, and tells which run is going on."""
+
+    def __init__(self) -> None:
+        self.running: str | None = None
+        """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
+
+    def runs(
+        self,
+        closure: Closure,
+        first_order: Sequence[Tensor],
+        devices: Iterable[torch.device] | None,
+    ) -> Runs:
+        """What evaluates ``closure`` for one estimate; see :class:`Runs`.
+
+        Raises:
+            TypeError: ``closure`` cannot be called.
+        """
+        if not callable(closure):
+            raise TypeError(f"closure must be callable, got {type(closure).__name__}")
+        return Runs(self, closure, first_order, devices)

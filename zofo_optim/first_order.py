@@ -112,6 +112,11 @@ class FirstOrder:
                 state.setdefault(parameter, made)
             inner.state = state  # type: ignore[assignment]
 
+    def parameters(self) -> list[Tensor]:
+        """Of all its groups."""
+        groups = self._inner.param_groups if self._inner is not None else ()
+        return [p for group in groups for p in group["params"]]
+
     def step(self) -> None:
         """One step, without the hooks that torch wraps around ``step``: ours have fired."""
         if self._inner is not None:

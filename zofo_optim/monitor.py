@@ -1,49 +1,69 @@
-"""Counters kept on the device that holds the loss, read without making it wait."""
+"""What a person logs of a training, kept where the loss is and read without making it wait."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import caller_level
+from .listeners import Estimated, Listener
+from .rules import Update
+from .zo_groups import ZOGroup
 
 FLAT_STEPS = 5
 """Steps in a row with bit-identical losses before a warning."""
 
 
-class Monitor:
-    """Counts steps with non-finite estimates, and steps whose losses did not move at all."""
+class Monitor(Listener):
+    """Keeps the last loss, slopes and updates; counts skipped estimates and flat ones."""
 
     def __init__(self) -> None:
-        self._counts: Tensor | None = None  # int64 (2,): skipped steps, flat steps in a row
+        self._counts: Tensor | None = None  # int64 (2,): skipped estimates, flat ones in a row
         self._mirror: Tensor | None = None  # the same on the host, possibly a step late
         self._warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.loss: Tensor | None = None
+        """See :attr:`HybridZOFO.last_loss`."""
+        self.slopes: Tensor | None = None
+        """See :attr:`HybridZOFO.projected_grads`."""
+        self._updates: Sequence[Update] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_counts", "_mirror", "_warned")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     @property
     def skipped(self) -> int:
-        """Number of steps with a non-finite estimate. Reading it waits for the device."""
+        """Number of estimates with a non-finite slope. Reading it waits for the device."""
         return 0 if self._counts is None else int(self._counts[0])
 
-    def record(self, finite: Tensor, flat: Tensor) -> None:
-        """Note one step.
-
-        Args:
-            finite: 0-dim bool, all coefficients of the step are finite.
-            flat: 0-dim bool, all losses of the step are bit-identical.
-        """
-        if self._counts is None or self._mirror is None or self._counts.device != finite.device:
+    def estimated(self, estimated: Estimated) -> None:
+        self.loss, self.slopes = estimated.loss, estimated.slopes
+        flat = (estimated.losses == estimated.losses[0]).all()
+        device = flat.device
+        if self._counts is None or self._mirror is None or self._counts.device != device:
             old = self._counts
-            self._counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+            self._counts = torch.zeros(2, dtype=torch.int64, device=device)
             if old is not None:
                 self._counts.copy_(old)
-            pin = finite.device.type == "cuda"
-            self._mirror = torch.zeros(2, dtype=torch.int64, pin_memory=pin)
-        self._counts[0] += (~finite).to(torch.int64)
+            self._mirror = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._counts[0] += (~estimated.finite).to(torch.int64)
         self._counts[1] = (self._counts[1] + 1) * flat.to(torch.int64)
         self._mirror.copy_(self._counts, non_blocking=True)
+
+    def updated(self, updates: Sequence[Update]) -> None:
+        self._updates = updates
 
     def warn_if_flat(self, names: Callable[[], list[str]]) -> None:
         """Warn, once, that perturbing the parameters ``names()`` does not change the loss."""
@@ -57,3 +77,39 @@ class Monitor:
             "fully_shard(model, reshard_after_forward=True)). Parameters: " + ", ".join(names()),
             stacklevel=caller_level(),
         )
+
+    def report(self, groups: Sequence[ZOGroup]) -> str:
+        """See :meth:`HybridZOFO.report`."""
+        parts = []
+        if self.loss is not None:
+            parts.append(f"loss {self.loss.item():.4f}")
+        if self.slopes is not None:
+            parts.append(f"slope {self.slopes.abs().mean().item():.2e}")
+        if self._updates:
+            size = relative_size(self._updates, groups)
+            parts.append(f"update {size:.1e} of the weights' norm")
+        if groups:
+            parts.append(f"skipped {self.skipped}")
+        start = f"step {int(groups[0].options['zo_step'])}: " if groups else ""
+        return start + (", ".join(parts) or "nothing estimated yet")
+
+
+def relative_size(updates: Sequence[Update], groups: Sequence[ZOGroup]) -> float:
+    """||update|| / ||weights|| over all ZO groups. Waits for the device; reads the weights once.
+
+    Directions have d independent elements of variance 1, so an update's norm is close to
+    lr sqrt(d sum_s c_s^2); weight decay is left out.
+    """
+    moved = weights = 0.0
+    for update, group in zip(updates, groups, strict=False):
+        count = sum(p.numel() for p in group.params)
+        step = float(update.lr) ** 2 * float(update.coefficients.double().square().sum())
+        moved += count * step
+        # fp32 accumulates the squares of 16-bit weights
+        norms = (torch.linalg.vector_norm(p.detach(), dtype=_wide(p)) for p in group.params)
+        weights += sum(float(norm) ** 2 for norm in norms)
+    return math.sqrt(moved / weights) if weights else math.inf if moved else 0.0
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)

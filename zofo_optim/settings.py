@@ -8,29 +8,34 @@ from typing import Any
 from zofo_kernels import BACKENDS, DISTRIBUTIONS, ROUNDINGS, unavailable_reason
 
 from .estimators import ESTIMATORS
+from .rules import RULES
 
 PERTURBATIONS = ("in_place", "streamed")
 NONFINITE = ("skip", "raise")
+_NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """See :class:`zofo_optim.HybridZOFO` for the meaning of each field."""
+    """See :class:`zofo_optim.HybridZOFO` for the meaning of each field, and for what is raised."""
 
     estimator: str
     num_samples: int
     distribution: str
     perturbation: str
     rounding: str
+    zo_rule: str
     nonfinite: str
     backend: str
+    capturable: bool
 
     def __post_init__(self) -> None:
         choices = {
             "estimator": tuple(ESTIMATORS),
-            "distribution": DISTRIBUTIONS,
+            "distribution": tuple(DISTRIBUTIONS),
             "perturbation": PERTURBATIONS,
             "rounding": ROUNDINGS,
+            "zo_rule": tuple(RULES),
             "nonfinite": NONFINITE,
             "backend": BACKENDS,
         }
@@ -45,13 +50,11 @@ class Settings:
             reason = unavailable_reason(self.backend)
             if reason is not None:
                 raise RuntimeError(f"backend={self.backend!r} is not available: {reason}")
+        if self.capturable and self.nonfinite == "raise":
+            raise ValueError(
+                "nonfinite must be 'skip' where capturable=True, as a captured step cannot raise"
+            )
 
     def of_the_path(self) -> dict[str, Any]:
         """Those by which the weights would come out differently."""
-        return {
-            "estimator": self.estimator,
-            "num_samples": self.num_samples,
-            "distribution": self.distribution,
-            "perturbation": self.perturbation,
-            "rounding": self.rounding,
-        }
+        return {k: v for k, v in vars(self).items() if k not in _NOT_OF_THE_PATH}

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zofo_kernels import Direction, Shift, perturb_, perturbed, update_
 from zofo_optim import HybridZOFO
-from zofo_optim.streamed import Source, Streaming
+from zofo_optim.perturbation.streaming import Source, Streaming
 
 from . import decoders, minilm, plots
 from .check_step import check_step

@@ -10,7 +10,7 @@ from torch import nn
 from zofo_kernels import NOISE_VERSION
 
 from ..optimizer import HybridZOFO
-from ..perturbation import ZOGroup
+from ..zo_groups import ZOGroup
 from .errors import JournalError
 from .fingerprint import backend_name
 from .format import FORMAT_VERSION
@@ -26,29 +26,23 @@ def check_recordable(optimizer: HybridZOFO) -> None:
     groups = optimizer.zo_groups()
     if not groups:
         raise ValueError("optimizer must have a group with mode='zo', got first-order groups only")
-    if optimizer._capturable:
+    if optimizer.settings.capturable:
         raise ValueError(
             "optimizer must not be capturable, as replays of a CUDA graph cannot be recorded"
         )
-    if optimizer._evaluating is not None:
+    if optimizer.evaluating:
         raise RuntimeError("a journal must not be attached inside a closure")
-    if optimizer._listeners:
-        raise RuntimeError("optimizer has a journal already; close that first")
-    pending = optimizer._pending
-    if pending is not None:
-        known = 0 if pending.coefficients is None else len(pending.coefficients)
-        if known != len(groups):
-            raise RuntimeError(
-                "optimizer must not be in the midst of accumulating for other groups; call "
-                "step() or zero_grad() first"
-            )
+    if optimizer.accumulated is not None and len(optimizer.accumulated) != len(groups):
+        raise RuntimeError(
+            "optimizer must not be accumulating for other groups; call step() or zero_grad() first"
+        )
 
 
 def header_of(
     optimizer: HybridZOFO, model: nn.Module | None, metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """Settings and parameters; without fingerprints."""
-    settings = optimizer._settings
+    settings = optimizer.settings
     groups = optimizer.zo_groups()
     devices = {p.device for group in groups for p in group.params}
     backends = {backend_name(device, settings.backend) for device in devices}
@@ -67,6 +61,8 @@ def header_of(
         "num_samples": settings.num_samples,
         "backends": sorted(backends),
         "metadata": metadata,
+        # made in the present step before the journal's start; replays leave them out
+        **({"moves": len(optimizer.moves)} if optimizer.moves else {}),
         "groups": [
             {
                 "names": of_group,

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import caller_level
+from ..listeners import Listener, Move
 from ..optimizer import HybridZOFO
-from ..perturbation import Update, ZOGroup, path_of
+from ..rules import Update
+from ..zo_groups import ZOGroup
 from .errors import JournalError
 from .fingerprint import fingerprints
 from .format import Chain, Part, decode_records, encode_header, precise
@@ -34,12 +36,13 @@ except ImportError:  # Windows: no locks
 class _Waiting(NamedTuple):
     """A step whose numbers are on their way from the device."""
 
-    steps: list[tuple[Update, tuple[tuple[int, float], ...]]]
+    updates: Sequence[Update]
+    paths: list[tuple[tuple[int, float], ...]]
     values: Tensor
     arrived: Any
 
 
-class Journal:
+class Journal(Listener):
     """Writes one small record a step to a file, from which :func:`replay` remakes the weights.
 
     A record has about 10 bytes: the projected gradients, and what else is new. It goes to the
@@ -87,9 +90,11 @@ class Journal:
         self._optimizer: HybridZOFO | None = None
         self._file: Any = None
         self._chain: Chain
+        self._header: dict[str, Any] = {}
         self._buffer = bytearray()
         self._waiting: deque[_Waiting] = deque()
-        self._told = 0  # moves since the last update that are in the file
+        self._moves: list[Move] = []  # since the last update or record
+        self._told = False  # of moves that no update has followed yet
         self._unsynced = 0
 
     def _refuse_existing(self) -> None:
@@ -125,20 +130,20 @@ class Journal:
         if self._optimizer is not None:
             raise RuntimeError("the journal is attached already; use one journal an optimizer")
         check_recordable(optimizer)
+        if any(isinstance(listener, Journal) for listener in optimizer.listeners):
+            raise RuntimeError("optimizer has a journal already; close that first")
         header = header_of(optimizer, model, self._metadata)
         if self._resume and self.path.exists():
             self._go_on(optimizer, header)
         else:
             self._begin(optimizer, header)
         self._optimizer = optimizer
-        optimizer._listeners.append(self)
-        return self
+        return optimizer.add_listener(self)
 
     def _begin(self, optimizer: HybridZOFO, header: dict[str, Any]) -> None:
         self._refuse_existing()
         for group, entry in zip(optimizer.zo_groups(), header["groups"], strict=True):
             entry["fingerprints"] = fingerprints(group.params)
-        optimizer._path.clear()  # the fingerprints are of what those moves left
         content, crc = encode_header(header)
         fresh = self.path.with_name(self.path.name + ".new")
         with open(fresh, "wb") as file:
@@ -146,7 +151,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self.path)  # so that no header is ever cut short
-        self._chain = Chain(header, crc)
+        self._header, self._chain = header, Chain(header, crc)
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         self._file.seek(0, os.SEEK_END)
         self._lock()
@@ -157,6 +162,7 @@ class Journal:
             self._lock()
             recording = read(self.path)
             check_same(recording, header)
+            self._header = recording.header
             self._cut(optimizer, recording, check_weights=True)
         except BaseException:
             self._file.close()
@@ -168,7 +174,7 @@ class Journal:
         """They are those of the optimizer's step, where the journal has its fingerprints."""
         kept = recording.records[: self._kept(optimizer, recording)]
         known = recording.fingerprints(sum(record.event is None for record in kept))
-        if known is None or optimizer._path:  # moved since
+        if known is None or self._moves:  # moved since
             return
         params = [p for group in optimizer.zo_groups() for p in group.params]
         ours = zip(recording.names(), fingerprints(params), strict=True)
@@ -206,6 +212,7 @@ class Journal:
                     f"({recording.fault or 'it was closed there'}); load a state dict of one of "
                     "these steps, or begin a new journal"
                 )
+        self._moves = self._unrecorded(optimizer)
         if check_weights:
             self._check_weights(optimizer, recording)
         if end < recording.size:
@@ -220,7 +227,20 @@ class Journal:
                 )
             self._file.truncate(end)
         self._file.seek(end)
-        self._chain, self._told = chain, 0
+        self._chain, self._told = chain, False
+
+    def _unrecorded(self, optimizer: HybridZOFO) -> list[Move]:
+        """The optimizer's moves since its last update, less those before the journal began."""
+        moves, before = list(optimizer.moves), self._header.get("moves", 0)
+        steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
+        if steps != [group["step"] for group in self._header["groups"]]:
+            return moves
+        if len(moves) < before:
+            raise JournalError(
+                f"{self.path} begins after {before} moves of step {steps[0]}, got a state dict "
+                f"of {len(moves)}; load a later one, or begin a new journal"
+            )
+        return moves[before:]
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -234,10 +254,19 @@ class Journal:
 
     # ---- recording --------------------------------------------------------------------------
 
-    def stepped(self, updates: Sequence[Update]) -> None:
-        """Called by the optimizer at the end of each step."""
-        steps = [(update, update.path[self._told :]) for update in updates]
-        self._told = 0
+    def moved(self, move: Move) -> None:
+        self._moves.append(move)
+
+    def group_adding(self, group: dict[str, Any]) -> None:
+        raise RuntimeError(
+            "a zeroth-order group cannot be added while a journal is attached; close it, and "
+            "begin a new one after"
+        )
+
+    def updated(self, updates: Sequence[Update]) -> None:
+        paths = [_path(self._moves, position) for position in range(len(updates))]
+        self._moves.clear()
+        self._told = False
         real = [t for u in updates for t in (u.coefficients, u.lr.reshape(1))]
         kind = real[0].device.type
         exact = torch.float32 if kind == "mps" else torch.float64
@@ -247,7 +276,7 @@ class Journal:
             values = values.to("cpu", non_blocking=True)
             arrived = torch.get_device_module(kind).Event()
             arrived.record()
-        self._waiting.append(_Waiting(steps, values, arrived))
+        self._waiting.append(_Waiting(updates, paths, values, arrived))
         self._encode(wait=False)
         self._unsynced += 1
         self._write()
@@ -257,7 +286,7 @@ class Journal:
     def _encode(self, wait: bool) -> None:
         """Turn the steps whose numbers have arrived into records."""
         while self._waiting:
-            steps, values, arrived = self._waiting[0]
+            updates, paths, values, arrived = self._waiting[0]
             if arrived is not None and not arrived.query():
                 if not wait:
                     return
@@ -265,13 +294,13 @@ class Journal:
             self._waiting.popleft()
             numbers = iter(values.tolist())
             parts = []
-            for position, (update, path) in enumerate(steps):
+            for position, (update, path) in enumerate(zip(updates, paths, strict=True)):
                 wide = self._chain.wide[position]
                 found = [precise(next(numbers), wide) for _ in range(update.coefficients.numel())]
                 lr = precise(next(numbers), wide)
-                parts.append(
-                    Part(update.step, update.seed, path, tuple(found), lr, update.weight_decay)
-                )
+                first = update.directions[0]
+                step = int(first.step)
+                parts.append(Part(step, first.seed, path, tuple(found), lr, update.weight_decay))
             self._buffer += self._chain.step(parts)
 
     def _put(self, record: bytes) -> None:
@@ -287,15 +316,16 @@ class Journal:
         self._unsynced = 0
 
     def state_loaded(self) -> None:
-        """Called by the optimizer when a state dict was loaded: go to its step."""
+        """Go to the loaded step."""
         optimizer = self._optimizer
         assert optimizer is not None
         self.flush()
         steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
-        if not self._told and steps == [part.next_step for part in self._chain.last]:
-            return
         try:
-            self._cut(optimizer, read(self.path))
+            if not self._told and steps == [part.next_step for part in self._chain.last]:
+                self._moves = self._unrecorded(optimizer)
+            else:
+                self._cut(optimizer, read(self.path))
         except JournalError:
             self._detach()
             raise
@@ -332,22 +362,22 @@ class Journal:
 
     def _mark(self, closed: bool, stamp: bool = True) -> None:
         optimizer = self._require_attached()
-        if optimizer._evaluating is not None:
+        if optimizer.evaluating:
             raise RuntimeError("a journal must not be stamped or closed inside a closure")
         self._encode(wait=True)
         event: dict[str, Any] = {"closed": True} if closed else {}
         groups = optimizer.zo_groups()
-        self._tell_moves(optimizer, groups)
+        self._tell_moves(groups)
         if stamp:
             event["fingerprints"] = [fingerprints(group.params) for group in groups]
         self._put(self._chain.event(event))
         self._sync()
 
-    def _tell_moves(self, optimizer: HybridZOFO, groups: Sequence[ZOGroup]) -> None:
+    def _tell_moves(self, groups: Sequence[ZOGroup]) -> None:
         """Moves that no update followed yet: they may have rounded the weights."""
-        paths = [path_of(optimizer._path, i)[self._told :] for i in range(len(groups))]
-        if not any(paths):
+        if not self._moves:
             return
+        paths = [_path(self._moves, position) for position in range(len(groups))]
         parts = [
             Part(
                 group.options["zo_step"],
@@ -360,11 +390,12 @@ class Journal:
             for group, path, last in zip(groups, paths, self._chain.last, strict=True)
         ]
         self._buffer += self._chain.step(parts)
-        self._told = len(optimizer._path)
+        self._moves.clear()
+        self._told = True
 
     def _detach(self) -> None:
         if self._optimizer is not None:
-            self._optimizer._listeners.remove(self)
+            self._optimizer.remove_listener(self)
         self._optimizer = None
         if fcntl is not None:  # closing is not enough where a forked child has the file too
             with suppress(OSError):
@@ -381,3 +412,8 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _path(moves: Sequence[Move], position: int) -> tuple[tuple[int, float], ...]:
+    """(sample, scale) of each move of the group at ``position``, since it was added."""
+    return tuple((m.sample, m.scales[position]) for m in moves if position < len(m.scales))

@@ -1,0 +1,147 @@
+"""The instruction budgets of the compiled kernels, counted without a GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sass.py"
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux"),
+]
+
+
+def run(*arguments):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--dtype", "bfloat16", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    done = run("--json", "--check")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def row(rows, kernel, distribution, rounding="nearest"):
+    found = [
+        r
+        for r in rows
+        if (r["kernel"], r["distribution"], r["rounding"]) == (kernel, distribution, rounding)
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "distribution", "most"),
+    [
+        ("perturb", "gaussian", 22),
+        ("perturb", "rademacher", 12),
+        ("recover_and_perturb", "gaussian", 26),
+        ("recover_and_perturb", "rademacher", 15),
+        ("restore_and_update", "gaussian", 26),
+        ("restore_and_update", "rademacher", 15),
+    ],
+)
+def test_budget(rows, kernel, distribution, most):
+    found = row(rows, kernel, distribution)
+    # loads, noise and stores of an element cannot take fewer than the copy does
+    assert (
+        row(rows, "copy", None, None)["instructions_per_element"] + 4
+        < (found["instructions_per_element"])
+    )
+    assert found["instructions_per_element"] <= most
+    assert found["registers"] <= 64  # half of the threads that a multiprocessor can hold
+
+
+def test_nothing_spills(rows):
+    ours = [r for r in rows if r["kernel"] != "tl.randn4x perturb"]
+    assert len(ours) == 15
+    assert {r["spill_bytes"] for r in ours} == {0}
+
+
+def test_stock_generator_is_listed(rows):
+    stock = row(rows, "tl.randn4x perturb", "gaussian")
+    assert stock["instructions_per_element"] > 60
+
+
+def test_table_names_what_it_counts():
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "sm_90" in done.stdout
+    for line in done.stdout.splitlines():
+        if line.startswith("perturb ") and "gaussian" in line:
+            assert line.split()[1:3] == ["bfloat16", "gaussian"]
+            break
+    else:
+        pytest.fail("no row for perturb")
+
+
+EVERY_PATH = """
+import itertools, sys
+sys.path.insert(0, sys.argv[1])
+import sass
+
+def compiled(dtype, distribution, rounding, **constants):
+    kernel = sass.ours("restore_and_update, decay", dtype, distribution, rounding)
+    kernel = kernel._replace(constants={**kernel.constants, **constants})
+    assert len(sass.compile_for(kernel, 90)) > 1000
+
+for dtype, distribution in itertools.product(sass.DTYPES, sass.KINDS):
+    rounding = "stochastic" if "16" in dtype else "nearest"
+    compiled(dtype, distribution, rounding, ALIGNED=False)
+    compiled(dtype, distribution, rounding, SEVERAL=True, SAME=False, KEYS_ON_DEVICE=True)
+mixed = dict(UPDATE=2, SEVERAL=True, SAME=False, KEYS_ON_DEVICE=True, KIND_A=-1)
+compiled("float16", "gaussian", "stochastic", **mixed)
+compiled("float16", "gaussian", "stochastic", **mixed, ALIGNED=False)
+other = dict(KIND_A=0, KIND_B=1, UPDATE=-1, DECAY=False, SAME=False, KEYS_ON_DEVICE=True)
+compiled("bfloat16", "gaussian", "nearest", **other)
+compiled("float32", "gaussian", "nearest", **other, SOURCE=1, ALIGNED=False)
+compiled("float64", "gaussian", "nearest", **other, SOURCE=2)
+print("all compiled")
+"""
+
+
+def test_every_path_compiles():
+    """Branches that the interpreter runs alike may still have types that do not compile."""
+    command = [sys.executable, "-c", EVERY_PATH, str(SCRIPT.parent)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert "all compiled" in done.stdout, done.stderr[-2000:]
+
+
+def test_exceeded_budgets_are_found(monkeypatch):
+    spec = importlib.util.spec_from_file_location("sass", SCRIPT)
+    sass = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    spec.loader.exec_module(sass)
+    good = {
+        "kernel": "perturb",
+        "dtype": "bfloat16",
+        "distribution": "gaussian",
+        "rounding": "nearest",
+        "instructions_per_element": 22.0,
+        "spill_bytes": 0,
+    }
+    assert not sass.exceeded(good)
+    assert sass.exceeded({**good, "instructions_per_element": 22.1})
+    assert sass.exceeded({**good, "spill_bytes": 4})
+    assert not sass.exceeded({**good, "rounding": "stochastic", "instructions_per_element": 99.0})
+    listing = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
+                                                             /* 0x000fe20000000800 */
+        /*0010*/              @!P0 LDG.E.128 R12, desc[UR24][R4.64] ;
+        /*0020*/             @!UP0 UIADD3 UR5, UR26, 0x1, URZ ;
+        /*0030*/                   EXIT ;
+        /*0040*/                   NOP;
+        /*0050*/                   NOP;
+    """
+    assert sass.opcodes(listing) == ["LDC", "LDG.E.128", "UIADD3", "EXIT"]

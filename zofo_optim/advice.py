@@ -1,0 +1,83 @@
+"""Warnings about loops that run, and do not do what their author expects; each given once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import caller_level
+from .evaluation import Evaluation
+from .settings import Settings
+from .zo_groups import ZOGroup
+
+
+class Advice:
+    """Remembers what it has said."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def _once(self, topic: str, message: str) -> None:
+        if topic not in self._said:
+            self._said.add(topic)
+            warnings.warn(message, stacklevel=caller_level())
+
+    def about_gradients(self, groups: Sequence[ZOGroup], first_order: Sequence[Tensor]) -> None:
+        """Zeroth-order parameters for which a backward pass computes gradients in vain."""
+        if first_order and any(p.requires_grad for group in groups for p in group.params):
+            names = [
+                name
+                for group in groups
+                for p, name in zip(group.params, group.names, strict=True)
+                if p.requires_grad
+            ]
+            self._once(
+                "requires_grad",
+                f"{len(names)} zeroth-order parameters have requires_grad=True, so the "
+                "first-order backward computes gradients for them that nothing uses; freeze "
+                "them with requires_grad_(False): " + ", ".join(names),
+            )
+
+    def about_losses(
+        self,
+        evaluations: Sequence[Evaluation],
+        groups: Sequence[ZOGroup],
+        first_order: Sequence[Tensor],
+    ) -> None:
+        """A loss without a graph where gradients were wanted, and 16-bit losses."""
+        if any(p.requires_grad for p in first_order) and not evaluations[0].backpropagated:
+            self._once(
+                "no backward",
+                "closure returned a loss without a graph and did not call backward, so the "
+                "first-order groups got no gradients; return the loss tensor itself",
+            )
+        for evaluation in evaluations if groups else ():
+            dtype = getattr(evaluation.returned, "dtype", None)
+            if dtype in (torch.float16, torch.bfloat16):
+                self._once(
+                    "16-bit loss",
+                    f"closure returned a loss of dtype {dtype}: differences of 16-bit losses "
+                    "cancel, and the zeroth-order estimate is mostly noise; compute the loss in "
+                    "float32, for example loss_fn(logits.float(), labels)",
+                )
+
+
+def about_settings(settings: Settings, saved: dict[str, Any]) -> None:
+    """A state dict of an optimizer with other settings, under which the path is another."""
+    ours = settings.of_the_path()
+    others = [
+        f"{name}={value!r} (here {ours[name]!r})"
+        for name, value in saved.items()
+        if name in ours and value != ours[name]
+    ]
+    if others:
+        warnings.warn(
+            "state_dict was saved by an optimizer constructed with "
+            + ", ".join(others)
+            + "; the same path is followed only with the same settings",
+            stacklevel=caller_level(),
+        )

@@ -1,0 +1,153 @@
+"""What backward(closure) leaves for step(): coefficients, and whether the losses were finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .listeners import Estimated
+from .rules import Rule, Update
+from .zo_groups import ZOGroup
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sums over the accumulated micro-batches; every tensor stays on the loss's device.
+
+    Without fields it is the estimate of first-order groups alone, whose gradients are in ``.grad``.
+    """
+
+    coefficients: Tensor | None = None
+    """Shape (ZO groups, num_samples); None with FO groups only."""
+    usable: Tensor | None = None
+    """0-dim bool: some coefficient of some micro-batch was finite."""
+    clean: Tensor | None = None
+    """0-dim bool: every clean loss was finite; None where none was taken with ZO groups."""
+
+    @classmethod
+    def of(
+        cls,
+        losses: Tensor,
+        differences: Tensor,
+        mus: Sequence[float],
+        *,
+        has_clean: bool,
+        nonfinite: str,
+    ) -> tuple[Estimate, Estimated]:
+        """From the losses of one batch: slopes, then coefficients; and what listeners are told.
+
+        A slope that is not finite becomes 0. A clean loss that is not finite voids all of them.
+
+        Args:
+            losses: of all evaluations, shape (evaluations,), the clean one first.
+            differences: per unit of mu, shape (num_samples,).
+            mus: one a ZO group.
+            has_clean: whether a clean loss was taken.
+            nonfinite: "skip" or "raise".
+
+        Raises:
+            FloatingPointError: ``nonfinite="raise"``, and a slope is not finite.
+        """
+        slopes = torch.stack([differences / mu for mu in mus])
+        finite = slopes.isfinite()
+        clean = losses[0].isfinite() if has_clean else None
+        if clean is not None:
+            finite = finite & clean
+        if nonfinite == "raise" and not finite.all():
+            raise FloatingPointError(
+                "closure must return finite losses (nonfinite='raise'), got clean loss "
+                f"{losses[0].item() if has_clean else None} and differences "
+                f"{differences.tolist()}"
+            )
+        slopes = torch.where(finite, slopes, 0.0)
+        loss = losses[0] if has_clean else losses.mean()
+        told = Estimated(loss, losses, slopes, finite.all())
+        return cls(slopes / differences.numel(), finite.any(), clean), told
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """This micro-batch's and another one's, along the same directions.
+
+        Raises:
+            ValueError: they are of other groups or samples.
+        """
+        if self.coefficients is None or self.usable is None:
+            return other
+        if other.coefficients is None or other.usable is None:
+            return self
+        if other.coefficients.shape != self.coefficients.shape:
+            raise ValueError(
+                "accumulated estimates must have the same groups and samples, got shape "
+                f"{tuple(other.coefficients.shape)} after {tuple(self.coefficients.shape)}; call "
+                "step() or zero_grad() before adding a parameter group"
+            )
+        clean = [e.clean for e in (self, other) if e.clean is not None]
+        return Estimate(
+            self.coefficients + other.coefficients,
+            self.usable | other.usable,
+            clean[0] & clean[-1] if clean else None,
+        )
+
+    def updates(self, groups: Sequence[ZOGroup], rule: Rule, distribution: str) -> list[Update]:
+        """What the step will do, one a group; a group that was added since is left out."""
+        if self.coefficients is None:
+            return []
+        return [
+            rule(group, distribution, coefficients, self._gate(group.options["lr"]))
+            for group, coefficients in zip(groups, self.coefficients, strict=False)
+        ]
+
+    def _gate(self, lr: float | Tensor) -> Tensor:
+        """The learning rate, or 0 where no coefficient was finite, so that nothing decays."""
+        assert self.usable is not None
+        if isinstance(lr, Tensor):
+            lr = lr.detach().reshape(()).to(self.usable.device, non_blocking=True)
+            return torch.where(self.usable, lr, torch.zeros_like(lr))
+        dtype = torch.float32 if self.usable.device.type == "mps" else torch.float64
+        return self.usable.to(dtype) * lr
+
+    def first_order_is_healthy(self, parameters: Iterable[Tensor]) -> bool:
+        """False where the FO step must be skipped, as a clean loss was not finite.
+
+        Known for free only where losses live on the CPU. Elsewhere the gradients are turned to
+        zero on the device, without waiting for it, and True is returned.
+        """
+        if self.clean is None:
+            return True
+        if self.clean.device.type == "cpu":
+            return bool(self.clean)
+        for p in parameters:
+            if p.grad is not None:
+                healthy = self.clean.to(p.grad.device, non_blocking=True)
+                p.grad = torch.where(healthy, p.grad, torch.zeros_like(p.grad))
+        return True
+
+    def saved(self) -> dict[str, Any]:
+        """Plain numbers, exact, for a state dict."""
+
+        def plain(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.tolist()
+
+        dtype = None if self.coefficients is None else self.coefficients.dtype
+        return {
+            "coefficients": plain(self.coefficients),
+            "dtype": str(dtype).removeprefix("torch."),
+            "usable": plain(self.usable),
+            "clean": plain(self.clean),
+        }
+
+    @classmethod
+    def loaded(cls, saved: dict[str, Any], device: torch.device) -> Estimate:
+        """The inverse of :meth:`saved`."""
+
+        def tensor(name: str, dtype: torch.dtype) -> Tensor | None:
+            value = saved[name]
+            return None if value is None else torch.tensor(value, dtype=dtype, device=device)
+
+        exact = getattr(torch, saved["dtype"], torch.float32)
+        return cls(
+            tensor("coefficients", exact), tensor("usable", torch.bool), tensor("clean", torch.bool)
+        )

@@ -1,0 +1,252 @@
+"""What an optimizer is between steps: groups, state dicts, pickling, and what can be read of it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import advice, state
+from .capture import StepCounters
+from .checks import check_group
+from .estimate import Estimate
+from .evaluation import Evaluator
+from .first_order import FirstOrder
+from .listeners import Listener, Listeners, Move
+from .monitor import Monitor
+from .perturbation import PERTURBATIONS
+from .replicas import OneProcess
+from .settings import Settings
+from .zo_groups import ZOGroup
+
+AnyListener = TypeVar("AnyListener", bound=Listener)
+
+
+class GroupsAndState(Optimizer):
+    """The part of :class:`zofo_optim.HybridZOFO` that evaluates nothing and moves no weight.
+
+    Args:
+        params: as for a torch optimizer.
+        settings: of the optimizer as a whole.
+        first_order: steps the FO groups.
+        fo_defaults: group options as ``first_order`` has them.
+        zo_shared: options that both modes have, as ZO groups take them.
+        zo_defaults: options of ZO groups only.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        settings: Settings,
+        first_order: FirstOrder,
+        fo_defaults: dict[str, Any],
+        zo_shared: dict[str, Any],
+        zo_defaults: dict[str, Any],
+    ) -> None:
+        self._settings = settings
+        self._fo = first_order
+        self._zo_shared = zo_shared
+        self._estimate: Estimate | None = None
+        self._monitor = Monitor()
+        self._advice = advice.Advice()
+        self._start()
+        super().__init__(params, {**zo_shared, **fo_defaults, **zo_defaults})
+
+    def _start(self) -> None:
+        """What a fresh or unpickled optimizer makes anew; nothing here affects the path."""
+        self._replicas = OneProcess()
+        self._evaluator = Evaluator()
+        self._counters = StepCounters()
+        self._listeners = Listeners(self._monitor)
+        self._perturbation = PERTURBATIONS[self._settings.perturbation](
+            self._settings, self._listeners
+        )
+
+    # ---- groups ---------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; as in torch, with ``mode``, ``mu`` and ``seed`` among its options.
+
+        A new ZO group joins at the current step. Later ZO parameters get later noise indices.
+
+        Raises:
+            TypeError, ValueError: as in the constructor; nothing is added.
+            RuntimeError: a journal is attached, and the group is zeroth-order.
+        """
+        given: dict[str, Any] = {}
+        if isinstance(param_group, dict):
+            given = dict(param_group)
+            if param_group.get("mode", self.defaults["mode"]) == "zo":
+                self._listeners.group_adding(param_group)
+                for name, value in self._zo_shared.items():  # not what fo_optimizer made of them
+                    param_group.setdefault(name, value)
+        super().add_param_group(param_group)
+        try:
+            check_group(param_group, given, self.defaults, self.zo_groups())
+            if param_group["mode"] == "fo":
+                self._fo.add(param_group, self.state)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        earlier = [g for g in self.param_groups[:-1] if g["mode"] == "zo"]
+        if earlier and "zo_step" not in given:
+            param_group["zo_step"] = int(earlier[0]["zo_step"])
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; the state of accumulation is in the first ZO group, or the first of all.
+
+        Holds no gradients: save ``.grad`` too where first-order groups are accumulating. Waits
+        for the device where it accumulates or ``capturable=True``.
+        """
+        return state.add(super().state_dict(), self._settings, self._estimate, self.moves)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
+
+        Warns where the state was saved by an optimizer with other settings: it then goes on along
+        other directions.
+
+        Raises:
+            ValueError: the groups' number, sizes or modes differ.
+        """
+        super().load_state_dict(state_dict)
+        # what was accumulated belongs to the directions of the step that is left
+        self._estimate, self._perturbation.moves, saved = state.take(self.param_groups)
+        advice.about_settings(self._settings, saved)
+        self._listeners.state_loaded()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_settings", "_zo_shared", "_fo", "_estimate", "_monitor", "_advice")
+        kept = {name: self.__dict__[name] for name in own}
+        return {**super().__getstate__(), **kept, "_moves": self._perturbation.moves}
+
+    def __setstate__(self, state_: dict[str, Any]) -> None:
+        moves = state_.pop("_moves", None)
+        state.check_same_modes(self.__dict__.get("param_groups"), state_["param_groups"])
+        super().__setstate__(state_)
+        state.fill_defaults(self.param_groups, self.defaults)
+        if moves is not None:  # unpickled, not loaded
+            self._start()
+            self._perturbation.moves = moves
+        self._fo.rebuild(self.param_groups, self.state)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}{self._settings}\nfo_optimizer: {self._fo.name}\n)"
+
+    def train(self) -> None:
+        """Switch ``fo_optimizer`` to training, if it has modes, as schedule-free optimizers do."""
+        self._fo.switch("train")
+
+    def eval(self) -> None:
+        """Switch ``fo_optimizer`` to evaluation, if it has modes."""
+        self._fo.switch("eval")
+
+    # ---- what can be read -----------------------------------------------------------------------
+
+    @property
+    def last_loss(self) -> Tensor | None:
+        """Loss of the last evaluation of the unperturbed model, a detached 0-dim tensor.
+
+        With ZO groups only and the two-sided estimator there is none; then the mean of the
+        perturbed losses, which is the clean loss up to O(mu^2).
+        """
+        return self._monitor.loss
+
+    @property
+    def projected_grads(self) -> Tensor | None:
+        """Projected gradients (slopes) of the last estimate, shape (ZO groups, num_samples).
+
+        Entry (g, s) is the slope along direction s as group g sees it; non-finite ones are 0.
+        """
+        return self._monitor.slopes
+
+    @property
+    def skipped_steps(self) -> int:
+        """Estimates so far with a non-finite projected gradient. Waits for the device."""
+        return self._monitor.skipped
+
+    def report(self) -> str:
+        """One line to print: step, loss, mean size of the slopes, size of the last update, skips.
+
+        The update's size is its norm over that of all ZO weights, which are read once for it; the
+        call waits for the device. Fine-tunes that learn have sizes of about 1e-6 to 1e-3 a step.
+
+        Example:
+            >>> print(optimizer.report())
+            step 120: loss 0.6931, slope 1.20e+01, update 3.1e-05 of the weights' norm, skipped 0
+        """
+        return self._monitor.report(self.zo_groups())
+
+    @property
+    def settings(self) -> Settings:
+        """What was given for the optimizer as a whole, frozen."""
+        return self._settings
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether a closure of this optimizer is running now."""
+        return self._evaluator.running is not None
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """In-place moves since the last update, by which weights may have been rounded."""
+        return tuple(self._perturbation.moves)
+
+    @property
+    def accumulated(self) -> Tensor | None:
+        """The coefficients that ``step()`` will apply, shape (ZO groups, num_samples).
+
+        None where there is no estimate to apply. Groups that were added since have no row.
+        """
+        if self._estimate is None:
+            return None
+        if self._estimate.coefficients is None:
+            return torch.empty(0, self._settings.num_samples)
+        return self._estimate.coefficients
+
+    def zo_groups(self) -> list[ZOGroup]:
+        """The zeroth-order groups with their noise indices, duplicates counted once."""
+        return self._perturbation.groups_of(self.param_groups)
+
+    # ---- listeners ------------------------------------------------------------------------------
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """Those that were added, in order. They are neither pickled nor copied."""
+        return tuple(m for m in self._listeners.members if m is not self._monitor)
+
+    def add_listener(self, listener: AnyListener) -> AnyListener:
+        """Tell ``listener`` of moves, estimates, updates and loaded states from now on.
+
+        Args:
+            listener: see :class:`zofo_optim.Listener`.
+
+        Returns:
+            The listener.
+
+        Raises:
+            TypeError: it is no Listener.
+            ValueError: it was added already.
+        """
+        if not isinstance(listener, Listener):
+            raise TypeError(
+                f"listener must be a zofo_optim.Listener, got {type(listener).__name__}"
+            )
+        if any(known is listener for known in self.listeners):
+            raise ValueError("listener must not be added twice, got one that is here already")
+        self._listeners.members.append(listener)
+        return listener
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Tell it no more.
+
+        Raises:
+            ValueError: it is not here.
+        """
+        if not any(known is listener for known in self.listeners):
+            raise ValueError(f"listener must have been added before, got {listener!r}")
+        self._listeners.members.remove(listener)

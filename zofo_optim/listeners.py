@@ -1,0 +1,91 @@
+"""Listeners: told what an optimizer does to its zeroth-order weights, as it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .rules import Update
+
+
+class Move(NamedTuple):
+    """A pass over all ZO groups, to w + scale v of direction ``sample``, a scale for each group.
+
+    Scales are 0 where the pass restored w.
+    """
+
+    sample: int
+    scales: tuple[float, ...]
+
+
+class Estimated(NamedTuple):
+    """What one estimate found. All tensors are on the loss's device, detached."""
+
+    loss: Tensor
+    """0-dim: the clean loss; the mean of the perturbed ones where no clean one was taken."""
+    losses: Tensor
+    """Of every evaluation, in order, shape (evaluations,)."""
+    slopes: Tensor
+    """Shape (ZO groups, num_samples): the projected gradients; non-finite ones are 0."""
+    finite: Tensor
+    """0-dim bool: all of them were finite. Others are skipped."""
+
+
+class Listener:
+    """Base class of what :meth:`HybridZOFO.add_listener` takes; methods do nothing by default.
+
+    Called during a step, so a method should be quick and must not wait for the device. One that
+    raises ends the call of the optimizer in which it was told.
+
+    Example:
+        >>> class Losses(Listener):
+        ...     def __init__(self):
+        ...         self.found = []
+        ...     def estimated(self, estimated):
+        ...         self.found.append(estimated.loss)
+        >>> losses = optimizer.add_listener(Losses())
+    """
+
+    def moved(self, move: Move) -> None:
+        """The weights are about to move in place; streamed perturbation has no moves."""
+
+    def estimated(self, estimated: Estimated) -> None:
+        """An estimate was taken, and added to what the step will apply."""
+
+    def updated(self, updates: Sequence[Update]) -> None:
+        """A step has ended; one update a ZO group, in order."""
+
+    def state_loaded(self) -> None:
+        """A state dict was loaded."""
+
+    def group_adding(self, group: dict[str, Any]) -> None:
+        """A ZO group is about to be added; raise RuntimeError to refuse it."""
+
+
+class Listeners(Listener):
+    """Several as one, told in the order in which they were added."""
+
+    def __init__(self, *first: Listener) -> None:
+        self.members = list(first)
+
+    def moved(self, move: Move) -> None:
+        for listener in self.members:
+            listener.moved(move)
+
+    def estimated(self, estimated: Estimated) -> None:
+        for listener in self.members:
+            listener.estimated(estimated)
+
+    def updated(self, updates: Sequence[Update]) -> None:
+        for listener in list(self.members):
+            listener.updated(updates)
+
+    def state_loaded(self) -> None:
+        for listener in list(self.members):  # one may leave
+            listener.state_loaded()
+
+    def group_adding(self, group: dict[str, Any]) -> None:
+        for listener in self.members:
+            listener.group_adding(group)

@@ -1,0 +1,195 @@
+"""Perturbation without writing: torch functions get perturbed copies of the parameters.
+
+While a loss is evaluated at w + scale v, a torch-function mode sees every torch call and replaces
+each zeroth-order parameter among its arguments by a fresh, perturbed copy. A copy lives as long as
+the call needs it; the weights themselves are written by updates only, so they cannot drift.
+
+Compiled code makes no torch calls, so ``torch.compile`` is off while a closure is evaluated, also
+at w itself: losses that are subtracted come from the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from zofo_kernels import Shift, perturb_, uninterrupted
+
+from ..checks import caller_level
+from ..estimators import Point
+from ..evaluation import Evaluation
+from ..listeners import Listener
+from ..settings import Settings
+from ..zo_groups import ZOGroup, is_same
+from .base import Evaluate, Perturbation
+from .streaming import Source, Streaming, uncompiled
+
+
+class StreamedPerturbation(Perturbation):
+    """Evaluations see perturbed copies of the weights, which are written by updates only."""
+
+    def __init__(self, settings: Settings, listener: Listener) -> None:
+        super().__init__(settings, listener)
+        self._shifts: list[Shift] = []
+        self._mode: Streaming | None = None
+        self._kept: dict[int, Tensor] = {}  # contents of parameters that verification displaces
+        self._verified: list[Tensor] | None = None
+        self._warned = False
+        self._sources: dict[int, Source] = {}
+
+    def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
+        super().over(groups)
+        self._sources = {
+            id(parameter): Source(parameter, index, name, position)
+            for position, group in enumerate(groups)
+            for parameter, index, name in zip(group.params, group.indices, group.names, strict=True)
+        }
+        return self
+
+    def move(self, sample: int, sign: int) -> None:
+        self._shifts = [self._shift(group, sample, sign) for group in self.groups]
+
+    def restore(self) -> None:
+        self._put_back()
+        self._shifts = []
+
+    def _evaluate_here(self, point: Point, evaluate: Evaluate) -> Evaluation:
+        evaluation = self._run(evaluate, point.gradient)
+        if self._shifts:
+            self._verify_once(lambda: self._run(evaluate, False).loss, evaluation.loss)
+        return evaluation
+
+    def _run(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
+        if not self._sources:
+            return evaluate(gradient)
+        if not self._shifts:
+            with uncompiled():
+                return evaluate(gradient)
+        displaced = self._kept.keys()
+        self._mode = Streaming(self._sources, self._shifts, self._settings.backend, displaced)
+        with uncompiled(), self._mode:
+            return evaluate(gradient)
+
+    # ---- verification -----------------------------------------------------------------------
+
+    def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
+        """Once for every set of ZO parameters, at the first displaced point with a finite loss."""
+        parameters = [p for group in self.groups for p in group.params]
+        if self._verified is not None and is_same(self._verified, parameters):
+            return
+        if not loss.isfinite():  # that tells nothing
+            return
+        if not self.verify(evaluate, loss) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "closure gave two losses at the same point, so it cannot be verified that "
+                "perturbation='streamed' reaches every use of the zeroth-order parameters; it "
+                "must use the same batch whenever it is called",
+                stacklevel=caller_level(),
+            )
+        self._verified = parameters
+
+    def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> bool:
+        """Compare with evaluations in which the weights themselves are perturbed, in parts.
+
+        Parts are as large as the largest weight, whose content is kept aside: the weights are
+        written, and then restored to the bit. Torch functions get copies of these too, so that
+        the loss is the same to the bit unless something else reads the weights.
+
+        Args:
+            evaluate: evaluates the loss at the present point.
+            loss: the loss there.
+
+        Returns:
+            False where the loss does not repeat, so that nothing can be said.
+
+        Raises:
+            RuntimeError: the loss depends on a weight in a way that torch functions do not see;
+                names the parameters.
+        """
+        if not _same(evaluate(), loss):
+            return False
+        missed = [
+            name
+            for part in _parts(list(self._sources.values()))
+            for name in self._unseen(part, evaluate, loss)
+        ]
+        if missed:
+            raise RuntimeError(
+                "closure must use zeroth-order parameters through torch functions where "
+                "perturbation='streamed', but these reach the loss in another way (an extension, "
+                "a raw pointer, a view made earlier): "
+                + ", ".join(missed)
+                + "; use perturbation='in_place'"
+            )
+        return True
+
+    def _unseen(
+        self, part: list[Source], evaluate: Callable[[], Tensor], loss: Tensor
+    ) -> list[str]:
+        """Names of the parameters in ``part`` that streaming does not perturb everywhere."""
+        with self._written(part):
+            same = _same(evaluate(), loss)
+        if same:
+            return []
+        if len(part) == 1:
+            return [part[0].name]
+        half = len(part) // 2
+        found = [
+            name
+            for some in (part[:half], part[half:])
+            for name in self._unseen(some, evaluate, loss)
+        ]
+        return found or [source.name for source in part]
+
+    @contextmanager
+    def _written(self, part: list[Source]) -> Iterator[None]:
+        """These weights are perturbed in place; then restored to the bit."""
+        self._kept = {id(s.parameter): s.parameter.detach().clone() for s in part}
+        try:
+            for source in part:
+                direction, scale = self._shifts[source.group]
+                perturb_(
+                    [source.parameter],
+                    direction,
+                    scale,
+                    indices=[source.noise_index],
+                    backend=self._settings.backend,
+                )
+            yield
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        with uninterrupted(), torch.no_grad():
+            if self._mode is not None:
+                self._mode.stop()
+            for where, content in self._kept.items():
+                parameter = self._sources[where].parameter
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.copy_(content)
+            self._kept = {}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.equal(a, b) or (a.isnan() & b.isnan()).all())
+
+
+def _parts(sources: list[Source]) -> Iterator[list[Source]]:
+    """Runs of parameters of together at most the largest one's bytes."""
+    sizes = [s.parameter.numel() * s.parameter.element_size() for s in sources]
+    room = max(sizes, default=0)
+    part: list[Source] = []
+    used = 0
+    for source, size in zip(sources, sizes, strict=True):
+        if part and used + size > room:
+            yield part
+            part, used = [], 0
+        part.append(source)
+        used += size
+    if part:
+        yield part

@@ -1,0 +1,231 @@
+"""The torch-function mode that hands torch calls perturbed copies of the parameters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from zofo_kernels import Shift, backend_for, perturbed
+from zofo_kernels._torch_compat import in_functorch, without_functorch
+
+
+class Source(NamedTuple):
+    """A parameter, its place in the noise, its name and the position of its group."""
+
+    parameter: Tensor
+    noise_index: int
+    name: str
+    group: int
+
+
+def _methods(*names: str) -> set[Any]:
+    return {getattr(Tensor, name) for name in names if hasattr(Tensor, name)}
+
+
+_METADATA = _methods(
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "stride",
+    "storage_offset",
+    "element_size",
+    "is_contiguous",
+    "is_floating_point",
+    "is_complex",
+    "is_inference",
+    "is_shared",
+    "is_pinned",
+    "is_same_size",
+    "get_device",
+    "data_ptr",
+    "untyped_storage",
+    "requires_grad_",
+    "register_hook",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "__hash__",
+    "__len__",
+    "has_names",
+) | {
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.is_same_size,
+    torch.numel,
+    torch.empty_like,
+    torch.zeros_like,
+    torch.ones_like,
+    torch.rand_like,
+    torch.randn_like,
+}
+"""Calls that read no element."""
+_CONTENT = {
+    getattr(Tensor, name).__get__ for name in ("data", "T", "H", "mT", "mH", "real", "imag")
+}
+"""Attributes that hold elements; others are metadata."""
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_ROW_COST = 4096
+"""A row by itself costs the host as much as so many elements of a whole copy."""
+
+
+def _takes(values: Iterable[Any], sources: Mapping[int, Source]) -> bool:
+    """Whether a parameter is among a call's arguments, or in lists, tuples or dicts there."""
+    for value in values:
+        if id(value) in sources:
+            return True
+        kind = type(value)
+        if kind is list or kind is tuple:
+            if _takes(value, sources):
+                return True
+        elif kind is dict and _takes(value.values(), sources):
+            return True
+    return False
+
+
+class Streaming(TorchFunctionMode):
+    """Perturbed copies in place of parameters, for the torch calls made within.
+
+    A copy has its parameter's shape and strides. Calls without parameters pass at once.
+
+    Args:
+        sources: by ``id`` of the parameter.
+        shifts: each group's displacement.
+        backend: of ``zofo_kernels``.
+        displaced: ids of parameters that are displaced already: copied as they are.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[int, Source],
+        shifts: Sequence[Shift],
+        backend: str,
+        displaced: Collection[int] = (),
+    ) -> None:
+        super().__init__()
+        self._sources = sources
+        self._shifts = shifts
+        self._displaced = displaced
+        devices = {source.parameter.device for source in sources.values()}
+        self._backends = {device: backend_for(device, backend) for device in devices}
+
+    def stop(self) -> None:
+        """See no parameters from now on, should a Ctrl-C have kept the mode from being left."""
+        self._sources = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        sources = self._sources
+        if not (_takes(args, sources) or (kwargs and _takes(kwargs.values(), sources))):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func not in _CONTENT:
+            return func(*args, **kwargs)
+        if name in ("__set__", "__delete__") and id(args[0]) in sources:
+            if func == _SET_DATA:
+                self._refuse(func, sources[id(args[0])])
+            return func(*args, **kwargs)
+        if func is F.embedding and self._few_rows(*args, **kwargs):
+            return self._perturbed(sources[id(args[1])], rows=args[0])
+        copies: dict[int, tuple[Tensor, int]] = {}
+        result = func(
+            *[self._replaced(value, copies) for value in args],
+            **{key: self._replaced(value, copies) for key, value in kwargs.items()},
+        )
+        for where, (copy, version) in copies.items():
+            if copy._version != version:
+                self._refuse(func, sources[where])
+        return result
+
+    def _replaced(self, value: Any, copies: dict[int, tuple[Tensor, int]]) -> Any:
+        where = id(value)
+        if where in self._sources:
+            if where not in copies:
+                copy = self._copy(self._sources[where])
+                copies[where] = copy, copy._version
+            return copies[where][0]
+        kind = type(value)
+        if kind is list or kind is tuple:
+            return kind([self._replaced(item, copies) for item in value])
+        if kind is dict:
+            return {key: self._replaced(item, copies) for key, item in value.items()}
+        return value
+
+    def _copy(self, source: Source) -> Tensor:
+        """The perturbed parameter as a plain tensor, in whatever mode the closure is."""
+        inference = torch.is_inference_mode_enabled()
+        if not in_functorch() and not inference:
+            return self._laid_out(source)
+        # functorch would wrap new tensors, and those of inference mode do not count writes
+        with (
+            without_functorch(),
+            torch.inference_mode(False) if inference else nullcontext(),
+        ):
+            return self._laid_out(source)
+
+    def _laid_out(self, source: Source) -> Tensor:
+        parameter = source.parameter
+        if id(parameter) in self._displaced:
+            content = parameter.detach()
+        else:
+            content = self._perturbed(source)
+            if content.stride() == parameter.stride():
+                return content
+        size, stride = parameter.size(), parameter.stride()
+        copy = torch.empty_strided(size, stride, dtype=content.dtype, device=content.device)
+        return copy.copy_(content)
+
+    def _perturbed(self, source: Source, rows: Tensor | None = None) -> Tensor:
+        parameter, index, _, group = source
+        direction, scale = self._shifts[group]
+        backend = self._backends[parameter.device]
+        return perturbed(parameter, direction, scale, index=index, rows=rows, backend=backend)
+
+    def _few_rows(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *unused: Any,
+        **only_for_gradients: Any,
+    ) -> bool:
+        """Whether ``F.embedding`` of these arguments costs less than a copy of the weight."""
+        return (
+            type(rows) is Tensor
+            and id(weight) in self._sources
+            and id(weight) not in self._displaced
+            and weight.device.type == rows.device.type == "cpu"  # the host reads the rows
+            and weight.dim() == 2
+            and rows.numel() * (weight.shape[1] + _ROW_COST) < weight.numel()
+            and rows.dtype in (torch.int64, torch.int32)
+            and max_norm is None  # else it writes to the weight
+            and (padding_idx is None or -len(weight) <= padding_idx < len(weight))
+            and not in_functorch()
+        )
+
+    def _refuse(self, func: Any, source: Source) -> None:
+        raise RuntimeError(
+            f"closure must not write to the zeroth-order parameter {source.name!r} (it called "
+            f"{getattr(func, '__name__', func)}) where perturbation='streamed'"
+        )
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled functions run as they were written, by torch calls."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -1,0 +1,44 @@
+"""Update rules: from the coefficients of a step to what it does to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from zofo_kernels import Direction
+
+from .zo_groups import ZOGroup
+
+
+class Update(NamedTuple):
+    """w <- w - lr (sum_s c_s v_s + weight_decay w) for one group; enough to do it again."""
+
+    directions: tuple[Direction, ...]
+    """v_s."""
+    coefficients: Tensor
+    """c_s, shape (directions,), on the device, with the signs and zeros that the update used."""
+    lr: Tensor
+    """0-dim, on the device; 0 where the estimate said nothing."""
+    weight_decay: float
+
+
+Rule = Callable[[ZOGroup, str, Tensor, Tensor], Update]
+"""A rule takes the group, the distribution of its directions, the coefficients of this step's
+directions, shape (num_samples,), and the learning rate, 0-dim; both tensors are on the device,
+and a rule does not wait for it. It changes nothing: the update is applied, or not, by others."""
+
+
+def sgd(group: ZOGroup, distribution: str, coefficients: Tensor, lr: Tensor) -> Update:
+    """Gradient descent along the estimate (Ma, Yu, Huang 2026, Algorithm 1)."""
+    options = group.options
+    return Update(
+        tuple(group.direction(s, distribution) for s in range(coefficients.numel())),
+        -coefficients if options["maximize"] else coefficients,
+        lr,
+        float(options["weight_decay"]),
+    )
+
+
+RULES: dict[str, Rule] = {"sgd": sgd}

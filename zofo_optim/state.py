@@ -1,0 +1,67 @@
+"""What state dicts hold beside torch's own: accumulation, moves, and the settings of their path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .estimate import Estimate
+from .listeners import Move
+from .settings import Settings
+
+
+def add(
+    state: dict[str, Any], settings: Settings, estimate: Estimate | None, moves: Sequence[Move]
+) -> dict[str, Any]:
+    """torch's state dict with ours in its groups: the first ZO group, or the first of all."""
+    zo = [group for group in state["param_groups"] if group.get("mode") == "zo"]
+    for group in state["param_groups"]:
+        if isinstance(group.get("zo_step"), Tensor):
+            group["zo_step"] = int(group["zo_step"])
+    for group in zo:
+        group["zo_settings"] = settings.of_the_path()
+    if estimate is not None:
+        (zo or state["param_groups"])[0]["zo_pending"] = estimate.saved()
+    if zo and moves:
+        zo[0]["zo_path"] = [[move.sample, list(move.scales)] for move in moves]
+    return state
+
+
+def take(
+    groups: Sequence[dict[str, Any]],
+) -> tuple[Estimate | None, list[Move], dict[str, Any]]:
+    """What :func:`add` put into loaded groups, and takes out again: estimate, moves, settings."""
+    estimate: Estimate | None = None
+    moves: list[Move] = []
+    settings: dict[str, Any] = {}
+    for group in groups:
+        saved = group.pop("zo_pending", None)
+        if saved is not None:
+            estimate = Estimate.loaded(saved, group["params"][0].device)
+        settings = group.pop("zo_settings", settings)
+        for sample, scales in group.pop("zo_path", ()):
+            moves.append(Move(sample, tuple(scales)))
+    return estimate, moves, settings
+
+
+def check_same_modes(
+    current: Sequence[Mapping[str, Any]] | None, loaded: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise ValueError where a state dict's groups have other modes than ours."""
+    for position, (ours, theirs) in enumerate(zip(current or (), loaded, strict=False)):
+        mode = theirs.get("mode", "fo")  # a torch.optim state dict has no modes
+        if mode != ours["mode"]:
+            raise ValueError(
+                f"state_dict must have the same modes, got mode={mode!r} for parameter group "
+                f"{position}, which has mode={ours['mode']!r}"
+            )
+
+
+def fill_defaults(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
+    """Options that a state dict of another optimizer, or of an older version, lacks."""
+    for group in groups:
+        group.setdefault("mode", "fo")
+        for name, default in defaults.items():
+            group.setdefault(name, default)

@@ -1,0 +1,85 @@
+"""Zeroth-order parameter groups as a step works on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from zofo_kernels import Direction, Weights
+
+
+@dataclass
+class ZOGroup:
+    """A zeroth-order parameter group, ready for one step.
+
+    ``weights`` are its parameters, with their places among all zeroth-order parameters, which
+    select their noise; ``options`` is the optimizer's own dictionary.
+    """
+
+    weights: Weights
+    options: dict[str, Any]
+
+    @property
+    def params(self) -> list[Tensor]:
+        return self.weights.tensors
+
+    @property
+    def indices(self) -> list[int]:
+        return self.weights.indices
+
+    @property
+    def names(self) -> list[str]:
+        """Names for messages, one a parameter; numbered where the user gave none."""
+        given = self.options.get("param_names")
+        if given is None:
+            return [
+                f"parameter {i} {tuple(p.shape)}"
+                for i, p in zip(self.indices, self.params, strict=True)
+            ]
+        named = {id(p): name for p, name in zip(self.options["params"], given, strict=True)}
+        return [named[id(p)] for p in self.params]
+
+    @property
+    def mu(self) -> float:
+        return float(self.options["mu"])
+
+    def direction(self, sample: int, distribution: str) -> Direction:
+        """Direction ``sample`` of the group's present step."""
+        options = self.options
+        return Direction(options["seed"], options["zo_step"], sample, distribution)
+
+
+class Tables:
+    """The groups' :class:`zofo_kernels.Weights`, kept from step to step with their addresses."""
+
+    def __init__(self) -> None:
+        self._kept: list[Weights] = []
+
+    def groups(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
+        """The zeroth-order ones with their noise indices; a parameter counts once in a group."""
+        found: list[ZOGroup] = []
+        index = 0
+        for options in param_groups:
+            if options.get("mode") == "zo":
+                params = list(dict.fromkeys(options["params"]))
+                found.append(ZOGroup(self._weights(len(found), params, index), options))
+                index += len(params)
+        return found
+
+    def _weights(self, position: int, params: list[Tensor], index: int) -> Weights:
+        """Of the group at ``position``, whose first parameter has noise index ``index``."""
+        indices = list(range(index, index + len(params)))
+        if position < len(self._kept):
+            kept = self._kept[position]
+            if kept.indices == indices and is_same(kept.tensors, params):
+                return kept
+        self._kept[position : position + 1] = [Weights(params, indices)]
+        return self._kept[position]
+
+
+def is_same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two lists hold the same tensors, in order."""
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
