@@ -2,9 +2,9 @@
 
     python .github/release.py https://github.com/OWNER/NAME v1.2.3
 
-Relative links in README.md become links to the tag, and ``[project.urls]`` gets the repository's. The
-repository itself says nowhere where it is hosted, so a fork publishes its own links. For other hosts
-than GitHub, and where the pages are published elsewhere, change ``URLS`` and ``FILE`` here.
+Relative links in README.md become links to the tag, and ``[project.urls]`` gets the repository's.
+The repository itself says nowhere where it is hosted, so a fork publishes its own links. For other
+hosts than GitHub, and where the pages are published elsewhere, change ``URLS`` and ``FILE`` here.
 """
 
 from __future__ import annotations
