@@ -1,8 +1,22 @@
 """Memory-efficient fine-tuning by hybrid zeroth- and first-order optimisation."""
 
+from .base_weights import load_base_weights, save_base_weights
 from .groups import hybrid_param_groups
 from .journal import Journal, replay
+from .listeners import Listener
 from .optimizer import HybridZOFO
+from .saving import load_hybrid, save_hybrid
 
 __version__ = "0.1.0"
-__all__ = ["HybridZOFO", "Journal", "__version__", "hybrid_param_groups", "replay"]
+__all__ = [
+    "HybridZOFO",
+    "Journal",
+    "Listener",
+    "__version__",
+    "hybrid_param_groups",
+    "load_base_weights",
+    "load_hybrid",
+    "replay",
+    "save_base_weights",
+    "save_hybrid",
+]

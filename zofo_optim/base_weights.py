@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .names import match_names, without_layers
 from .optimizer import HybridZOFO
@@ -34,8 +35,6 @@ def save_base_weights(
         ValueError: the model lacks a parameter of the optimizer.
         ImportError: safetensors is not installed.
     """
-    from safetensors.torch import save_file
-
     of_peft = getattr(model, "get_base_model", None)
     base: nn.Module = of_peft() if callable(of_peft) else model
     names = {id(p): without_layers(name) for name, p in base.named_parameters()}
@@ -45,15 +44,9 @@ def save_base_weights(
             if id(p) not in names:
                 raise ValueError(f"model must hold all zeroth-order parameters, not so {given!r}")
             tensors[names[id(p)]] = p.detach().contiguous()
-    path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    save_file(tensors, fresh, metadata={"format": "pt"})
-    fresh.replace(path)
-    return path
+    return write_tensors(Path(folder) / FILE, tensors)
 
 
-@torch.no_grad()
 def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read what :func:`save_base_weights` wrote into a model, with or without an adapter.
 
@@ -70,8 +63,6 @@ def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             hold the weights; nothing is changed.
         ImportError: safetensors is not installed.
     """
-    from safetensors.torch import load_file
-
     path = Path(folder)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
@@ -79,6 +70,29 @@ def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"no {FILE} at {str(folder)!r}; where an adapter was trained by another optimizer, "
             "there is none"
         )
+    load_tensors(model, path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A safetensors file that is there whole, or not at all; its folder is made."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    save_file(dict(tensors), fresh, metadata={"format": "pt"})
+    fresh.replace(path)
+    return path
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """Copy a file's tensors into the model's parameters of the same names.
+
+    Raises:
+        ValueError: see :func:`load_base_weights`; nothing is changed.
+    """
+    from safetensors.torch import load_file
+
     saved = load_file(path)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     where = match_names(saved, parameters)

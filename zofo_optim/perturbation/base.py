@@ -98,6 +98,7 @@ class Perturbation(ABC):
                     backend=self._settings.backend,
                 )
                 self._carried.pop(position, None)
+            self.moves.clear()
 
     def _shift(self, group: ZOGroup, sample: int, sign: int) -> Shift:
         return Shift(group.direction(sample, self._settings.distribution), sign * group.mu)

@@ -1,0 +1,204 @@
+"""A hybrid fine-tune in a folder: adapter, base model's weights, optimizer, in one call."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base_weights import FILE, load_base_weights, load_tensors, save_base_weights, write_tensors
+from .journal import Journal, replay
+from .optimizer import HybridZOFO
+
+SUMMARY = "hybrid.json"
+FIRST_ORDER = "fo_weights.safetensors"
+OPTIMIZER = "optimizer.pt"
+_FORMAT = 1
+
+
+def save_hybrid(
+    model: nn.Module,
+    optimizer: HybridZOFO,
+    folder: str | os.PathLike[str],
+    *,
+    journal: Journal | None = None,
+) -> Path:
+    """Write all that :func:`load_hybrid` needs to go on with, or to use, a fine-tuned model.
+
+    The folder gets the adapter in peft's own files (a peft model), the other first-order weights
+    (``fo_weights.safetensors``), the base model's trained weights (``zo_weights.safetensors``) or
+    the place of a journal that remakes them, the optimizer's state (``optimizer.pt``), and a
+    summary, ``hybrid.json``, which is written last: a folder without it was cut off. Other files
+    in the folder stay. To keep earlier states, save each to a folder of its own. Buffers, such as
+    batch-norm statistics, are not saved.
+
+    Args:
+        model: the peft model, or any module.
+        optimizer: the HybridZOFO of its parameters.
+        folder: where to write; made where it is missing.
+        journal: attached to ``optimizer`` from the base model on; then the base model's weights
+            are not written. Keep the journal's file where it is, relative to the folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: ``optimizer`` is no HybridZOFO.
+        ValueError: the model lacks a parameter of the optimizer; or the journal is not attached
+            to the optimizer.
+        RuntimeError: the optimizer is accumulating; its gradients would be lost.
+        ImportError: safetensors is not installed.
+    """
+    if not isinstance(optimizer, HybridZOFO):
+        raise TypeError(f"optimizer must be a HybridZOFO, got {type(optimizer).__name__}")
+    if optimizer.accumulated is not None:
+        raise RuntimeError(
+            "optimizer must not be accumulating when it is saved; call step() or zero_grad() first"
+        )
+    if journal is not None and journal not in optimizer.listeners:
+        raise ValueError(f"journal must be attached to optimizer, got one of {journal.path}")
+    first_order, names = _first_order(model, optimizer)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for stale in (SUMMARY, FILE, FIRST_ORDER, OPTIMIZER):
+        (path / stale).unlink(missing_ok=True)
+
+    adapters = _save_adapters(model, path)
+    if first_order:
+        write_tensors(path / FIRST_ORDER, first_order)
+    recorded = None
+    if journal is not None:
+        journal.flush()
+        step = int(optimizer.zo_groups()[0].options["zo_step"])
+        recorded = {"path": os.path.relpath(journal.path, path.absolute()), "step": step}
+    elif optimizer.zo_groups():
+        save_base_weights(optimizer, model, path)
+    fresh = path / f"{OPTIMIZER}.new"
+    torch.save(optimizer.state_dict(), fresh)
+    fresh.replace(path / OPTIMIZER)
+
+    summary = {"format": _FORMAT, "adapters": adapters, "first_order": names, "journal": recorded}
+    fresh = path / f"{SUMMARY}.new"
+    fresh.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path / SUMMARY)
+    return path
+
+
+def load_hybrid(
+    folder: str | os.PathLike[str], base: nn.Module, *, trainable: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Make a fine-tuned model of its base model and what :func:`save_hybrid` wrote.
+
+    Args:
+        folder: written by :func:`save_hybrid`.
+        base: the base model as it was before training, without an adapter; it is changed.
+        trainable: whether the first-order parameters require gradients afterwards, so that
+            :func:`hybrid_param_groups` finds both kinds again.
+
+    Returns:
+        The model, a peft model where there was one; and the optimizer's state, for
+        ``optimizer.load_state_dict`` of a HybridZOFO that is constructed as before.
+
+    Raises:
+        TypeError: ``base`` is no module.
+        FileNotFoundError: the folder has no ``hybrid.json``: nothing was saved there, or saving
+            was cut off.
+        ValueError: the weights do not fit the model, or (JournalError) the journal does not.
+
+    Example:
+        >>> model, state = load_hybrid("tuned", base=AutoModelForCausalLM.from_pretrained(name))
+        >>> optimizer = HybridZOFO(hybrid_param_groups(model, zo=dict(lr=1e-6), fo=dict(lr=1e-3)))
+        >>> optimizer.load_state_dict(state)
+    """
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"base must be a torch.nn.Module, got {type(base).__name__}")
+    path = Path(folder)
+    if not (path / SUMMARY).is_file():
+        raise FileNotFoundError(
+            f"no {SUMMARY} at {str(folder)!r}: nothing was saved there by save_hybrid, or saving "
+            "was cut off"
+        )
+    summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    if summary["format"] != _FORMAT:
+        raise ValueError(
+            f"{path / SUMMARY} must be of format {_FORMAT}, got {summary['format']!r}; it is of "
+            "another version of zofo-optim"
+        )
+    state: dict[str, Any] = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    # adapters first: some change the base model as they are made (PiSSA, OLoRA)
+    model = _load_adapters(base, path, summary["adapters"], trainable)
+    recorded = summary["journal"]
+    if recorded is not None:
+        replay(model, path / recorded["path"], stop=recorded["step"])
+    elif (path / FILE).is_file():
+        load_base_weights(model, path)
+    if (path / FIRST_ORDER).is_file():
+        load_tensors(model, path / FIRST_ORDER)
+    learns = set(summary["first_order"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(trainable and name in learns)
+    return model, state
+
+
+def _first_order(model: nn.Module, optimizer: HybridZOFO) -> tuple[dict[str, Tensor], list[str]]:
+    """The first-order weights that peft does not save, by name; and the names of all."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [group for group in optimizer.param_groups if group["mode"] == "fo"]
+    found = {}
+    for p in (p for group in groups for p in group["params"]):
+        if id(p) not in names:
+            raise ValueError(
+                "model must hold all first-order parameters of the optimizer, got one of shape "
+                f"{tuple(p.shape)} that it lacks"
+            )
+        found[names[id(p)]] = p.detach()
+    saved_by_peft: set[int] = set()
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        for adapter in model.peft_config:  # type: ignore[union-attr]
+            state = get_peft_model_state_dict(model, adapter_name=adapter)
+            saved_by_peft.update(tensor.data_ptr() for tensor in state.values())
+    own = {
+        name: tensor.contiguous()
+        for name, tensor in found.items()
+        if tensor.data_ptr() not in saved_by_peft
+    }
+    return own, list(found)
+
+
+def _save_adapters(model: Any, path: Path) -> dict[str, Any] | None:
+    """By peft's own means; their names and which are active, or None without peft."""
+    if not hasattr(model, "peft_config"):
+        return None
+    model.save_pretrained(path)
+    return {"names": list(model.peft_config), "active": list(model.active_adapters)}
+
+
+def _load_adapters(
+    base: nn.Module, path: Path, adapters: dict[str, Any] | None, trainable: bool
+) -> nn.Module:
+    if adapters is None:
+        return base
+    from peft import PeftModel
+
+    model: Any = None
+    for name in adapters["names"]:
+        folder = path if name == "default" else path / name
+        if model is None:
+            model = PeftModel.from_pretrained(
+                base, folder, adapter_name=name, is_trainable=trainable
+            )
+        else:
+            model.load_adapter(folder, name, is_trainable=trainable)
+    active = adapters["active"]
+    if len(active) == 1:
+        model.set_adapter(active[0])
+    else:
+        model.base_model.set_adapter(active)
+    assert isinstance(model, nn.Module)
+    return model
