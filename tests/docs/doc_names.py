@@ -96,10 +96,19 @@ MAKERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_optimizer() -> Any:
+def make_optimizer(model: Any = None) -> Any:
     from zofo_optim import HybridZOFO, hybrid_param_groups
 
-    return HybridZOFO(hybrid_param_groups(make_model(), zo=dict(lr=1e-6), fo=dict(lr=1e-3)))
+    model = make_model() if model is None else model
+    return HybridZOFO(hybrid_param_groups(model, zo=dict(lr=1e-6), fo=dict(lr=1e-3)))
+
+
+def make_folders() -> None:
+    """``tuned``, a fine-tune of the tiny OPT."""
+    from zofo_optim import save_hybrid
+
+    model = make_model()
+    save_hybrid(model, make_optimizer(model), "tuned")
 
 
 def imported(module: str, name: str) -> Callable[[], Any]:
@@ -111,9 +120,11 @@ IN_DOCSTRINGS: dict[str, Callable[[], Any]] = {
     "optimizer": make_optimizer,
     "hybrid_param_groups": imported("zofo_optim", "hybrid_param_groups"),
     "HybridZOFO": imported("zofo_optim", "HybridZOFO"),
+    "AutoModelForCausalLM": imported("transformers", "AutoModelForCausalLM"),
     "LoraConfig": imported("peft", "LoraConfig"),
     "get_peft_model": imported("peft", "get_peft_model"),
     "TrainingArguments": imported("transformers", "TrainingArguments"),
+    "name": lambda: HUB_NAME,
 }
 """Pages say where names come from; docstrings leave that out."""
 

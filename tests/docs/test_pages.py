@@ -7,7 +7,7 @@ hub's ``facebook/opt-125m``, tiny. Shell commands are run where they start as in
 
 import pytest
 from doc_blocks import ROOT, docstring_examples, modules_with_examples, pages, sections
-from doc_names import IN_DOCSTRINGS
+from doc_names import IN_DOCSTRINGS, make_folders
 from doc_run import fresh_names, run_python, run_section
 
 pytest.importorskip("transformers")
@@ -48,7 +48,8 @@ def test_no_block_escapes():
 
 @pytest.mark.parametrize("name", modules_with_examples())
 def test_docstring_examples(name):
-    """They see the names of their module, as in doctest, and those of the pages."""
+    """They see the names of their module, as in doctest, those of the pages, and a fine-tune."""
+    make_folders()
     module = pytest.importorskip(name)
     found = list(docstring_examples(module))
     assert found
