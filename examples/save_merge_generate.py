@@ -3,7 +3,7 @@
     python examples/save_merge_generate.py
     python examples/save_merge_generate.py --model facebook/opt-125m --lr-zo 1e-6
 
-peft saves the adapter alone. The base model was trained too: its weights go beside the adapter.
+peft saves the adapter alone. The base model was trained too: save_hybrid writes both.
 """
 
 import argparse
@@ -11,11 +11,10 @@ import copy
 import tempfile
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from zofo_optim import HybridZOFO, hybrid_param_groups
-from zofo_optim.base_weights import load_base_weights, save_base_weights
+from zofo_optim import HybridZOFO, hybrid_param_groups, load_hybrid, save_hybrid
 
 TEXT = "The kettle sings before the rain begins."
 PROMPT = 10  # tokens
@@ -59,12 +58,11 @@ for _ in range(args.steps):
     loss = optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
     losses.append(loss.item())
 print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
-model.save_pretrained(args.out)
-save_base_weights(optimizer, model, args.out)
+print(optimizer.report())
+save_hybrid(model, optimizer, args.out)
 trained = generate(model)
 
-loaded = PeftModel.from_pretrained(elsewhere, args.out)
-load_base_weights(loaded, args.out)
+loaded, _ = load_hybrid(args.out, base=elsewhere)  # and the optimizer's state, to go on with
 merged = loaded.merge_and_unload()  # an ordinary transformers model
 merged.save_pretrained(args.out + "/merged")
 again = generate(AutoModelForCausalLM.from_pretrained(args.out + "/merged"))
