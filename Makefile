@@ -5,22 +5,26 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint format bench gpu opt-1.3b sass build clean
+.PHONY: demo docs test lint format bench gpu opt-1.3b sass build clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/finetune.py --methods zo fo-lora hybrid-lora --out runs/demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m experiments.finetune --methods zo fo-lora hybrid-lora --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
@@ -33,7 +37,7 @@ gpu:
 
 # The paper's comparison on OPT-1.3B; downloads the model and SST-2.
 opt-1.3b:
-	$(GPU_PYTHON) examples/compare.py --model facebook/opt-1.3b --tasks sst2 --data hub \
+	$(GPU_PYTHON) -m experiments.compare --model facebook/opt-1.3b --tasks sst2 --data hub \
 		--dtype bfloat16 --out runs/opt-1.3b
 
 sass: $(STAMP)
@@ -48,4 +52,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

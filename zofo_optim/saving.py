@@ -189,12 +189,11 @@ def _load_adapters(
     model: Any = None
     for name in adapters["names"]:
         folder = path if name == "default" else path / name
-        if model is None:
-            model = PeftModel.from_pretrained(
-                base, folder, adapter_name=name, is_trainable=trainable
-            )
+        if model is None:  # peft loads prompts for inference only; load_hybrid makes them train
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
         else:
-            model.load_adapter(folder, name, is_trainable=trainable)
+            model.load_adapter(folder, name)
+        model.peft_config[name].inference_mode = not trainable
     active = adapters["active"]
     if len(active) == 1:
         model.set_adapter(active[0])

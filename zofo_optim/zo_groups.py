@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,6 @@ class Tables:
         return self._kept[position]
 
 
-def is_same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether two lists hold the same tensors, in order."""
+def is_same(a: Sequence[object], b: Sequence[object]) -> bool:
+    """Whether two lists hold the same objects, in order."""
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

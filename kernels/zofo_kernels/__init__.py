@@ -4,11 +4,14 @@
 same integers, and bit-identical weights with Rademacher noise.
 """
 
-from .direction import DISTRIBUTIONS, NOISE_VERSION, Direction, Shift
+from .backend import Backend
+from .direction import NOISE_VERSION, Direction, Shift
 from .dispatch import BACKENDS, backend_for, unavailable_reason
+from .distributions import DISTRIBUTIONS, Distribution
 from .interrupt import uninterrupted
 from .ops import ROUNDINGS, noise, perturb_, perturbed, replay_, update_
-from .passes import Pass, Passes
+from .program import Pass, Program
+from .region import Region, Regions
 from .weights import DTYPES, Weights, check_weight
 
 __all__ = [
@@ -17,9 +20,13 @@ __all__ = [
     "DTYPES",
     "NOISE_VERSION",
     "ROUNDINGS",
+    "Backend",
     "Direction",
+    "Distribution",
     "Pass",
-    "Passes",
+    "Program",
+    "Region",
+    "Regions",
     "Shift",
     "Weights",
     "backend_for",

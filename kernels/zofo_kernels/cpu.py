@@ -1,4 +1,4 @@
-"""CPU backend: numba kernels over a table of tensors, on as many threads as torch uses."""
+"""CPU backend: numba kernels over a table of runs, on as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from . import cpu_kernels as kernels
 from .direction import Direction, Shift
-from .passes import Passes
-from .table import Slot
+from .distributions import BY_NAME
+from .memo import kept
+from .program import Program
+from .region import Region, Regions
 
 if sys.byteorder != "little":
     raise ImportError("the numba kernels need a little-endian host")
@@ -31,7 +33,6 @@ _STORAGE = {
     torch.float16: (kernels.FP16, np.uint16),
     torch.float64: (kernels.FP64, np.float64),
 }
-_DISTRIBUTION = {"gaussian": kernels.GAUSSIAN, "rademacher": kernels.RADEMACHER}
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -57,38 +58,74 @@ def _get_pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _key_rows(directions: Sequence[Direction]) -> NDArray[np.int64]:
-    rows = [(*d.key(), _DISTRIBUTION[d.distribution]) for d in directions]
+    """Key low, key high and distribution of each direction: int64, shape (directions, 3)."""
+    if len(directions) == 1 and type(directions[0].step) is int:
+        return _fixed_key_row(directions[0])
+    return _make_key_rows(directions)
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_key_row(direction: Direction) -> NDArray[np.int64]:
+    """Of a direction whose step is a number: a tensor may change."""
+    return _make_key_rows([direction])
+
+
+def _make_key_rows(directions: Sequence[Direction]) -> NDArray[np.int64]:
+    rows = [(*d.key(), BY_NAME[d.distribution].code) for d in directions]
     return np.array(rows, dtype=np.int64).reshape(len(rows), 3)
 
 
-def _tables(slots: Sequence[Slot]) -> list[tuple[torch.dtype, int, tuple[Any, ...]]]:
-    """For each dtype: number of elements, and the kernel's first arguments.
+class _Table(NamedTuple):
+    """Runs of one dtype: their elements in all, and the kernel's first arguments."""
 
-    Made once where the sequence has a cache.
-    """
-    cache: dict[str, Any] = getattr(slots, "cache", {})
-    if "cpu" not in cache:
-        cache["cpu"] = tables = []
-        for dtype, (code, storage) in _STORAGE.items():
-            chosen = [slot for slot in slots if slot.tensor.dtype == dtype]
-            if not chosen:
-                continue
-            sizes = [slot.tensor.numel() for slot in chosen]
-            table = (
-                np.empty(0, dtype=storage),
-                code,
-                np.array([slot.tensor.data_ptr() for slot in chosen], dtype=np.int64),
-                np.array(sizes, dtype=np.int64),
-                np.array([slot.parameter for slot in chosen], dtype=np.int64),
-                np.array([slot.offset for slot in chosen], dtype=np.uint64),
-            )
-            tables.append((dtype, sum(sizes), table))
-    found: list[tuple[torch.dtype, int, tuple[Any, ...]]] = cache["cpu"]
-    return found
+    dtype: torch.dtype
+    elements: int
+    columns: tuple[Any, ...]
+
+
+def _tables(regions: Sequence[Region]) -> list[_Table]:
+    return _kept_tables(regions) if type(regions) is Regions else _build(regions)
+
+
+@kept
+def _kept_tables(regions: Regions) -> list[_Table]:
+    return _build(regions)
+
+
+def _build(regions: Sequence[Region]) -> list[_Table]:
+    """A table for each dtype, a row for each run."""
+    by_dtype: dict[torch.dtype, list[Region]] = {}
+    for region in regions:
+        by_dtype.setdefault(region.tensor.dtype, []).append(region)
+    tables = []
+    for dtype, alike in by_dtype.items():
+        (code, storage), width = _STORAGE[dtype], dtype.itemsize
+        rows = [
+            (region.tensor.data_ptr() + width * start, size, region.parameter, offset)
+            for region in alike
+            for start, size, offset in region.runs()
+        ]
+        addresses, sizes, indices, offsets = zip(*rows, strict=True)
+        columns = (
+            np.empty(0, dtype=storage),
+            code,
+            np.array(addresses, dtype=np.int64),
+            np.array(sizes, dtype=np.int64),
+            np.array(indices, dtype=np.int64),
+            np.array(offsets, dtype=np.uint64),
+        )
+        tables.append(_Table(dtype, sum(sizes), columns))
+    return tables
+
+
+_NO_KEYS = _key_rows([])
+_NO_STEPS = {kind: torch.empty(0, dtype=kind).numpy() for kind in (torch.float32, torch.float64)}
+_NO_DECAY = {kind: torch.zeros(1, dtype=kind).numpy() for kind in (torch.float32, torch.float64)}
+_ONE, _NONE_OF_ONE = np.array([1]), np.array([0])
 
 
 def _run(
-    slots: Sequence[Slot],
+    regions: Sequence[Region],
     shifts: Sequence[Shift],
     directions: Sequence[Direction] = (),
     coefficients: Tensor | None = None,
@@ -100,16 +137,16 @@ def _run(
     shift_keys, update_keys = _key_rows([s.direction for s in shifts]), _key_rows(directions)
     shift_ends, key_ends = np.array([len(shifts)]), np.array([len(directions)])
     launches = []
-    for dtype, total, table in _tables(slots):
+    for dtype, total, table in _tables(regions):
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         scales = torch.tensor([s.scale for s in shifts], dtype=compute).numpy()
-        steps, decay = torch.empty(0, dtype=compute), torch.zeros(1, dtype=compute)
+        steps, decay = _NO_STEPS[compute], _NO_DECAY[compute]
         if coefficients is not None and lr is not None:
             rate = lr.to(compute)
-            steps = rate * coefficients.to(compute)
-            decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1)
+            steps = (rate * coefficients.to(compute)).numpy()
+            decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1).numpy()
         keys = shift_ends, shift_keys, scales, key_ends, update_keys
-        launches.append((total, table, (*keys, steps.numpy(), decay.numpy(), stochastic)))
+        launches.append((total, table, (*keys, steps, decay, stochastic)))
     _launch(launches)
 
 
@@ -139,7 +176,7 @@ def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) ->
 
     futures: list[Future[None]] = []
     try:
-        with suppress(RuntimeError):  # no more threads to be had: those that there are do it
+        with suppress(RuntimeError):  # where no thread can be started, the others do its work
             for _ in range(threads - 1):
                 futures.append(_get_pool(threads - 1).submit(work))
         work()
@@ -148,38 +185,25 @@ def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) ->
             future.result()
 
 
-def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
-    """See :func:`zofo_kernels.reference.perturb`."""
-    _run(slots, shifts)
+def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:
+    """See :meth:`Backend.perturb`."""
+    _run(regions, shifts)
 
 
-_NO_KEYS = _key_rows([])
-_NO_STEPS = {kind: np.empty(0, dtype=kind) for kind in (np.float32, np.float64)}
-_NO_DECAY = {kind: np.zeros(1, dtype=kind) for kind in (np.float32, np.float64)}
-_ONE, _NONE_OF_ONE = np.array([1]), np.array([0])
-
-
-@functools.lru_cache(maxsize=64)
-def _fixed_key_rows(direction: Direction) -> NDArray[np.int64]:
-    """Of one direction whose step is a number."""
-    return _key_rows([direction])
-
-
-def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift) -> None:
-    """See :func:`zofo_kernels.reference.perturb_copy`. Called for many small ones: costs little."""
-    for slot, source in zip(slots, sources, strict=True):
-        slot.tensor.copy_(source)
-    direction = shift.direction
-    keys = _fixed_key_rows(direction) if type(direction.step) is int else _key_rows([direction])
-    for dtype, total, table in _tables(slots):
-        compute = np.float64 if dtype == torch.float64 else np.float32
-        scales = np.array([shift.scale], dtype=compute)
+def perturb_copy(regions: Sequence[Region], sources: Sequence[Tensor], shift: Shift) -> None:
+    """See :meth:`Backend.perturb_copy`. Called for many small tensors, so it must cost little."""
+    for region, source in zip(regions, sources, strict=True):
+        region.tensor.copy_(source)
+    keys = _key_rows([shift.direction])
+    for dtype, total, table in _tables(regions):
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        scales = np.array([shift.scale], dtype=_NO_STEPS[compute].dtype)
         update = _NONE_OF_ONE, _NO_KEYS, _NO_STEPS[compute], _NO_DECAY[compute], False
         _in_threads(total, table, (_ONE, keys, scales, *update))
 
 
 def update(
-    slots: Sequence[Slot],
+    regions: Sequence[Region],
     directions: Sequence[Direction],
     coefficients: Tensor,
     lr: Tensor,
@@ -187,24 +211,24 @@ def update(
     recover: Shift | None,
     stochastic: bool,
 ) -> None:
-    """See :func:`zofo_kernels.reference.update`."""
+    """See :meth:`Backend.update`."""
     shifts = () if recover is None else (Shift(recover.direction, -recover.scale),)
-    _run(slots, shifts, directions, coefficients, lr, weight_decay, stochastic)
+    _run(regions, shifts, directions, coefficients, lr, weight_decay, stochastic)
 
 
-def replay(slots: Sequence[Slot], passes: Passes, stochastic: bool) -> None:
-    """All passes in turn, a chunk that fits in the cache at a time."""
+def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> None:
+    """See :meth:`Backend.replay`. Each chunk goes through all passes while it is in the cache."""
     launches = []
-    for dtype, total, table in _tables(slots):
+    for dtype, total, table in _tables(regions):
         compute = np.float64 if dtype == torch.float64 else np.float32
-        if compute not in passes.cache:
-            passes.cache[compute] = _program(passes, compute)
-        launches.append((total, table, (*passes.cache[compute], stochastic)))
+        launches.append((total, table, (*_arrays(program, compute), stochastic)))
     _launch(launches)
 
 
-def _program(passes: Passes, compute: type) -> tuple[Any, ...]:
-    """What ``run_passes`` takes of the passes."""
+@kept
+def _arrays(program: Program, compute: type) -> tuple[Any, ...]:
+    """The program as ``run_passes`` takes it."""
+    passes = program.passes
 
     def array(values: Iterable[float]) -> NDArray[Any]:
         return np.array(list(values), dtype=compute)
@@ -224,7 +248,7 @@ def _program(passes: Passes, compute: type) -> tuple[Any, ...]:
     )
 
 
-def fill_noise(out: Slot, direction: Direction) -> None:
-    """See :func:`zofo_kernels.reference.fill_noise`."""
+def fill_noise(out: Region, direction: Direction) -> None:
+    """See :meth:`Backend.fill_noise`."""
     out.tensor.zero_()
     _run([out], [Shift(direction, 1.0)])

@@ -1,8 +1,8 @@
 """The CPU backend's pass over the weights, compiled by numba.
 
-A pass runs over a table of tensors (addresses, sizes, parameter indices, offsets) in chunks
-that stay in the first-level cache: noise into a buffer, weights decoded to the compute dtype,
-shifts and update applied, result rounded and encoded. Threads get disjoint element ranges.
+A pass runs over a table of runs (addresses, sizes, parameter indices, offsets) in chunks that
+stay in the first-level cache: it makes noise in a buffer, decodes weights to the compute dtype,
+applies shifts and update, rounds the result and encodes it. Threads get disjoint element ranges.
 """
 
 # mypy: ignore-errors
@@ -13,6 +13,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from . import distributions
 from .cpu_random import (
     FAST,
     add_signs,
@@ -25,7 +26,9 @@ from .cpu_random import (
 
 CHUNK = 2048  # elements: a multiple of 128, so that chunks start at Philox blocks
 FP32, BF16, FP16, FP64 = 0, 1, 2, 3
-GAUSSIAN, RADEMACHER = 0, 1
+GAUSSIAN, RADEMACHER = distributions.GAUSSIAN.code, distributions.RADEMACHER.code
+GAUSSIAN_PER_CALL = distributions.GAUSSIAN.elements_per_call
+RADEMACHER_PER_CALL = distributions.RADEMACHER.elements_per_call
 _F, _U = np.float32, np.uint32
 
 # The order and number of roundings is part of the definition: no fused multiply-add.
@@ -141,7 +144,7 @@ def _round_stochastic(code, x, halves, count):
 @njit(**FAST)
 def _noise(distribution, words, z, start, count, index, key0, key1):
     """Noise of elements from start on, into z; returns where start lies in z."""
-    per_call = 8 if distribution == GAUSSIAN else 128
+    per_call = GAUSSIAN_PER_CALL if distribution == GAUSSIAN else RADEMACHER_PER_CALL
     first = start // np.uint64(per_call)
     lead = np.int64(start - first * np.uint64(per_call))
     blocks = (lead + count + per_call - 1) // per_call
@@ -289,8 +292,8 @@ def run_passes(
     Args:
         example: an empty array of the storage type: float32, float64 or uint16.
         code: FP32, BF16, FP16 or FP64.
-        addresses, sizes, indices, offsets: the table, one row a tensor.
-        begin, end: range in the concatenation of the tensors; threads get disjoint ranges.
+        addresses, sizes, indices, offsets: the table, one row a run of contiguous weights.
+        begin, end: range in the concatenation of the runs; threads get disjoint ranges.
         shift_ends, key_ends: for each pass, the end of its rows in those below.
         shifts: int64 (k, 3): key low, key high, distribution of each shift; scales: (k,).
         keys: int64 (S, 3) likewise for the updates' directions; steps: (S,), lr times c_s.
@@ -305,12 +308,12 @@ def run_passes(
     for t in range(sizes.shape[0]):
         low, high = max(begin - base, 0), min(end - base, sizes[t])
         base += sizes[t]
-        tensor = carray(_pointer(addresses[t]), sizes[t], example.dtype)
+        run = carray(_pointer(addresses[t]), sizes[t], example.dtype)
         while low < high:
             start = np.uint64(offsets[t]) + np.uint64(low)
             lead = np.int64(start % np.uint64(128))
             count = min(high - low, CHUNK - lead)
-            memory = tensor[low : low + count]
+            memory = run[low : low + count]
             shift, key = 0, 0
             for k in range(shift_ends.shape[0]):
                 its_shifts, its_scales = (

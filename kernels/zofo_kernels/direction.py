@@ -13,17 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .distributions import DISTRIBUTIONS
+
 NOISE_VERSION = 1
 """Version of the noise definition (hash, counter layout, transforms)."""
 
-DISTRIBUTIONS = ("gaussian", "rademacher")
-ELEMENTS_PER_CALL = {"gaussian": 8, "rademacher": 128}
-"""Elements produced by one Philox4x32-10 call."""
 ROUNDING_ELEMENTS_PER_CALL = 8
+"""Elements that get their 16 rounding bits from one Philox4x32-10 call."""
 STREAM_DIRECTION = 0
 STREAM_ROUNDING = 1
 
 _MASK64 = (1 << 64) - 1
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def _mix64(x: int) -> int:
@@ -91,3 +92,22 @@ def check_direction(direction: Direction) -> None:
         raise ValueError(
             f"distribution must be one of {DISTRIBUTIONS}, got {direction.distribution!r}"
         )
+
+
+def check_shift(name: str, shift: Shift) -> None:
+    """Raise where a shift cannot be used; ``name`` is the argument's.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_direction` and :func:`check_finite`; or ``shift``
+            is no :class:`Shift`.
+    """
+    if not isinstance(shift, Shift):
+        raise TypeError(f"{name} must be a zofo_kernels.Shift, got {shift!r}")
+    check_direction(shift.direction)
+    check_finite(f"{name}.scale", shift.scale)
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raise ValueError where ``value`` is not a number that is finite in float32."""
+    if not isinstance(value, (int, float)) or not abs(value) <= _FLOAT32_MAX:
+        raise ValueError(f"{name} must be a finite float32 number, got {value!r}")

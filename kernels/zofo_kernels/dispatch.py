@@ -6,9 +6,16 @@ import functools
 import importlib
 import os
 import warnings
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
+
+from .backend import Backend
+
+if TYPE_CHECKING:
+    from . import cpu, reference, triton
+
+    _BACKENDS: tuple[Backend, ...] = (reference, cpu, triton)
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 _DEVICE_TYPE = {"triton": "cuda", "cpu": "cpu"}
@@ -56,11 +63,12 @@ def _warn_slow(device_type: str, backend: str) -> None:
     )
 
 
-def backend_for(device: torch.device, backend: str = "auto") -> ModuleType:
-    """The module that serves tensors on ``device``.
+def backend_for(device: torch.device, backend: str = "auto") -> Backend:
+    """The backend that serves tensors on ``device``.
 
-    "auto": Triton on CUDA, numba on the CPU, the reference anywhere else and, with one warning,
-    where the fast one is missing. With ``TRITON_INTERPRET=1``, "triton" serves CPU tensors.
+    "auto" is Triton on CUDA, numba on the CPU, and the reference on other devices; also, with one
+    warning, where the fast one is missing. With ``TRITON_INTERPRET=1``, "triton" serves CPU
+    tensors.
 
     Raises:
         ValueError: unknown backend, or one that does not serve this device.
@@ -84,4 +92,4 @@ def backend_for(device: torch.device, backend: str = "auto") -> ModuleType:
         serves = "cpu"
     if serves != device.type:
         raise ValueError(f"backend={backend!r} serves {serves} tensors, got a tensor on {device}")
-    return importlib.import_module(f".{backend}", __package__)
+    return cast(Backend, importlib.import_module(f".{backend}", __package__))

@@ -9,34 +9,19 @@ are skipped. ``Weights`` in place of the list saves the host's work on repeated 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .direction import Direction, Shift, check_direction
+from .backend import Backend, widest_float
+from .direction import Direction, Shift, check_direction, check_finite, check_shift
 from .dispatch import backend_for
 from .interrupt import uninterrupted
-from .passes import Passes
-from .table import Slot, Slots
+from .program import Program
+from .region import Region
 from .weights import DTYPES, Weights, as_weights, check_places, check_weight
 
 ROUNDINGS = ("stochastic", "nearest")
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def _check_shift(name: str, shift: Shift | None) -> None:
-    if shift is None:
-        return
-    if not isinstance(shift, Shift):
-        raise TypeError(f"{name} must be a zofo_kernels.Shift, got {shift!r}")
-    check_direction(shift.direction)
-    _check_finite(f"{name}.scale", shift.scale)
-
-
-def _check_finite(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not abs(value) <= _FLOAT32_MAX:
-        raise ValueError(f"{name} must be a finite float32 number, got {value!r}")
 
 
 def noise(
@@ -67,9 +52,9 @@ def noise(
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    with torch.no_grad(), Weights([out], [index], [offset]).slots() as by_device:
-        for where, slots in by_device.items():
-            backend_for(where, backend).fill_noise(slots[0], direction)
+    with torch.no_grad(), Weights([out], [index], [offset]).regions() as by_device:
+        for where, regions in by_device.items():
+            backend_for(where, backend).fill_noise(regions[0], direction)
     return out
 
 
@@ -103,20 +88,20 @@ def perturb_(
         RuntimeError: the backend is not available here.
     """
     shifts = []
-    _check_shift("recover", recover)
     if recover is not None:
+        check_shift("recover", recover)
         shifts.append(Shift(recover.direction, -recover.scale))
     if direction is not None:
         check_direction(direction)
-        _check_finite("scale", scale)
+        check_finite("scale", scale)
         shifts.append(Shift(direction, scale))
     if not shifts:
         return
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.slots() as by_device:
+    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
-        for device, slots in by_device.items():
-            engines[device].perturb(slots, shifts)
+        for device, regions in by_device.items():
+            engines[device].perturb(regions, shifts)
         weights.mark_changed()
 
 
@@ -128,7 +113,7 @@ def perturbed(
     index: int = 0,
     offset: int = 0,
     rows: Tensor | None = None,
-    backend: str | ModuleType = "auto",
+    backend: str | Backend = "auto",
 ) -> Tensor:
     """RN(w + scale * z) as a new contiguous tensor; ``tensor`` is not written. See perturb_.
 
@@ -140,7 +125,7 @@ def perturbed(
     """
     check_weight(tensor)
     check_direction(direction)
-    _check_finite("scale", scale)
+    check_finite("scale", scale)
     check_places([index], [offset], [tensor.numel()])
     shift = Shift(direction, float(scale))
     engine = backend_for(tensor.device, backend) if isinstance(backend, str) else backend
@@ -148,14 +133,14 @@ def perturbed(
         out = torch.embedding(tensor.detach(), rows).resolve_neg()
         width = tensor.shape[1]
         places = zip(out.view(-1, width).unbind(), rows.flatten().tolist(), strict=True)
-        slots = [Slot(row, index, offset + width * place) for row, place in places]
+        regions = [Region(row, index, offset + width * place) for row, place in places]
         if out.numel() > 0:
-            engine.perturb(slots, [shift])
+            engine.perturb(regions, [shift])
         return out
     content = tensor.detach().resolve_neg().contiguous()
     out = torch.empty_like(content)
     if out.numel() > 0:
-        engine.perturb_copy([Slot(out, index, offset)], [content], shift)
+        engine.perturb_copy([Region(out, index, offset)], [content], shift)
     return out
 
 
@@ -202,17 +187,18 @@ def update_(
             f"{tuple(coefficients.shape)} of {coefficients.dtype}"
         )
     if not isinstance(lr, Tensor):
-        _check_finite("lr", lr)
+        check_finite("lr", lr)
     elif lr.numel() != 1 or lr.is_complex():
         raise ValueError(
             f"lr must have one element and be real, got shape {tuple(lr.shape)} of {lr.dtype}"
         )
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    _check_finite("weight_decay", weight_decay)
-    _check_shift("recover", recover)
+    check_finite("weight_decay", weight_decay)
+    if recover is not None:
+        check_shift("recover", recover)
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.slots() as by_device:
+    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
         given = coefficients.detach().resolve_neg()
         # all copies before any device's weights are written
@@ -220,9 +206,9 @@ def update_(
             device: (given.to(device, non_blocking=True), _on_device(lr, device))
             for device in by_device
         }
-        for device, slots in by_device.items():
+        for device, regions in by_device.items():
             engines[device].update(
-                slots,
+                regions,
                 directions,
                 *numbers[device],
                 float(weight_decay),
@@ -234,7 +220,7 @@ def update_(
 
 def replay_(
     tensors: Weights | Sequence[Tensor],
-    passes: Passes,
+    program: Program,
     *,
     rounding: str = "stochastic",
     indices: Sequence[int] | None = None,
@@ -248,7 +234,7 @@ def replay_(
 
     Args:
         tensors: weights, changed in place: a list of tensors, or :class:`Weights`.
-        passes: what to do; keep the object where it is used again.
+        program: what to do; keep the object where it is used again.
         rounding, indices, offsets, backend: see :func:`update_`.
 
     Raises:
@@ -257,61 +243,18 @@ def replay_(
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    _check_passes(passes)
+    if not isinstance(program, Program):
+        raise TypeError(f"program must be a zofo_kernels.Program, got {type(program).__name__}")
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.slots() as by_device:
+    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
-        for device, slots in by_device.items():
-            engine = engines[device]
-            if hasattr(engine, "replay"):
-                engine.replay(slots, passes, rounding == "stochastic")
-            else:
-                _in_turn(engine, device, slots, passes, rounding == "stochastic")
+        for device, regions in by_device.items():
+            engines[device].replay(regions, program, rounding == "stochastic")
         weights.mark_changed()
-
-
-def _check_passes(passes: Passes) -> None:
-    if not isinstance(passes, Passes):
-        raise TypeError(f"passes must be a zofo_kernels.Passes, got {type(passes).__name__}")
-    if "checked" in passes.cache:
-        return
-    for one in passes:
-        for shift in one.shifts:
-            _check_shift("shifts", shift)
-        for direction in one.directions:
-            check_direction(direction)
-        if len(one.directions) != len(one.coefficients):
-            raise ValueError(
-                f"coefficients must be as many as directions ({len(one.directions)}), got "
-                f"{len(one.coefficients)}"
-            )
-        _check_finite("weight_decay", one.weight_decay)
-    passes.cache["checked"] = True
-
-
-def _in_turn(
-    engine: ModuleType, device: torch.device, slots: Slots, passes: Passes, stochastic: bool
-) -> None:
-    if device not in passes.cache:
-        numbers = [x for one in passes for x in (one.lr, *one.coefficients)]
-        real = torch.float32 if device.type == "mps" else torch.float64
-        passes.cache[device] = torch.tensor(numbers, dtype=real).to(device)
-    numbers, at = passes.cache[device], 0
-    for one in passes:
-        for shift in one.shifts:
-            engine.perturb(slots, [shift])
-        last = at + 1 + len(one.directions)
-        if one.directions:
-            coefficients, lr = numbers[at + 1 : last], numbers[at]
-            engine.update(
-                slots, one.directions, coefficients, lr, one.weight_decay, None, stochastic
-            )
-        at = last
 
 
 def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:
     """lr as a 0-dim tensor on ``device``; a number fills it without waiting for the device."""
     if isinstance(lr, Tensor):
         return lr.detach().resolve_neg().reshape(()).to(device, non_blocking=True)
-    real = torch.float32 if device.type == "mps" else torch.float64
-    return torch.full((), float(lr), dtype=real, device=device)
+    return torch.full((), float(lr), dtype=widest_float(device), device=device)

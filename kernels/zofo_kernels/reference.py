@@ -4,10 +4,10 @@ This file is the maths. It runs on any device, allocates temporaries, and is slo
 backend is tested against it. Integers are carried in int64 tensors, whose products wrap modulo
 2^64 and so keep the 64 bits that Philox needs.
 
-A pass works in chunks. Each is computed in temporaries before it is written, which needs no
-memory, so that a chunk is done whole or not at all. One whose temporaries cannot be allocated is
-done in halves, down to ``SMALLEST`` elements; chunks do not affect the result. Only if those few
-bytes cannot be had either does the pass raise half-way, with every chunk before that point done
+A pass works in chunks. A chunk is first computed in temporaries and then written, and writing
+needs no memory, so it is done as a whole or not at all. A chunk whose temporaries cannot be
+allocated is done in halves, down to ``SMALLEST`` elements; chunks do not affect the result. Where
+not even those can be allocated, the pass raises half-way: all chunks before that point are done,
 and none after it.
 """
 
@@ -19,15 +19,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .backend import replay_in_turn, widest_float
 from .direction import (
-    ELEMENTS_PER_CALL,
     ROUNDING_ELEMENTS_PER_CALL,
     STREAM_DIRECTION,
     STREAM_ROUNDING,
     Direction,
     Shift,
 )
-from .table import Slot
+from .distributions import BY_NAME, GAUSSIAN
+from .program import Program
+from .region import Region
 
 CHUNK = 1 << 18  # elements at a time: bounds the temporaries; a multiple of SMALLEST
 SMALLEST = 1 << 10  # elements of a chunk that is not halved; a multiple of 128
@@ -81,7 +83,7 @@ def gaussian_from_words(words: Tensor) -> Tensor:
     The low 23 bits k give the radius, u = (2k + 1) / 2^24 in (0, 1); the high 9 bits, signed,
     give the angle (a + 1/2) pi / 256. Element 2w is the cosine and 2w + 1 the sine of word w.
     """
-    exact = torch.float64 if words.device.type != "mps" else torch.float32
+    exact = widest_float(words.device)
     k = (words & 0x7FFFFF).to(exact)
     a = (words >> 23) - ((words >> 31) << 9)
     radius = torch.sqrt(-2.0 * torch.log((2.0 * k + 1.0) * 2.0**-24))
@@ -111,9 +113,10 @@ def direction_values(
     direction: Direction, index: int, start: int, count: int, device: torch.device
 ) -> Tensor:
     """z of elements [start, start + count) of parameter ``index``: float32, shape (count,)."""
-    first, blocks, lead = _window(ELEMENTS_PER_CALL[direction.distribution], start, count)
+    distribution = BY_NAME[direction.distribution]
+    first, blocks, lead = _window(distribution.elements_per_call, start, count)
     words = random_words(direction, index, STREAM_DIRECTION, first, blocks, device)
-    make = gaussian_from_words if direction.distribution == "gaussian" else rademacher_from_words
+    make = gaussian_from_words if distribution is GAUSSIAN else rademacher_from_words
     return make(words).flatten()[lead : lead + count]
 
 
@@ -166,26 +169,29 @@ def _out_of_memory(error: BaseException) -> bool:
     return "allocate memory" in message or "out of memory" in message
 
 
-def _write(slot: Slot, source: Tensor, compute: Callable[[Tensor, int, int], Tensor]) -> None:
-    """slot <- compute(w, parameter, start) for the chunks w of ``source``, alike or the same.
+def _write(region: Region, source: Tensor, compute: Callable[[Tensor, int, int], Tensor]) -> None:
+    """region <- compute(w, index, offset) for the chunks w of ``source``.
 
     Args:
-        compute: from a flat chunk, its parameter's index and the number of its first element
+        source: what is read: the region's tensor, or one of the same shape and dtype.
+        compute: from a flat chunk, its parameter's index and the index of its first element
             there to a tensor of the chunk's shape and dtype; must not write to the chunk.
     """
-    before, after = source.view(-1), slot.tensor.view(-1)
-    done, size = 0, CHUNK
-    while done < after.numel():
-        chunk = before[done : done + size]
-        try:
-            value = compute(chunk, slot.parameter, slot.offset + done)
-        except (MemoryError, RuntimeError) as error:
-            if chunk.numel() <= SMALLEST or not _out_of_memory(error):
-                raise
-            size = max(chunk.numel() // 2 // SMALLEST, 1) * SMALLEST
-            continue
-        after[done : done + size].copy_(value)
-        done += size
+    before, after = source.view(-1), region.tensor.view(-1)
+    for start, elements, offset in region.runs():
+        done, size = 0, CHUNK
+        while done < elements:
+            low, high = start + done, start + min(done + size, elements)
+            chunk = before[low:high]
+            try:
+                value = compute(chunk, region.parameter, offset + done)
+            except (MemoryError, RuntimeError) as error:
+                if chunk.numel() <= SMALLEST or not _out_of_memory(error):
+                    raise
+                size = max(chunk.numel() // 2 // SMALLEST, 1) * SMALLEST
+                continue
+            after[low:high].copy_(value)
+            done += size
 
 
 def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
@@ -196,30 +202,30 @@ def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
     return (w.to(compute) + scale * z).to(w.dtype)
 
 
-def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
-    """w <- RN(w + scale z) for each shift in turn, in place."""
+def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:
+    """See :meth:`Backend.perturb`."""
 
     def moved(w: Tensor, index: int, start: int) -> Tensor:
         for shift in shifts:
             w = _shifted(w, shift, index, start)
         return w
 
-    for slot in slots:
-        _write(slot, slot.tensor, moved)
+    for region in regions:
+        _write(region, region.tensor, moved)
 
 
-def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift) -> None:
-    """slots <- RN(source + scale z), source and slot alike but in memory."""
+def perturb_copy(regions: Sequence[Region], sources: Sequence[Tensor], shift: Shift) -> None:
+    """See :meth:`Backend.perturb_copy`."""
 
     def moved(w: Tensor, index: int, start: int) -> Tensor:
         return _shifted(w, shift, index, start)
 
-    for slot, source in zip(slots, sources, strict=True):
-        _write(slot, source, moved)
+    for region, source in zip(regions, sources, strict=True):
+        _write(region, source, moved)
 
 
 def update(
-    slots: Sequence[Slot],
+    regions: Sequence[Region],
     directions: Sequence[Direction],
     coefficients: Tensor,
     lr: Tensor,
@@ -227,13 +233,9 @@ def update(
     recover: Shift | None,
     stochastic: bool,
 ) -> None:
-    """w <- round(w0 - (sum_s (lr c_s) z_s + (lr weight_decay) w0)), w0 the recovered weight.
-
-    The order of the roundings is part of the definition: products lr c_s and lr weight_decay
-    in the compute dtype, the sum over s from the left, then the decay, then the subtraction.
-    """
+    """See :meth:`Backend.update`."""
     factors = {}  # for all dtypes before the first write: see the top of this file
-    for compute in {compute_dtype(slot.tensor.dtype) for slot in slots}:
+    for compute in {compute_dtype(region.tensor.dtype) for region in regions}:
         rate = lr.to(compute)
         steps = rate * coefficients.to(compute)
         decay = rate * torch.tensor(weight_decay, dtype=compute, device=rate.device)
@@ -256,12 +258,17 @@ def update(
             return round_stochastic(value, bits, w.dtype)
         return value.to(w.dtype)
 
-    for slot in slots:
-        _write(slot, slot.tensor, updated)
+    for region in regions:
+        _write(region, region.tensor, updated)
 
 
-def fill_noise(out: Slot, direction: Direction) -> None:
-    """out <- z."""
+def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> None:
+    """See :meth:`Backend.replay`."""
+    replay_in_turn(perturb, update, regions, program, stochastic)
+
+
+def fill_noise(out: Region, direction: Direction) -> None:
+    """See :meth:`Backend.fill_noise`."""
 
     def noise(w: Tensor, index: int, start: int) -> Tensor:
         return direction_values(direction, index, start, w.numel(), w.device).to(w.dtype)

@@ -1,4 +1,4 @@
-"""Triton backend: tables of tensors on the device, and one launch a pass for each dtype.
+"""Triton backend: tables of runs on the device, and one launch a pass for each dtype.
 
 Nothing here waits for the device, and all but the building of a table may be captured in a CUDA
 graph. With ``TRITON_INTERPRET=1`` set before Triton is imported, the kernels are interpreted on
@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from .backend import replay_in_turn
 from .direction import NOISE_VERSION, Direction, Shift
-from .table import Slot
+from .distributions import BY_NAME
+from .memo import kept
+from .program import Program
+from .region import Region, Regions
 
 _OLDEST = (3, 4)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
@@ -41,10 +45,6 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_KIND = {
-    "gaussian": kernels.GAUSSIAN.value,
-    "rademacher": kernels.RADEMACHER.value,
-}
 _NONE = kernels.NONE.value
 _IN_PLACE, _COPY, _NO_SOURCE = (
     kernels.IN_PLACE.value,
@@ -56,10 +56,10 @@ _NO_ROW = [0] * kernels.COLUMNS.value
 
 
 class _Launch(NamedTuple):
-    """What one launch works on: tensors of a dtype that are all aligned, or that are not.
+    """What one launch works on: runs of one dtype, all aligned or all not.
 
-    ``only`` is the row of the only tensor, passed by value; else there are ``table`` and
-    ``items`` on the device (which are any tensors where not read).
+    ``only`` is the row of the only run, passed by value; else ``table`` and ``items`` are on the
+    device. Where they are not read they are any tensors.
     """
 
     dtype: torch.dtype
@@ -70,20 +70,21 @@ class _Launch(NamedTuple):
     only: list[int] | None = None
 
 
-def _rows(slot: Slot, source: Tensor) -> Iterator[tuple[bool, list[int]]]:
-    """The slot's rows of the kernels' table, with whether each is aligned.
+def _rows(region: Region, source: Tensor) -> Iterator[tuple[bool, list[int]]]:
+    """The region's rows of the kernels' table, with whether each is aligned.
 
-    A tensor that is aligned but for its last elements gives two rows.
+    A run that is aligned but for its last elements gives two rows.
     """
-    tensor, offset = slot.tensor, slot.offset
-    size, width = tensor.numel(), tensor.element_size()
-    addresses = tensor.data_ptr(), source.data_ptr()
-    aligned = all(address % 16 == 0 for address in addresses) and offset % 128 == 0
-    body = size // 8 * 8 if aligned else 0
-    for yes, low, high in ((True, 0, body), (False, body, size)):
-        if low < high:
-            to, start = (address + low * width for address in addresses)
-            yield yes, [to, high - low, offset + low, slot.parameter, start]
+    width = region.tensor.element_size()
+    base = region.tensor.data_ptr(), source.data_ptr()
+    for start, size, offset in region.runs():
+        addresses = [address + start * width for address in base]
+        aligned = all(address % 16 == 0 for address in addresses) and offset % 128 == 0
+        body = size // 8 * 8 if aligned else 0
+        for yes, low, high in ((True, 0, body), (False, body, size)):
+            if low < high:
+                to, read = (address + low * width for address in addresses)
+                yield yes, [to, high - low, offset + low, region.parameter, read]
 
 
 def _items(rows: NDArray[np.int64], aligned: bool) -> NDArray[np.int64]:
@@ -98,38 +99,39 @@ def _items(rows: NDArray[np.int64], aligned: bool) -> NDArray[np.int64]:
     return items
 
 
-def _launches(slots: Sequence[Slot], sources: Sequence[Tensor] | None) -> list[_Launch]:
-    """Tables of these slots, made once where the sequence has a cache; none for one slot."""
-    cache: dict[str, Any] | None = getattr(slots, "cache", None)
-    if cache is None and len(slots) == 1:
-        source = slots[0].tensor if sources is None else sources[0]
-        return [_single(slots[0], aligned, row) for aligned, row in _rows(slots[0], source)]
-    if cache is None or sources is not None:
-        return _build(slots, sources)
-    if "triton" not in cache:
-        cache["triton"] = _build(slots, None)
-    found: list[_Launch] = cache["triton"]
-    return found
+def _launches(regions: Sequence[Region], sources: Sequence[Tensor] | None) -> list[_Launch]:
+    """The launches of a pass; those of :class:`Regions` in place are made once."""
+    if type(regions) is Regions and sources is None:
+        return _kept_launches(regions)
+    if len(regions) == 1 and len(regions[0].runs()) == 1:
+        source = regions[0].tensor if sources is None else sources[0]
+        return [_single(regions[0], aligned, row) for aligned, row in _rows(regions[0], source)]
+    return _build(regions, sources)
 
 
-def _single(slot: Slot, aligned: bool, row: list[int]) -> _Launch:
-    """A launch that needs no table, for tensors that serve one pass."""
+@kept
+def _kept_launches(regions: Regions) -> list[_Launch]:
+    return _build(regions, None)
+
+
+def _single(region: Region, aligned: bool, row: list[int]) -> _Launch:
+    """A launch that needs no table, for a run that serves one pass."""
     lead = 0 if aligned else row[2] % 128
     programs = -(-(row[1] + lead) // (8 * VECTORS))
-    return _Launch(slot.tensor.dtype, aligned, programs, slot.tensor, slot.tensor, row)
+    return _Launch(region.tensor.dtype, aligned, programs, region.tensor, region.tensor, row)
 
 
-def _build(slots: Sequence[Slot], sources: Sequence[Tensor] | None) -> list[_Launch]:
-    device = slots[0].tensor.device
+def _build(regions: Sequence[Region], sources: Sequence[Tensor] | None) -> list[_Launch]:
+    device = regions[0].tensor.device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the table of the weights' addresses must be built before a CUDA graph is captured: "
             "run the same step on the same tensors once before capturing it"
         )
     groups: dict[tuple[torch.dtype, bool], list[list[int]]] = {}
-    for slot, source in zip(slots, sources or [s.tensor for s in slots], strict=True):
-        for aligned, row in _rows(slot, source):
-            groups.setdefault((slot.tensor.dtype, aligned), []).append(row)
+    for region, source in zip(regions, sources or [r.tensor for r in regions], strict=True):
+        for aligned, row in _rows(region, source):
+            groups.setdefault((region.tensor.dtype, aligned), []).append(row)
     made = []
     for (dtype, aligned), rows in groups.items():
         table = np.array(rows, dtype=np.int64)
@@ -192,7 +194,7 @@ def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tenso
             0 if on_device else first.step,
             first.step if on_device else keys,
             first.sample,
-            _KIND[first.distribution],
+            BY_NAME[first.distribution].code,
             high - low,
             version=NOISE_VERSION,
             STEP_ON_DEVICE=on_device,
@@ -204,7 +206,7 @@ def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tenso
 
 
 def _run(
-    slots: Sequence[Slot],
+    regions: Sequence[Region],
     shifts: Sequence[Shift],
     directions: Sequence[Direction] = (),
     coefficients: Tensor | None = None,
@@ -215,9 +217,9 @@ def _run(
     sources: Sequence[Tensor] | None = None,
 ) -> None:
     """One pass: at most two shifts, or at most one and the update."""
-    launches = _launches(slots, sources)
+    launches = _launches(regions, sources)
     along = [*(shift.direction for shift in shifts), *directions]
-    kinds = [_KIND[direction.distribution] for direction in along]
+    kinds = [BY_NAME[direction.distribution].code for direction in along]
     scales = [_bits(shift.scale) for shift in shifts] + [0, 0]
     on_device = len(directions) > 1 or any(isinstance(d.step, Tensor) for d in along)
     words = [0, 0, 0, 0]
@@ -239,7 +241,7 @@ def _run(
         "DECAY": weight_decay != 0,
         "KEYS_ON_DEVICE": on_device,
     }
-    device = slots[0].tensor.device
+    device = regions[0].tensor.device
     with _on(device):
         unread = launches[0].table
         keys = _device_keys(along, device) if on_device else unread
@@ -274,19 +276,19 @@ def _start(
     )
 
 
-def perturb(slots: Sequence[Slot], shifts: Sequence[Shift]) -> None:
-    """See :func:`zofo_kernels.reference.perturb`."""
+def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:
+    """See :meth:`Backend.perturb`."""
     for low in range(0, len(shifts), 2):
-        _run(slots, shifts[low : low + 2])
+        _run(regions, shifts[low : low + 2])
 
 
-def perturb_copy(slots: Sequence[Slot], sources: Sequence[Tensor], shift: Shift) -> None:
-    """See :func:`zofo_kernels.reference.perturb_copy`."""
-    _run(slots, [shift], source=_COPY, sources=sources)
+def perturb_copy(regions: Sequence[Region], sources: Sequence[Tensor], shift: Shift) -> None:
+    """See :meth:`Backend.perturb_copy`."""
+    _run(regions, [shift], source=_COPY, sources=sources)
 
 
 def update(
-    slots: Sequence[Slot],
+    regions: Sequence[Region],
     directions: Sequence[Direction],
     coefficients: Tensor,
     lr: Tensor,
@@ -294,11 +296,16 @@ def update(
     recover: Shift | None,
     stochastic: bool,
 ) -> None:
-    """See :func:`zofo_kernels.reference.update`."""
+    """See :meth:`Backend.update`."""
     shifts = () if recover is None else (Shift(recover.direction, -recover.scale),)
-    _run(slots, shifts, directions, coefficients.contiguous(), lr, weight_decay, stochastic)
+    _run(regions, shifts, directions, coefficients.contiguous(), lr, weight_decay, stochastic)
 
 
-def fill_noise(out: Slot, direction: Direction) -> None:
-    """See :func:`zofo_kernels.reference.fill_noise`."""
+def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> None:
+    """See :meth:`Backend.replay`."""
+    replay_in_turn(perturb, update, regions, program, stochastic)
+
+
+def fill_noise(out: Region, direction: Direction) -> None:
+    """See :meth:`Backend.fill_noise`."""
     _run([out], [Shift(direction, 1.0)], source=_NO_SOURCE)

@@ -1,12 +1,12 @@
-"""The pass over the weights, compiled by Triton: one launch for a table of tensors.
+"""The pass over the weights, compiled by Triton: one launch for a table of runs.
 
-A program takes one item, up to ``8 * VECTORS`` elements of one tensor: it loads them, takes the
-shifts and the update in the compute dtype, rounds and stores.  Nothing is autotuned, since a
-kernel that works in place must run once.
+A program takes one item, up to ``8 * VECTORS`` elements of one run of contiguous weights: it
+loads them, takes the shifts and the update in the compute dtype, rounds and stores.  Nothing is
+autotuned, since a kernel that works in place must run once.
 
 Tiles have the shape ``(VECTORS, 4, 2)`` where 16-bit weights are loaded as pairs, two in a
 32-bit word; else ``(VECTORS, 8)``.  Threads read and write 16 bytes at a time, except where a
-tensor is not ``ALIGNED``.
+run is not ``ALIGNED``.
 """
 
 # mypy: ignore-errors
@@ -15,10 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import distributions
 from .triton_random import gaussian, mix64, rounding_bits, signs
 
-NONE, GAUSSIAN, RADEMACHER = tl.constexpr(-1), tl.constexpr(0), tl.constexpr(1)
-MIXED = tl.constexpr(2)  # an update's directions of both kinds
+GAUSSIAN = tl.constexpr(distributions.GAUSSIAN.code)
+RADEMACHER = tl.constexpr(distributions.RADEMACHER.code)
+NONE = tl.constexpr(-1)
+MIXED = tl.constexpr(-2)  # an update's directions of both distributions
 IN_PLACE, COPY, NO_SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 COLUMNS = tl.constexpr(5)
 """Of the table, int64: address, elements, offset, parameter, address of the source."""
@@ -240,14 +243,14 @@ def pass_kernel(
     """Shift a, then shift b or the update; each of them may be NONE.
 
     Args:
-        table: int64, rows of COLUMNS, a row a tensor.
-        items: int64, one a program: the tensor's row + 2^32 * the piece of it.
+        table: int64, rows of COLUMNS, a row a run.
+        items: int64, one a program: the run's row + 2^32 * the piece of it.
         keys: int32 (rows, 4), see keys_kernel: of a, of b and of the update's directions, as far
             as they are; read where KEYS_ON_DEVICE.
         coefficients: floating, (samples,), and rate: floating, one element: the update's.
         a0, a1, b0, b1: key of shift a, and of shift b or the update's direction.
         scale_a, scale_b, weight_decay: bits of doubles: launches pass floats as fp32.
-        only_address ... only_source: the row of the only tensor, where ONLY: nothing is made on
+        only_address ... only_source: the row of the only run, where ONLY: nothing is made on
             the device for one pass.
         KIND_A, KIND_B, UPDATE: distribution of the shifts and of the update's directions.
         SAME: b, or the update, is along the direction of a.
@@ -279,7 +282,7 @@ def pass_kernel(
         left = tl.minimum(size - start, 8 * VECTORS).to(tl.int32)
         inside, _ = tl.broadcast((8 * vector < left)[:, None], element)
     else:
-        lead = offset & 127  # pieces start at whole Philox calls, before the tensor's start
+        lead = offset & 127  # pieces start at whole Philox calls, before the run's start
         offset -= lead
         address -= lead * (STORAGE.primitive_bitwidth // 8)
         inside = (start + element >= lead) & (start + element < lead + size)

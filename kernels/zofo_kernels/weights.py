@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._torch_compat import has_internal_overlap, increment_versions, is_wrapper_subclass
-from .table import Slot, Slots
+from .region import Region, Regions, extent
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -59,12 +59,12 @@ def _check_list(
 
 
 def check_places(
-    indices: Sequence[int] | None, offsets: Sequence[int] | None, sizes: Sequence[int]
+    indices: Sequence[int] | None, offsets: Sequence[int] | None, extents: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Indices and offsets of tensors of these sizes, with their defaults; see :class:`Weights`."""
-    indices = _check_list("indices", indices, list(range(len(sizes))), 1 << 32)
-    offsets = _check_list("offsets", offsets, [0] * len(sizes), 1 << 63)
-    for offset, size in zip(offsets, sizes, strict=True):
+    """Indices and offsets of tensors that reach so far, with defaults; see :class:`Weights`."""
+    indices = _check_list("indices", indices, list(range(len(extents))), 1 << 32)
+    offsets = _check_list("offsets", offsets, [0] * len(extents), 1 << 63)
+    for offset, size in zip(offsets, extents, strict=True):
         if offset + size > 1 << 63:
             raise ValueError(
                 f"offsets must leave room for the tensor's elements below 2**63, got {offset} "
@@ -73,12 +73,39 @@ def check_places(
     return indices, offsets
 
 
+_ONE_RUN = (1, 1)
+"""Rows of one element, at a distance of one: all elements follow one another."""
+
+
+def _check_rectangles(
+    rectangles: Sequence[tuple[int, int] | None] | None, sizes: Sequence[int]
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Row length and stride of each tensor, and how far it reaches in its parameter."""
+    if rectangles is None:
+        return [_ONE_RUN] * len(sizes), list(sizes)
+    if len(rectangles) != len(sizes):
+        raise ValueError(
+            f"rectangles must have one entry a tensor ({len(sizes)}), got {len(rectangles)}"
+        )
+    for rectangle in rectangles:
+        match rectangle:
+            case None | (int(), int()):
+                pass
+            case _:
+                raise TypeError(
+                    "rectangles must hold None or (row length, row stride), two ints, got "
+                    f"{rectangle!r}"
+                )
+    chosen = [_ONE_RUN if r is None else r for r in rectangles]
+    return chosen, [extent(size, *r) for size, r in zip(sizes, chosen, strict=True)]
+
+
 class Weights:
     """A list of tensors to perturb and update many times, with their places in the noise.
 
-    Checks and tables of addresses are made when first needed, and again where a tensor's storage
-    has moved or its dtype or layout has changed since: passes then cost the host little. The
-    operations take one in place of a list of tensors.
+    The operations take one in place of a list of tensors. Checks and tables of addresses are made
+    when first needed, and made again where a tensor's storage has moved or its dtype or layout
+    has changed since. All other passes cost the host little.
 
     Args:
         tensors: the weights, any strides, dtypes and devices; empty ones are skipped.
@@ -86,9 +113,14 @@ class Weights:
             default 0, 1, ...
         offsets: index of each tensor's first element in the full parameter, in [0, 2**63);
             default 0.
+        rectangles: for each tensor that is a rectangle of its parameter with gaps between its
+            rows, such as ``Shard(1)``: the length of a row, and the stride of rows in the full
+            parameter; see :class:`Region`. None for one whose elements follow one another;
+            default None for all.
 
     Raises:
-        TypeError, ValueError: tensors (when first used), indices or offsets that cannot be.
+        TypeError, ValueError: indices, offsets or rectangles that cannot be; tensors that cannot
+            be, when they are first used.
     """
 
     def __init__(
@@ -96,28 +128,32 @@ class Weights:
         tensors: Sequence[Tensor],
         indices: Sequence[int] | None = None,
         offsets: Sequence[int] | None = None,
+        rectangles: Sequence[tuple[int, int] | None] | None = None,
     ) -> None:
         if isinstance(tensors, Tensor):
             raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor]")
         self.tensors = list(tensors)
         sizes = [t.numel() if isinstance(t, Tensor) else 0 for t in self.tensors]
-        self.indices, self.offsets = check_places(indices, offsets, sizes)
+        self._rectangles, extents = _check_rectangles(rectangles, sizes)
+        self.indices, self.offsets = check_places(indices, offsets, extents)
         self._seen: list[tuple[object, ...]] | None = None
-        self._slots: dict[torch.device, Slots] = {}
+        self._regions: dict[torch.device, Regions] = {}
 
     @contextmanager
-    def slots(self) -> Iterator[dict[torch.device, Slots]]:
-        """Contiguous slots by device; copies stand for tensors that are not contiguous, and are
-        written back at the end."""
+    def regions(self) -> Iterator[dict[torch.device, Regions]]:
+        """The regions by device, for one pass.
+
+        Copies stand for tensors that are not contiguous, and are written back at the end.
+        """
         now = None if self._seen is None else self._signature()
         if now is not None and now == self._seen:
-            yield self._slots
+            yield self._regions
             return
         self._seen = None
-        slots, copies = self._lay_out()
+        regions, copies = self._lay_out()
         if not copies:  # copies would not follow their tensors
-            self._slots, self._seen = slots, self._signature()
-        yield slots
+            self._regions, self._seen = regions, self._signature()
+        yield regions
         for tensor, dense in copies:
             tensor.copy_(dense)
 
@@ -125,24 +161,26 @@ class Weights:
         """What must not change for addresses to hold."""
         return [(t.data_ptr(), t.dtype, t.numel(), t.is_contiguous()) for t in self.tensors]
 
-    def _lay_out(self) -> tuple[dict[torch.device, Slots], list[tuple[Tensor, Tensor]]]:
-        by_device: dict[torch.device, list[Slot]] = {}
+    def _lay_out(self) -> tuple[dict[torch.device, Regions], list[tuple[Tensor, Tensor]]]:
+        by_device: dict[torch.device, list[Region]] = {}
         seen: set[int] = set()
         copies: list[tuple[Tensor, Tensor]] = []
-        every = zip(self.tensors, self.indices, self.offsets, strict=True)
-        for position, (tensor, index, offset) in enumerate(every):
+        every = zip(self.tensors, self.indices, self.offsets, self._rectangles, strict=True)
+        for position, (tensor, index, offset, rectangle) in enumerate(every):
             check_weight(tensor, f"tensors[{position}]")
             if tensor.numel() == 0:
                 continue
             if id(tensor) in seen:
                 raise ValueError(f"tensors[{position}] must not be in the list twice")
             seen.add(id(tensor))
-            dense = tensor.detach().resolve_neg().contiguous()
-            if dense.data_ptr() != tensor.data_ptr():
-                copies.append((tensor.detach(), dense))
+            if not tensor.is_contiguous() or tensor.is_neg():
+                tensor = tensor.detach()
+                dense = tensor.resolve_neg().contiguous()
+                copies.append((tensor, dense))
                 tensor = dense
-            by_device.setdefault(tensor.device, []).append(Slot(tensor, index, offset))
-        return {device: Slots(slots) for device, slots in by_device.items()}, copies
+            region = Region(tensor, index, offset, *rectangle)
+            by_device.setdefault(tensor.device, []).append(region)
+        return {device: Regions(regions) for device, regions in by_device.items()}, copies
 
     def mark_changed(self) -> None:
         """Tell autograd that the data changed, as torch's own in-place operations do."""

@@ -88,7 +88,7 @@ def test_cut_anywhere(sound, tmp_path):
         for name, p in job.base.items():
             assert same_bits(base[name], p)
         if cut < first:
-            assert "midst of its header" in str(caught.value) or "no journal" in str(caught.value)
+            assert "within its header" in str(caught.value) or "no journal" in str(caught.value)
             continue
         whole = sum(end <= cut for end in ends)
         assert f"step {min(whole, STEPS)}" in str(caught.value)

@@ -8,7 +8,7 @@ from conftest import same_bits, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zofo_kernels import DTYPES, Direction, Shift, perturb_, perturbed, reference, update_
-from zofo_kernels.table import Slot
+from zofo_kernels.region import Region
 
 SMALLEST = reference.SMALLEST
 SIZES = (5 * SMALLEST + 77, 1, 3 * SMALLEST)
@@ -81,7 +81,7 @@ class Pass:
         return self
 
     def run(self, **scarcity):
-        slots = [Slot(w, i, o) for i, (w, o) in enumerate(zip(self.now, OFFSETS, strict=True))]
+        slots = [Region(w, i, o) for i, (w, o) in enumerate(zip(self.now, OFFSETS, strict=True))]
         mode = Scarce([*self.now, *self.sources], **scarcity)
         with torch.no_grad(), mode:
             self.operation(slots, self.sources)

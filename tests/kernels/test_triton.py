@@ -38,7 +38,7 @@ from zofo_kernels import (
     perturbed,
     update_,
 )
-from zofo_kernels.table import Slot
+from zofo_kernels.region import Region
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -271,7 +271,7 @@ def test_copies_between_any_alignments(kernels, dtype, offset, shifts):
         before = [weights((203,), dtype, seed) for seed in range(count)]
         source = Arranged(before, shifts[1:] * count)
         to = Arranged([torch.full_like(w, 7.0) for w in before], shifts[:1] * count)
-        slots = [Slot(w, i, offset) for i, w in enumerate(to.tensors)]
+        slots = [Region(w, i, offset) for i, w in enumerate(to.tensors)]
         kernels.perturb_copy(slots, source.tensors, Shift(direction, 0.25))
         expected = [w.clone() for w in before]
         perturb_(expected, direction, 0.25, offsets=[offset] * count, **HERE)
@@ -288,7 +288,7 @@ def test_copies_between_any_alignments(kernels, dtype, offset, shifts):
 def test_noise_is_written_over_anything(kernels, element_noise, dtype, shift, offset):
     for direction in (GAUSSIAN, RADEMACHER):
         out = Arranged([torch.full((2003,), math.nan, dtype=dtype)], [shift])
-        kernels.fill_noise(Slot(out.tensors[0], 3, offset), direction)
+        kernels.fill_noise(Region(out.tensors[0], 3, offset), direction)
         z = z_of(element_noise, direction, 3, offset, 2003)
         error = 5e-6 * (direction is GAUSSIAN) + torch.finfo(dtype).eps / 2 * z.abs()
         assert ((out.tensors[0].double() - z).abs() <= error).all()

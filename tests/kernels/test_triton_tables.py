@@ -19,7 +19,7 @@ from conftest import same_bits, weights
 from hypothesis import given, settings
 
 from zofo_kernels import DTYPES, Shift, Weights, perturb_, update_
-from zofo_kernels.table import Slot
+from zofo_kernels.region import Region
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -69,7 +69,7 @@ def test_tables_cover_every_element_once_and_nothing_else(kernels, tensors, othe
     slots, sources, fields = [], [], []
     for t, a, b in zip(tensors, to.tensors, source.tensors, strict=True):
         if t["size"] > 0:
-            slots.append(Slot(a, t["index"], t["offset"]))
+            slots.append(Region(a, t["index"], t["offset"]))
             sources.append(b)
             fields.append((t["index"], t["offset"]))
     if len(slots) < 2:

@@ -345,5 +345,5 @@ class Machine(RuleBasedStateMachine):
 
 InPlace = type("InPlace", (Machine,), dict(perturbation="in_place"))
 Streamed = type("Streamed", (Machine,), dict(perturbation="streamed"))
-TestInPlace, TestStreamed = InPlace.TestCase, Streamed.TestCase
+TestInPlace, TestStreamed = InPlace.TestCase, Streamed.TestCase  # type: ignore[attr-defined]
 TestInPlace.settings = TestStreamed.settings = settings(max_examples=200, stateful_step_count=25)

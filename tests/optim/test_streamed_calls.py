@@ -105,7 +105,7 @@ CALLS = {
     "x.add_(w)": lambda x, w: x.clone().add_(w),
     "x += w": lambda x, w: torch.zeros(4, 4).__iadd__(w),
     "x.copy_(w)": lambda x, w: torch.empty(4, 4).copy_(w),
-    "x.data = w": lambda x, w: setattr(out := torch.empty(4, 4), "data", w) or out,
+    "x.data = w": lambda x, w: setattr(out := torch.empty(4, 4), "data", w) or out,  # type: ignore[func-returns-value]
     "out=x": filled,
     ".to(dtype)": lambda x, w: x.bfloat16() @ w.to(torch.bfloat16),
     ".to(same)": lambda x, w: x @ w.to(w.device, w.dtype).contiguous(),

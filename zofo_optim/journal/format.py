@@ -163,7 +163,7 @@ def decode_header(data: bytes, path: object) -> tuple[dict[str, Any], int, int]:
         if cursor.number("I") != crc:
             raise JournalError(f"{path} has a damaged header (its checksum differs)")
     except IndexError:
-        raise JournalError(f"{path} ends in the midst of its header ({len(data)} bytes)") from None
+        raise JournalError(f"{path} ends within its header ({len(data)} bytes)") from None
     header: dict[str, Any] = json.loads(text)
     return header, cursor.at, crc
 

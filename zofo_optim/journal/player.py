@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from zofo_kernels import NOISE_VERSION, Direction, Pass, Passes, Shift, Weights, replay_
+from zofo_kernels import NOISE_VERSION, Direction, Pass, Program, Shift, Weights, replay_
 
 from ..checks import caller_level
 from .errors import JournalError
@@ -199,7 +199,7 @@ def apply(
     header = recording.header
     done, total = 0, sum(p.numel() for p in found.values())
     for position, group in enumerate(header["groups"]):
-        passes = _passes([every[position] for every in span.parts], header["distribution"])
+        program = _program([every[position] for every in span.parts], header["distribution"])
         places = [
             (found[name], index)
             for name, index in zip(group["names"], group["indices"], strict=True)
@@ -207,8 +207,8 @@ def apply(
         ]
         for device in {p.device for p, _ in places}:
             here = [(p, index) for p, index in places if p.device == device]
-            for weights, size in _pieces(here, _room(len(passes))):
-                replay_(weights, passes, rounding=header["rounding"], backend=backend)
+            for weights, size in _pieces(here, _room(len(program.passes))):
+                replay_(weights, program, rounding=header["rounding"], backend=backend)
                 done += size
                 if progress is not None:
                     progress(done, total)
@@ -248,9 +248,9 @@ def _pieces(places: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[W
         yield Weights(views, indices, offsets), used
 
 
-def _passes(parts: Sequence[Part], distribution: str) -> Passes:
+def _program(parts: Sequence[Part], distribution: str) -> Program:
     """One group's steps as passes over its weights."""
-    return Passes(_pass(part, distribution) for part in parts)
+    return Program(_pass(part, distribution) for part in parts)
 
 
 def _pass(part: Part, distribution: str) -> Pass:

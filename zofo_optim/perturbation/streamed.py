@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from zofo_kernels import Shift, perturb_, uninterrupted
+from zofo_kernels import Shift, Weights, perturb_, uninterrupted
 
 from ..checks import caller_level
 from ..estimators import Point
@@ -37,17 +37,23 @@ class StreamedPerturbation(Perturbation):
         self._shifts: list[Shift] = []
         self._mode: Streaming | None = None
         self._kept: dict[int, Tensor] = {}  # contents of parameters that verification displaces
-        self._verified: list[Tensor] | None = None
-        self._warned = False
+        self._weights: list[Weights] = []  # what the sources, and the verification, are of
         self._sources: dict[int, Source] = {}
+        self._verified = False
+        self._warned = False
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         super().over(groups)
-        self._sources = {
-            id(parameter): Source(parameter, index, name, position)
-            for position, group in enumerate(groups)
-            for parameter, index, name in zip(group.params, group.indices, group.names, strict=True)
-        }
+        weights = [group.weights for group in groups]
+        if not is_same(weights, self._weights):
+            self._weights, self._verified = weights, False
+            self._sources = {
+                id(parameter): Source(parameter, index, name, position)
+                for position, group in enumerate(groups)
+                for parameter, index, name in zip(
+                    group.params, group.indices, group.names, strict=True
+                )
+            }
         return self
 
     def move(self, sample: int, sign: int) -> None:
@@ -78,10 +84,7 @@ class StreamedPerturbation(Perturbation):
 
     def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
         """Once for every set of ZO parameters, at the first displaced point with a finite loss."""
-        parameters = [p for group in self.groups for p in group.params]
-        if self._verified is not None and is_same(self._verified, parameters):
-            return
-        if not loss.isfinite():  # that tells nothing
+        if self._verified or not loss.isfinite():  # a loss that is not finite tells nothing
             return
         if not self.verify(evaluate, loss) and not self._warned:
             self._warned = True
@@ -91,7 +94,7 @@ class StreamedPerturbation(Perturbation):
                 "must use the same batch whenever it is called",
                 stacklevel=caller_level(),
             )
-        self._verified = parameters
+        self._verified = True
 
     def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> bool:
         """Compare with evaluations in which the weights themselves are perturbed, in parts.

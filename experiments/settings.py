@@ -1,0 +1,110 @@
+"""Settings of one run: what the command line says, else the preset, else the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .methods import METHODS, AdapterOptions, Method
+from .models import ModelError
+from .options import Options, flag
+from .own_data import OWN, Columns
+from .presets import preset
+from .tasks import DEV, TEST, TRAIN
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the outcome of a run, beside the versions of the packages."""
+
+    model: str
+    task: str
+    method: str
+    seed: int
+    lr_zo: float | None = None
+    lr_fo: float | None = None
+    mu: float = 1e-3
+    estimator: str = "two_sided"
+    samples: int = 1
+    distribution: str = "gaussian"
+    include: tuple[str, ...] = ()
+    optimizer: str = "adamw"
+    schedule: str = "linear"
+    steps: int = 200
+    batch_size: int = 16
+    eval_every: int = 20
+    patience: int = 0
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    head: str = "random"
+    dropout: bool = False
+    dtype: str = "float32"
+    data: str = ""
+    data_seed: int = 0
+    train_size: int = TRAIN
+    dev_size: int = DEV
+    test_size: int = TEST
+    columns: Columns | None = None
+    """Of a user's own data; and the template of its prompts."""
+    template: str | None = None
+
+
+MADE = {"model", "task", "method", "seed", "adapter", "columns", "template", "include"}
+"""Settings that are more than the option of their name."""
+TAKEN = {one.name for one in fields(Settings)} - MADE
+
+
+def settings(options: Options, task: str, method: str, seed: int, **fixed: Any) -> Settings:
+    """Of one run: what the command line says, else the preset, else the default.
+
+    Args:
+        options: of the command line; `model` must be there.
+        task, method, seed: of the run.
+        fixed: settings that come before all.
+
+    Raises:
+        ModelError: a learning rate is neither given nor in a preset.
+    """
+    assert options.model is not None
+    given = {name: value for name in TAKEN if (value := getattr(options, name)) is not None}
+    if options.include is not None:
+        given["include"] = tuple(options.include)
+    if task == OWN:
+        given["columns"] = Columns(options.text_column, options.pair_column, options.label_column)
+        given["template"] = options.template
+    chosen: Mapping[str, Any] = {**preset(options.model, method, task), **given, **fixed}
+    needed = {"lr_zo": METHODS[method].zo_base, "lr_fo": METHODS[method].adapter is not None}
+    for name, needs in needed.items():
+        if needs and name not in chosen:
+            raise ModelError(
+                f"{method} has no preset for the model {options.model!r}: give {flag(name)}"
+            )
+    adapter = AdapterOptions(
+        rank=options.lora_rank,
+        dropout=options.lora_dropout,
+        targets=tuple(options.lora_targets),
+        layers=tuple(options.lora_layers),
+        tokens=options.tokens,
+    )
+    return Settings(
+        options.model,
+        task,
+        method,
+        seed,
+        adapter=_own(adapter, METHODS[method]),
+        **{name: value for name, value in chosen.items() if name not in _unused(METHODS[method])},
+    )
+
+
+def _unused(method: Method) -> set[str]:
+    """Settings that make no difference to a method, so that changing them changes no run."""
+    unused = set() if method.adapter is not None else {"lr_fo", "optimizer"}
+    if not method.zo_base:
+        unused |= {"lr_zo", "mu", "estimator", "samples", "distribution", "include"}
+    return unused
+
+
+def _own(adapter: AdapterOptions, method: Method) -> AdapterOptions:
+    if method.adapter == "lora":
+        return replace(adapter, tokens=AdapterOptions.tokens)
+    return AdapterOptions(tokens=adapter.tokens) if method.adapter else AdapterOptions()

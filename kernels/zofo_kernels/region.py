@@ -1,0 +1,114 @@
+"""Regions: what a pass over the weights works on, and where its elements are in the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, overload
+
+from torch import Tensor
+
+Run = tuple[int, int, int]
+"""Elements that follow one another both in a region's memory and in the full parameter.
+
+Position of the first one in the region's tensor, flattened; number of elements; index of the
+first one in the full parameter.
+"""
+
+
+class Region(NamedTuple):
+    """A rectangle of a full parameter in memory: rows of one length, at one distance.
+
+    The full parameter is unsharded and row-major. The index of an element there selects its
+    noise. ``tensor`` holds the rectangle row after row: its element ``r * row_length + k`` is
+    the full parameter's element ``offset + r * row_stride + k``. Of a full matrix, m x n:
+
+    =============================  ============  ==============  ==============
+    region                         ``offset``    ``row_length``  ``row_stride``
+    =============================  ============  ==============  ==============
+    the whole matrix               0             n               n
+    ``Shard(0)``, rows [a, b)      a n           n               n
+    ``Shard(1)``, columns [a, b)   a             b - a           n
+    row k, as of an embedding      k n           n               n
+    =============================  ============  ==============  ==============
+
+    With more dimensions, ``Shard(d)`` is a rectangle too: take n, a and b of dimension d times
+    the sizes of all dimensions after it. Where stride and length are equal, no gap is between the
+    rows: they make one run, however long they are. This is the default, with rows of one element.
+    """
+
+    tensor: Tensor
+    """Contiguous; a whole number of rows, at least one."""
+    parameter: int
+    """The parameter's index among the zeroth-order parameters, in [0, 2**32)."""
+    offset: int = 0
+    """Index of the region's first element in the full parameter."""
+    row_length: int = 1
+    row_stride: int = 1
+    """From the first element of a row to that of the next, in the full parameter."""
+
+    def runs(self) -> Sequence[Run]:
+        """The contiguous parts in order: a single one, or one a row where there are gaps."""
+        tensor, _, offset, length, stride = self
+        size = tensor.numel()
+        if length in (stride, size):
+            return ((0, size, offset),)
+        return [(r * length, length, offset + r * stride) for r in range(size // length)]
+
+
+def extent(elements: int, row_length: int = 1, row_stride: int = 1) -> int:
+    """How far a rectangle reaches in the full parameter, from its first element past its last.
+
+    Raises:
+        ValueError: there is no such rectangle.
+    """
+    if not 1 <= row_length <= row_stride or elements % row_length != 0:
+        raise ValueError(
+            "row_length must be in [1, row_stride] and divide the number of elements, got "
+            f"row_length {row_length} and row_stride {row_stride} for {elements} elements"
+        )
+    return elements and elements + (elements // row_length - 1) * (row_stride - row_length)
+
+
+@dataclass(frozen=True, eq=False)
+class Regions(Sequence[Region]):
+    """Regions on one device. A backend makes its tables of their addresses once.
+
+    Raises:
+        ValueError: there is no region, one breaks its contract, or they are on several devices.
+    """
+
+    items: tuple[Region, ...]
+
+    def __init__(self, regions: Iterable[Region]) -> None:
+        object.__setattr__(self, "items", tuple(regions))
+        if not self.items:
+            raise ValueError("regions must hold at least one region, got none")
+        device = self.items[0].tensor.device
+        for position, (tensor, parameter, offset, length, stride) in enumerate(self.items):
+            if tensor.device != device:
+                raise ValueError(f"regions must be on one device, got {device}, {tensor.device}")
+            if not tensor.is_contiguous() or tensor.numel() == 0:
+                raise ValueError(
+                    f"regions[{position}] must be contiguous and not empty, got shape "
+                    f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+                )
+            end = offset + extent(tensor.numel(), length, stride)
+            if not (0 <= parameter < 1 << 32 and 0 <= offset < end <= 1 << 63):
+                raise ValueError(
+                    f"regions[{position}] must have a parameter in [0, 2**32) and elements in "
+                    f"[0, 2**63), got parameter {parameter} and elements [{offset}, {end})"
+                )
+
+    @overload
+    def __getitem__(self, place: int) -> Region: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Region, ...]: ...
+    def __getitem__(self, place: int | slice) -> Region | tuple[Region, ...]:
+        return self.items[place]
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)

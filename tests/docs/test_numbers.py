@@ -1,0 +1,170 @@
+"""Numbers in the pages are those of the committed results."""
+
+import json
+import re
+from itertools import pairwise
+
+import pytest
+from doc_blocks import ROOT
+
+CPU = ROOT / "benchmarks" / "results" / "cpu"
+RESULTS = ROOT / "experiments" / "results"
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TO, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+STEPS = {
+    "hybrid, two-sided": ("hybrid, two-sided", "zofo gaussian"),
+    "hybrid, one-sided": ("hybrid, one-sided", "zofo gaussian"),
+    "ZO only, two-sided": ("ZO, two-sided", "zofo gaussian"),
+    "ZO only, one-sided": ("ZO, one-sided", "zofo gaussian"),
+    "FO-LoRA": ("FO-LoRA", "zofo"),
+    "MeZO's recipe": ("ZO, two-sided", "MeZO"),
+}
+MODELS = {
+    "MiniLM, dropout": ("step", "dropout"),
+    "MiniLM, none": ("step", "no dropout"),
+    "4 M-parameter Llama, fp32": ("causal_lm", "Llama, 4 layers of 256 float32"),
+    "the same, bf16": ("causal_lm", "Llama, 4 layers of 256 bfloat16"),
+}
+
+
+def rows(text):
+    """Cells of the lines of Markdown tables."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|") and not re.fullmatch(r"[|\s-]+", line)
+    ]
+
+
+def section(title):
+    return PERFORMANCE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def comparison(benchmark, case, **wanted):
+    cases = json.loads((CPU / f"{benchmark}.json").read_text())["cases"]
+    (found,) = [
+        c
+        for entry in cases
+        if entry["name"] == case
+        for c in entry["comparisons"]
+        if all(c[key] == value for key, value in wanted.items())
+    ]
+    return found
+
+
+def percent(found):
+    """As the page writes an overhead."""
+    median, low, high = (round(100 * found[key]) for key in ("median", "p20", "p80"))
+    return f"+{median} % ({low}{TO}{high})".replace("(-", f"({MINUS}")
+
+
+def ratio(found):
+    return "{median:.2f} ({p20:.2f}{to}{p80:.2f})".format(to=TO, **found)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_overheads(step):
+    head, *lines = rows(section("One step"))
+    (line,) = [line for line in lines if line[0] == step]
+    assert head[1:] == list(MODELS)
+    case, top = STEPS[step]
+    for cell, (benchmark, model) in zip(line[1:], MODELS.values(), strict=True):
+        found = comparison(benchmark, f"{case}, {model}", name="overhead", top=top)
+        assert cell == percent(found)
+
+
+def test_the_readme_s_number():
+    shown = re.findall(r"\*\*(\d+) %\*\*", README.split("\n## ")[0])
+    case = dict(benchmark="step", case="ZO, two-sided, dropout", name="overhead")
+    tops = ("zofo gaussian", "MeZO")
+    assert shown == [str(round(100 * comparison(**case, top=top)["median"])) for top in tops]
+
+
+def test_streamed():
+    _, *lines = rows(section("Streamed against in place"))
+    models = ["MiniLM float32", "Llama float32", "Llama bfloat16"]
+    cases = json.loads((CPU / "streamed.json").read_text())["cases"]
+    assert len(lines) == 4
+    for kind, *cells in lines:
+        what, noise = kind.replace("ZO only", "ZO").split(", ")
+        for cell, model in zip(cells, models, strict=True):
+            name, dtype = model.split()
+            (entry,) = [
+                c
+                for c in cases
+                if c["name"].startswith(f"{what}, two-sided")
+                and name in c["name"]
+                and c["name"].endswith(dtype)
+            ]
+            (found,) = [
+                c
+                for c in entry["comparisons"]
+                if c["top"] == f"zofo {noise.lower()}, streamed"
+                and c["bottom"] == f"zofo {noise.lower()}, in place"
+            ]
+            assert cell == ratio(found), entry["name"]
+
+
+def test_instructions():
+    counted = json.loads((CPU.parent / "sm_90" / "sass.json").read_text())
+
+    def count(kernel, distribution, rounding):
+        (row,) = [
+            row
+            for row in counted
+            if (row["kernel"], row["distribution"], row["rounding"], row["dtype"])
+            == (kernel, distribution, rounding, "bfloat16")
+        ]
+        assert row["spill_bytes"] == 0
+        return f"{row['instructions_per_element']:.1f}"
+
+    table = {line[0]: line[1:3] for line in rows(section("The Triton kernels"))}
+    kinds = ("gaussian", "rademacher")
+    for name in ("perturb", "recover and perturb"):
+        kernel = name.replace(" ", "_")
+        assert table[name] == [count(kernel, kind, "nearest") for kind in kinds]
+    update = "restore_and_update"
+    nearest = table["restore and update, to nearest"]
+    stochastic = table["the same, rounded stochastically (default)"]
+    assert nearest == [count(update, kind, "nearest") for kind in kinds]
+    assert stochastic == [count(update, kind, "stochastic") for kind in kinds]
+
+
+NAMES = {
+    "SST-2, accuracy, %": ("minilm", "sst2"),
+    "SST-2, loss": ("stories260k", "sst2"),
+    "sentences, loss": ("stories260k", "sst2-sentences"),
+    "COPA, loss": ("stories260k", "copa"),
+    "WinoGrande, loss": ("stories260k", "winogrande"),
+    "WiC, loss": ("stories260k", "wic"),
+}
+
+
+def table(model, title):
+    text = (RESULTS / model / "table1.md").read_text(encoding="utf-8")
+    return rows(text.split(f"\n## {title}\n")[1].split("\n## ")[0])
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="the study's results are not here")
+def test_tables_of_results():
+    accuracy = table("minilm", "Test accuracy, %")
+    loss = table("stories260k", "Test loss")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = rows(page)
+    for line in (*accuracy, *loss):
+        assert line in shown
+    ours = {line[0]: line[1:] for line in rows(README)}
+    for name, (model, task) in NAMES.items():
+        source = {line[0]: line[1:] for line in (accuracy if model == "minilm" else loss)}
+        assert ours[name] == source[task]
+
+
+def test_there_are_no_columns_without_numbers():
+    """What nothing was measured for is left out."""
+    for path in (ROOT / "docs").glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        assert "not measured" not in text, path.name
+        for first, second in pairwise(text.splitlines()):
+            if first.startswith("|") and second.startswith("|"):
+                assert first.count("|") == second.count("|"), f"{path.name}: {second}"

@@ -1,0 +1,58 @@
+"""The code of README.md, of docs/ and of docstrings runs as it stands there.
+
+A page is run from top to bottom, as it is read; docs/recipes.md by section, in test_recipes.py.
+What code takes for granted is in doc_names.py: a ``model`` with an adapter, a ``loader``, and the
+hub's ``facebook/opt-125m``, tiny. Shell commands are run where they start as in ``doc_run.RUN``.
+"""
+
+import pytest
+from doc_blocks import ROOT, docstring_examples, modules_with_examples, pages, sections
+from doc_names import IN_DOCSTRINGS, make_folders
+from doc_run import fresh_names, run_python, run_section
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from doc_setup import hub, hub_cache, quiet  # noqa: F401  fixtures
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("hub", "quiet")]
+
+LANGUAGES = {"python", "sh", "text"}
+
+
+def has_code(path):
+    return any(b.language == "python" for section in sections(path) for b in section.blocks)
+
+
+CODE = [path for path in pages() if path.name != "recipes.md" and has_code(path)]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_page(path):
+    names = fresh_names()
+    for section in sections(path):
+        run_section(section, names)
+
+
+def test_every_page_with_code_is_found():
+    assert {path.name for path in CODE} >= {"README.md", "getting-started.md", "saving.md"}
+
+
+def test_no_block_escapes():
+    """Every fenced block says what it is; code in another language would not be run."""
+    for path in pages():
+        for section in sections(path):
+            for block in section.blocks:
+                assert block.language in LANGUAGES, f"{section.file}:{block.line}"
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_docstring_examples(name):
+    """They see the names of their module, as in doctest, those of the pages, and a fine-tune."""
+    make_folders()
+    module = pytest.importorskip(name)
+    found = list(docstring_examples(module))
+    assert found
+    for place, code, line in found:
+        file = f"{module.__file__}: {place}"
+        run_python(code, file, line, fresh_names(vars(module)), IN_DOCSTRINGS)

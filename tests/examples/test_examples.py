@@ -1,0 +1,102 @@
+"""Every example runs as a person runs it, keeps its promise, is short, and stands alone."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples"
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
+LINES = 80
+
+NEEDS = ("transformers", "peft", "accelerate", "datasets", "lightning", "trl", "sklearn")
+"""Packages without which an example cannot run."""
+
+PROMISES = {
+    "accuracy_objective.py": [r"F1 (?P<low>\S+) -> (?P<high>\S+)"],
+    "journal_replay.py": ["weights of the base model remade to the bit: True"],
+    "save_merge_generate.py": [r"trained: '(.*)'\nmerged:  '\1'\n", "the same text: True"],
+    "own_csv.py": ["'The parcel never arrived.' is about 'delivery'"],
+}
+"""What is printed beside the loss, if not instead of it."""
+LOSS = r"loss (?P<first>\d+\.\d+) -> (?P<last>\d+\.\d+)"
+WITHOUT_LOSS = {"accuracy_objective.py"}
+
+
+def test_the_examples_are_there():
+    assert len(SCRIPTS) >= 10
+    assert set(PROMISES) <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_runs(name, tmp_path):
+    tree = ast.parse((FOLDER / name).read_text(encoding="utf-8"))
+    for package in sorted(imported(tree) & set(NEEDS)):
+        pytest.importorskip(package, reason=f"{name} needs it")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / name)],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if name not in WITHOUT_LOSS:
+        told = re.search(LOSS, done.stdout)
+        assert told, done.stdout
+        assert float(told["last"]) < 0.8 * float(told["first"])
+    for promise in PROMISES.get(name, []):
+        told = re.search(promise, done.stdout)
+        assert told, done.stdout
+        if "low" in told.groupdict():
+            assert float(told["low"]) < float(told["high"])
+    assert not list(tmp_path.glob("*.zofo"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_is_short_and_stands_alone(name):
+    """No module of the repository, nothing private, no file that would hide a package."""
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LINES
+    tree = ast.parse(text)
+    assert f"python examples/{name}" in (ast.get_docstring(tree) or "")
+    published = importlib.metadata.packages_distributions()
+    for package in imported(tree) - {"zofo_optim"}:
+        by = set(published.get(package, ())) - {"zofo-optim"}
+        assert package in sys.stdlib_module_names or by, f"{package} is no public package"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            assert not [part for part in parts if part.startswith("_")]
+    stem = name.removesuffix(".py")
+    assert stem not in published
+    assert stem not in sys.stdlib_module_names
+
+
+def imported(tree):
+    """Top-level names of what a script imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_the_readme_lists_them_all():
+    table = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \|", table, re.MULTILINE) == sorted(
+        SCRIPTS, key=table.index
+    )
+    assert all(f"[`{name}`]({name})" in table for name in SCRIPTS)

@@ -1,0 +1,72 @@
+"""The contract of replicas: points are shared out, and losses come together."""
+
+import threading
+
+import torch
+from torch.nn import Parameter
+
+from zofo_optim import HybridZOFO
+from zofo_optim.estimators import ESTIMATORS
+from zofo_optim.replicas import OneProcess
+
+
+def problem():
+    w = Parameter(torch.linspace(0.5, 1.5, 7, dtype=torch.float64), False)
+    group = dict(params=[w], mode="zo", lr=1e-2, mu=1e-2)
+    optimizer = HybridZOFO([group], num_samples=2, perturbation="streamed", seed=3)
+    return optimizer, w
+
+
+def test_one_process_evaluates_everything():
+    points = ESTIMATORS["two_sided"].points(2, first_order=True)
+    losses = torch.arange(5.0)
+    assert OneProcess().mine(points) == points
+    assert OneProcess().gather(losses) is losses
+
+
+class Half:
+    """One of two threads that each evaluate one sample."""
+
+    def __init__(self, rank, found, barrier):
+        self.rank, self.found, self.barrier = rank, found, barrier
+
+    def mine(self, points):
+        self.own = [place for place, point in enumerate(points) if point.sample == self.rank]
+        self.count = len(points)
+        return [points[place] for place in self.own]
+
+    def gather(self, losses):
+        self.found[self.rank] = dict(zip(self.own, losses, strict=True))
+        self.barrier.wait(60)
+        every = {**self.found[0], **self.found[1]}
+        self.barrier.wait(60)
+        return torch.stack([every[place] for place in range(self.count)])
+
+
+def test_two_that_share_the_samples_do_the_step_of_one():
+    found, barrier, calls, weights = {}, threading.Barrier(2), [0, 0], {}
+
+    def train(rank):
+        optimizer, w = problem()
+        optimizer._replicas = Half(rank, found, barrier)
+
+        def closure():
+            calls[rank] += 1
+            return (w**3).sum()
+
+        for _ in range(3):
+            optimizer.step(closure)
+        weights[rank] = w.detach().clone()
+
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+
+    optimizer, w = problem()
+    for _ in range(3):
+        optimizer.step(lambda: (w**3).sum())
+    assert torch.equal(weights[0], w.detach())
+    assert torch.equal(weights[1], w.detach())
+    assert calls == [3 * 2 + 2] * 2  # two points a step each, and the first step's verification
