@@ -8,7 +8,6 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-
 Run = tuple[int, int, int]
 """Elements that follow one another both in a region's memory and in the full parameter.
 
