@@ -34,6 +34,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from zofo_bench.stock_triton import BLOCK, randn4x_perturb  # noqa: E402
 
 from zofo_kernels import triton_kernels as kernels  # noqa: E402
+from zofo_kernels.distributions import BY_NAME  # noqa: E402
 from zofo_kernels.triton import VECTORS, WARPS  # noqa: E402
 
 DTYPES = {
@@ -42,7 +43,7 @@ DTYPES = {
     "float32": tl.float32,
     "float64": tl.float64,
 }
-KINDS = {"gaussian": kernels.GAUSSIAN.value, "rademacher": kernels.RADEMACHER.value}
+KINDS = {name: distribution.code for name, distribution in BY_NAME.items()}
 NONE = kernels.NONE.value
 BUDGETS = {
     ("perturb", "gaussian"): 22,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from zofo_kernels._torch_compat import TorchDispatchMode
 
 from .registry import Case
 from .timing import Effort, Samples, interleave, synchronise

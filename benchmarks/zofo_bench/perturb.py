@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zofo_kernels import Direction, Shift, Weights, perturb_, update_
+from zofo_kernels import DISTRIBUTIONS, Direction, Shift, Weights, perturb_, update_
 
 from . import foreach, mezo, plots
 from .check import Operation, check_operation, require_displacement
@@ -18,7 +18,6 @@ from .registry import Case, Comparison, Context, benchmark, require
 MU, LR, COEFFICIENT, DECAY = 1e-3, 1e-4, 3.0, 0.01
 REACH = 6 * MU  # no Gaussian value is larger than 6
 SEED = 7
-DISTRIBUTIONS = ("gaussian", "rademacher")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = ("perturb", "recover_perturb", "restore_update")
 

@@ -1,4 +1,4 @@
-"""All that this distribution uses of torch's private API, in one place.
+"""All that this project uses of torch's private API, in one place.
 
 Each name says what is asked; how torch answers may change with its version.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 SET_GRAD_ENABLED: Callable[..., Any] = torch._C._set_grad_enabled
