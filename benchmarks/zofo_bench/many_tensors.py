@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zofo_kernels import Weights
+from zofo_kernels import DISTRIBUTIONS, Weights
 
 from . import minilm, plots
 from .check import require_displacement
 from .decoders import LLAMA_7B, OPT_1_3B, TINY, shapes
-from .perturb import DISTRIBUTIONS, MU, OPERATIONS, baselines, check_passes, operations
+from .perturb import MU, OPERATIONS, baselines, check_passes, operations
 from .registry import Case, Comparison, Context, benchmark
 
 Shapes = Sequence[tuple[int, ...]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zofo_kernels import Direction, Shift, perturb_, perturbed, update_
+from zofo_kernels import DISTRIBUTIONS, Direction, Shift, perturb_, perturbed, update_
 from zofo_optim import HybridZOFO
 from zofo_optim.perturbation.streaming import Source, Streaming
 
@@ -23,7 +23,6 @@ from .measure import free_memory, peak_bytes
 from .registry import Case, Comparison, Context, WrongResult, benchmark
 from .training_step import MU, WITH_ADAPTER, ZERO_ORDER, Bare, Mode, Task, inference_bytes
 
-DISTRIBUTIONS = ("gaussian", "rademacher")
 PERTURBATIONS = ("in_place", "streamed")
 CALLS = 1000  # so that milliseconds a sample are microseconds a call
 SEED = 7

@@ -73,7 +73,7 @@ def test_as_one_after_the_other(backend, passes, tensors, rounding, data):
 def test_many_chunks_and_threads(threads):
     """More than one chunk and one thread; lengths that are no multiple of anything."""
     directions = [Direction(1, step, 0, "gaussian") for step in range(3)]
-    passes = Program(
+    program = Program(
         Pass((Shift(d, 1e-3), Shift(d, -1e-3)), (d,), (0.5,), 0.1, 0.1) for d in directions
     )
     for count in (1, 2):
@@ -82,8 +82,8 @@ def test_many_chunks_and_threads(threads):
             ours = [weights((n,), dtype, seed=n) for n in (200_003, 5, 70_001)]
             twins = [t.clone() for t in ours]
             places = dict(offsets=[3, 0, 127], rounding="stochastic")
-            replay_(ours, passes, **places)
-            in_turn(twins, passes, **places)
+            replay_(ours, program, **places)
+            in_turn(twins, program.passes, **places)
             for a, b in zip(ours, twins, strict=True):
                 assert same_bits(a, b)
 
