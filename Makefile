@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 .PHONY: demo docs test lint format bench gpu opt-1.3b sass build clean
 
 demo: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m experiments.finetune --methods zo fo-lora hybrid-lora --out runs/demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m experiments.finetune --methods zo fo-lora hybrid-lora --steps 100 --out runs/demo
 
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)

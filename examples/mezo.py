@@ -9,11 +9,12 @@ Memory is that of inference: no backward pass, no gradients, no optimizer state.
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from zofo_optim import HybridZOFO
 
 TEXT = "A fine, well-acted film. It was great. A dull, endless film. It was terrible."
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
@@ -26,7 +27,7 @@ if args.model:
     model = AutoModelForCausalLM.from_pretrained(args.model)
     ids = AutoTokenizer.from_pretrained(args.model)(TEXT, return_tensors="pt")["input_ids"]
 else:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **SIZES))
     ids = torch.tensor([list(TEXT.encode())])
 
 model.requires_grad_(False).eval()

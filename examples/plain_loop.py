@@ -32,8 +32,8 @@ ACCUMULATED = 2
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
 parser.add_argument("--lr-zo", type=float, default=1e-3)
-parser.add_argument("--lr-fo", type=float, default=0.1)
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--lr-fo", type=float, default=1.0)
+parser.add_argument("--steps", type=int, default=40)
 args = parser.parse_args()
 
 torch.manual_seed(0)

@@ -12,12 +12,13 @@ import tempfile
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from zofo_optim import HybridZOFO, hybrid_param_groups, load_hybrid, save_hybrid
 
 TEXT = "The kettle sings before the rain begins."
 PROMPT = 10  # tokens
+SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
@@ -33,7 +34,7 @@ if args.model:
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     decode = tokenizer.decode
 else:
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=2))
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=128, **SIZES))
     ids = torch.tensor([list(TEXT.encode())])
     decode = lambda ids: bytes(ids.tolist()).decode()  # noqa: E731
 elsewhere = copy.deepcopy(base)  # as it would be loaded there

@@ -34,7 +34,7 @@ PAIRS = [
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
 parser.add_argument("--lr-zo", type=float, default=1e-4)
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--out", default=tempfile.mkdtemp())
 args = parser.parse_args()
 
@@ -56,7 +56,7 @@ trainer = HybridSFTTrainer(
     base,
     args=SFTConfig(
         args.out,
-        learning_rate=1e-2,  # of LoRA
+        learning_rate=5e-2,  # of LoRA
         max_steps=args.steps,
         per_device_train_batch_size=4,
         logging_steps=1,

