@@ -27,16 +27,16 @@ from .settings import Settings
 
 
 class HybridZOFO(GroupsAndState):
-    r"""Hybrid zeroth- and first-order optimisation (Ma, Yu, Huang, ICLR 2026, Algorithm 1).
+    """Hybrid zeroth- and first-order optimisation (Ma, Yu, Huang, ICLR 2026, Algorithm 1).
 
     Groups with ``mode="fo"`` are stepped by ``fo_optimizer``, ``torch.optim.SGD`` by default.
     Groups with ``mode="zo"`` follow
 
-    .. math:: x \leftarrow x - \eta \Big(\frac1q \sum_s \hat c_s v_s + \lambda x\Big)
+        x <- x - lr ((1/q) sum_s c_s v_s + weight_decay x)
 
-    with random directions :math:`v_s` regenerated from a seed and projected gradients
-    :math:`\hat c_s` from evaluations of the closure under ``no_grad``: no backward, no
-    gradients and no optimizer state for x. Both estimates are taken at the same (x, y).
+    with random directions v_s regenerated from a seed and slopes c_s (projected gradients) from
+    evaluations of the closure under ``no_grad``: no backward, no gradients and no optimizer state
+    for x. Both estimates are taken at the same (x, y).
 
     With FO groups only this is ``fo_optimizer`` itself, bit for bit (a closure is required);
     with ZO groups only it is MeZO (Malladi et al. 2023).
@@ -56,7 +56,7 @@ class HybridZOFO(GroupsAndState):
         weight_decay: L2 coefficient, both modes; 0 for any ``fo_optimizer``, whatever its own
             default.
         maximize: ascend instead, both modes.
-        mu: perturbation step size, the paper's :math:`\mu`; ZO groups.
+        mu: perturbation step size, the paper's μ; ZO groups.
         estimator: "one_sided" (shares the FO evaluation, error O(mu)) or "two_sided" (central,
             error O(mu^2)).
         num_samples: number q of directions averaged in a step.
@@ -154,7 +154,8 @@ class HybridZOFO(GroupsAndState):
 
         Raises:
             RuntimeError: no closure, and no ``backward(closure)`` since the last step.
-            As :meth:`backward`; then no weight has changed.
+            TypeError, ValueError, FloatingPointError: as :meth:`backward`; then no weight has
+                changed.
         """
         returned = None
         recording = torch.is_grad_enabled()

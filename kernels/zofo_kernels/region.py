@@ -23,14 +23,12 @@ class Region(NamedTuple):
     noise. ``tensor`` holds the rectangle row after row: its element ``r * row_length + k`` is
     the full parameter's element ``offset + r * row_stride + k``. Of a full matrix, m x n:
 
-    =============================  ============  ==============  ==============
-    region                         ``offset``    ``row_length``  ``row_stride``
-    =============================  ============  ==============  ==============
-    the whole matrix               0             n               n
-    ``Shard(0)``, rows [a, b)      a n           n               n
-    ``Shard(1)``, columns [a, b)   a             b - a           n
-    row k, as of an embedding      k n           n               n
-    =============================  ============  ==============  ==============
+    | region | ``offset`` | ``row_length`` | ``row_stride`` |
+    |---|---|---|---|
+    | the whole matrix | 0 | n | n |
+    | ``Shard(0)``, rows [a, b) | a n | n | n |
+    | ``Shard(1)``, columns [a, b) | a | b - a | n |
+    | row k, as of an embedding | k n | n | n |
 
     With more dimensions, ``Shard(d)`` is a rectangle too: take n, a and b of dimension d times
     the sizes of all dimensions after it. Where stride and length are equal, no gap is between the
