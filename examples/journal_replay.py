@@ -22,8 +22,8 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_atte
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
-parser.add_argument("--lr-zo", type=float, default=1e-3)
-parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--lr-zo", type=float, default=5e-3)
+parser.add_argument("--steps", type=int, default=150)
 args = parser.parse_args()
 
 torch.manual_seed(0)

@@ -18,7 +18,7 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_atte
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
-parser.add_argument("--lr", type=float, default=3e-3)
+parser.add_argument("--lr", type=float, default=1e-2)
 parser.add_argument("--steps", type=int, default=150)
 args = parser.parse_args()
 

@@ -31,7 +31,7 @@ ACCUMULATED = 2
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
-parser.add_argument("--lr-zo", type=float, default=1e-3)
+parser.add_argument("--lr-zo", type=float, default=1e-2)
 parser.add_argument("--lr-fo", type=float, default=1.0)
 parser.add_argument("--steps", type=int, default=40)
 args = parser.parse_args()

@@ -33,8 +33,8 @@ PAIRS = [
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
-parser.add_argument("--lr-zo", type=float, default=1e-4)
-parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--lr-zo", type=float, default=3e-3)
+parser.add_argument("--steps", type=int, default=80)
 parser.add_argument("--out", default=tempfile.mkdtemp())
 args = parser.parse_args()
 
