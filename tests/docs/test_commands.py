@@ -11,6 +11,7 @@ So these are checked: the target, the extra, the program and its options exist.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -20,17 +21,17 @@ import sys
 from unittest import mock
 
 import pytest
-from doc_blocks import ROOT, commands, pages, sections
+from doc_blocks import ROOT, commands, prose, sections
 from doc_run import RUN
 
-FILES = [*pages(), ROOT / "CONTRIBUTING.md"]
+FILES = [path for path in prose() if "results" not in path.parts]
 COMMANDS = sorted(
     {
         command
         for path in FILES
         for section in sections(path)
         for block in section.blocks
-        if block.language == "sh"
+        if block.language in ("sh", "")  # the latter beside examples and experiments
         for command in commands(block.code)
         if not command.startswith(RUN)
     }
@@ -58,6 +59,7 @@ def check_pip(action, *arguments):
     assert set(filter(None, chosen.split(","))) <= extras()
 
 
+@functools.cache
 def printed_help(program):
     """What the program prints for ``--help``."""
     with (
@@ -66,7 +68,7 @@ def printed_help(program):
         contextlib.suppress(SystemExit),
     ):
         if program[0] == "-m":
-            runpy.run_module(program[1], run_name="__main__")
+            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(str(ROOT / program[0]), run_name="__main__")
     assert "--help" in printed.getvalue()
@@ -97,9 +99,12 @@ CHECKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command):
-    program, *arguments = shlex.split(command, comments=True)
+    program, *arguments = shlex.split(command)
+    if "=" in program:  # a variable of the environment
+        program, *arguments = arguments
     assert program in CHECKS, "a command of another kind needs a check of its own"
     CHECKS[program](*arguments)
 
