@@ -33,9 +33,10 @@ release = load_release()
 @pytest.fixture
 def published(tmp_path):
     """README.md and pyproject.toml as they are released."""
-    for name in ("README.md", "pyproject.toml", "zofo_optim/__init__.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "zofo_optim").mkdir()  # the package, which may be installed from a wheel
+    shutil.copy(zofo_optim.__file__, tmp_path / "zofo_optim" / "__init__.py")
     release.main(f"{URL}/", f"v{zofo_optim.__version__}", tmp_path)
     return tmp_path
 
