@@ -99,6 +99,14 @@ def test_relative_links_lead_to_files(path):
             assert (path.parent / target).exists(), link
 
 
+def test_files_that_are_named_exist():
+    folders = "benchmarks|docs|examples|experiments|kernels|tests|zofo_optim"
+    for path in prose():
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", text):
+            assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows(path):
     """Jobs have a machine and steps, wait for jobs that exist, and call targets that exist."""
