@@ -80,7 +80,7 @@ def test_ctrl_c_anywhere_leaves_backward_working(gradients, clean_modes):
         assert layer.weight.grad is not None, place
         left += clean_modes()
     # the case that this is about; without gradients, Python 3.12 with torch 2.8 leaves none
-    assert left > 0 or not gradients
+    assert left > 0 or (not gradients and sys.version_info >= (3, 12))
 
 
 def test_ctrl_c_loses_no_gradient_while_setting_it_aside():
