@@ -35,6 +35,11 @@ def save_base_weights(
         ValueError: the model lacks a parameter of the optimizer.
         ImportError: safetensors is not installed.
     """
+    return write_tensors(Path(folder) / FILE, base_weights(optimizer, model))
+
+
+def base_weights(optimizer: HybridZOFO, model: nn.Module) -> dict[str, Tensor]:
+    """What :func:`save_base_weights` writes, by the base model's names; see there."""
     of_peft = getattr(model, "get_base_model", None)
     base: nn.Module = of_peft() if callable(of_peft) else model
     names = {id(p): without_layers(name) for name, p in base.named_parameters()}
@@ -44,7 +49,7 @@ def save_base_weights(
             if id(p) not in names:
                 raise ValueError(f"model must hold all zeroth-order parameters, not so {given!r}")
             tensors[names[id(p)]] = p.detach().contiguous()
-    return write_tensors(Path(folder) / FILE, tensors)
+    return tensors
 
 
 def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:

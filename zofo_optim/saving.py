@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base_weights import FILE, load_base_weights, load_tensors, save_base_weights, write_tensors
-from .journal import Journal, replay
+from .base_weights import FILE, base_weights, load_base_weights, load_tensors, write_tensors
+from .journal import Journal, JournalError, replay
 from .optimizer import HybridZOFO
 
 SUMMARY = "hybrid.json"
@@ -37,11 +39,13 @@ def save_hybrid(
     batch-norm statistics, are not saved.
 
     Args:
-        model: the peft model, or any module.
+        model: the peft model, or any module; also within torch.compile or DDP.
         optimizer: the HybridZOFO of its parameters.
         folder: where to write; made where it is missing.
         journal: attached to ``optimizer`` from the base model on; then the base model's weights
-            are not written. Keep the journal's file where it is, relative to the folder.
+            are not written. Keep the journal's file where it is, relative to the folder. Where an
+            estimate was taken and dropped since the last step, its moves may have rounded the
+            weights, and the journal has no record of them yet: then the weights are written.
 
     Returns:
         The folder.
@@ -61,7 +65,9 @@ def save_hybrid(
         )
     if journal is not None and journal not in optimizer.listeners:
         raise ValueError(f"journal must be attached to optimizer, got one of {journal.path}")
-    first_order, names = _first_order(model, optimizer)
+    model = _unwrapped(model)
+    first_order, learns = _first_order(model, optimizer)
+    of_base = base_weights(optimizer, model)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     for stale in (SUMMARY, FILE, FIRST_ORDER, OPTIMIZER):
@@ -71,17 +77,15 @@ def save_hybrid(
     if first_order:
         write_tensors(path / FIRST_ORDER, first_order)
     recorded = None
-    if journal is not None:
-        journal.flush()
-        step = int(optimizer.zo_groups()[0].options["zo_step"])
-        recorded = {"path": os.path.relpath(journal.path, path.absolute()), "step": step}
-    elif optimizer.zo_groups():
-        save_base_weights(optimizer, model, path)
+    if journal is not None and not optimizer.moves:
+        recorded = _place_of(journal, path, int(optimizer.zo_groups()[0].options["zo_step"]))
+    elif of_base:
+        write_tensors(path / FILE, of_base)
     fresh = path / f"{OPTIMIZER}.new"
-    torch.save(optimizer.state_dict(), fresh)
+    torch.save(_plain(optimizer.state_dict()), fresh)
     fresh.replace(path / OPTIMIZER)
 
-    summary = {"format": _FORMAT, "adapters": adapters, "first_order": names, "journal": recorded}
+    summary = {"format": _FORMAT, "adapters": adapters, "first_order": learns, "journal": recorded}
     fresh = path / f"{SUMMARY}.new"
     fresh.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     fresh.replace(path / SUMMARY)
@@ -107,7 +111,8 @@ def load_hybrid(
         TypeError: ``base`` is no module.
         FileNotFoundError: the folder has no ``hybrid.json``: nothing was saved there, or saving
             was cut off.
-        ValueError: the weights do not fit the model, or (JournalError) the journal does not.
+        ValueError: the weights do not fit the model, or (JournalError) the journal does not, or
+            it is not the one that was saved: another file, or cut back since.
 
     Example:
         >>> model, state = load_hybrid("tuned", base=AutoModelForCausalLM.from_pretrained(name))
@@ -133,19 +138,84 @@ def load_hybrid(
     model = _load_adapters(base, path, summary["adapters"], trainable)
     recorded = summary["journal"]
     if recorded is not None:
-        replay(model, path / recorded["path"], stop=recorded["step"])
+        replay(model, _found(path, recorded), stop=recorded["step"])
     elif (path / FILE).is_file():
         load_base_weights(model, path)
+    learns = _dtypes(model, summary["first_order"])
     if (path / FIRST_ORDER).is_file():
         load_tensors(model, path / FIRST_ORDER)
-    learns = set(summary["first_order"])
     for name, p in model.named_parameters():
         p.requires_grad_(trainable and name in learns)
     return model, state
 
 
-def _first_order(model: nn.Module, optimizer: HybridZOFO) -> tuple[dict[str, Tensor], list[str]]:
-    """The first-order weights that peft does not save, by name; and the names of all."""
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, whose names and peft's methods are those of a model that is loaded."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    children = dict(model.named_children())
+    inner = children.get("module" if isinstance(model, parallel) else "_orig_mod")
+    return model if inner is None else _unwrapped(inner)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Without numpy's scalars (a learning rate from a table): torch.load refuses them."""
+    for group in state["param_groups"]:
+        group.update({k: v.item() for k, v in group.items() if isinstance(v, np.generic)})
+    return state
+
+
+def _place_of(journal: Journal, folder: Path, step: int) -> dict[str, Any]:
+    """Where a journal is, and what it holds up to now, by which it is known again."""
+    journal.flush()
+    content = journal.path.read_bytes()
+    return {
+        "path": os.path.relpath(journal.path.resolve(), folder.resolve()),
+        "step": step,
+        "size": len(content),
+        "crc": zlib.crc32(content),
+    }
+
+
+def _found(folder: Path, recorded: dict[str, Any]) -> Path:
+    """The journal of :func:`_place_of`; it may have grown since."""
+    path = folder.resolve() / str(recorded["path"])
+    with path.open("rb") as file:
+        content = file.read(recorded["size"])
+    if len(content) != recorded["size"] or zlib.crc32(content) != recorded["crc"]:
+        raise JournalError(
+            f"{path} is not the journal that {folder / SUMMARY} was saved with: it is another "
+            f"run's, or it was cut back before step {recorded['step']} and went on from there"
+        )
+    return path
+
+
+def _dtypes(model: nn.Module, learns: dict[str, str]) -> set[str]:
+    """Give first-order parameters the dtypes that they had (peft loads 16-bit ones as fp32).
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: the model lacks some.
+    """
+    parameters = dict(model.named_parameters())
+    missing = [name for name in learns if name not in parameters]
+    if missing:
+        raise ValueError(
+            f"base must have the first-order parameters that were saved, but has none of "
+            f"{missing[:3]}"
+        )
+    for name, dtype in learns.items():
+        wanted = getattr(torch, dtype)
+        if parameters[name].dtype != wanted:
+            parameters[name].data = parameters[name].data.to(wanted)
+    return set(learns)
+
+
+def _first_order(
+    model: nn.Module, optimizer: HybridZOFO
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The first-order weights that peft does not save, by name; and the dtypes of all."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [group for group in optimizer.param_groups if group["mode"] == "fo"]
     found = {}
@@ -168,7 +238,7 @@ def _first_order(model: nn.Module, optimizer: HybridZOFO) -> tuple[dict[str, Ten
         for name, tensor in found.items()
         if tensor.data_ptr() not in saved_by_peft
     }
-    return own, list(found)
+    return own, {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in found.items()}
 
 
 def _save_adapters(model: Any, path: Path) -> dict[str, Any] | None:

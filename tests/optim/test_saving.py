@@ -1,14 +1,18 @@
 """save_hybrid and load_hybrid: what was trained comes back, and training goes on to the bit."""
 
 import copy
+import json
+import os
 import shutil
+import socket
 
+import numpy as np
 import pytest
 import torch
 from conftest import same_bits
 from torch import nn
 
-from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, load_hybrid, save_hybrid
+from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, load_hybrid, replay, save_hybrid
 from zofo_optim.journal import JournalError
 
 peft = pytest.importorskip("peft")
@@ -242,3 +246,239 @@ def test_what_cannot_be_loaded(tmp_path):
     summary.write_text(summary.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(ValueError, match="must be of format 1, got 9"):
         load_hybrid(tmp_path, base_model())
+
+
+def test_an_adapter_with_another_name(tmp_path):
+    model = wrapped(adapter_name="mine")
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 2)
+    save_hybrid(model, optimizer, tmp_path)
+    fresh, state = load_hybrid(tmp_path, base_model())
+    assert list(fresh.peft_config) == ["mine"]
+    other = optimizer_of(fresh)
+    other.load_state_dict(state)
+    for each in ((model, optimizer), (fresh, other)):
+        train(*each, 2, 4)
+    assert_same(fresh, contents(model))
+
+
+def test_two_active_adapters(tmp_path):
+    model = wrapped(adapter_name="one")
+    model.add_adapter("two", CONFIGS["lora"]())
+    model.base_model.set_adapter(["one", "two"])
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 2)
+    save_hybrid(model, optimizer, tmp_path)
+    fresh, _ = load_hybrid(tmp_path, base_model())
+    assert list(fresh.active_adapters) == ["one", "two"]
+    assert_same(fresh, contents(model))
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_first_order_alone(tmp_path):
+    model = wrapped()
+    optimizer = HybridZOFO([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    train(model, optimizer, 0, 2)
+    save_hybrid(model, optimizer, tmp_path)
+    assert not (tmp_path / "zo_weights.safetensors").exists()
+    assert_same(load_hybrid(tmp_path, base_model())[0], contents(model))
+
+
+@pytest.mark.parametrize("perturbation", ["in_place", "streamed"])
+@pytest.mark.parametrize("kind", ["lora", "pissa"])
+def test_going_on_with_a_journal(kind, perturbation, tmp_path):
+    """The journal of the loaded run reaches from the base model to the end."""
+    model = wrapped(kind)
+    start = copy.deepcopy(model)
+    optimizer = optimizer_of(model, perturbation=perturbation)
+    with Journal(tmp_path / "run.zofo").attach(optimizer) as journal:
+        train(model, optimizer, 0, 2)
+        save_hybrid(model, optimizer, tmp_path / "tuned", journal=journal)
+    train(model, optimizer, 2, 4)
+
+    fresh, state = load_hybrid(tmp_path / "tuned", base_model())
+    other = optimizer_of(fresh, perturbation=perturbation)
+    other.load_state_dict(state)
+    with Journal(tmp_path / "run.zofo", resume=True).attach(other):
+        train(fresh, other, 2, 4)
+    assert_same(fresh, contents(model))
+    assert replay(start, tmp_path / "run.zofo").verified
+
+
+def test_a_dropped_estimate_leaves_its_rounding(tmp_path):
+    """Moves round; no record of a journal holds them before the next step."""
+    model = wrapped()
+    start = copy.deepcopy(model)
+    optimizer = optimizer_of(model)
+    folder = tmp_path / "tuned"
+    with Journal(tmp_path / "run.zofo").attach(optimizer) as journal:
+        train(model, optimizer, 0, 2)
+        at_step = contents(model)
+        optimizer.backward(lambda: model(input_ids=IDS[0], labels=IDS[0]).loss)
+        optimizer.zero_grad()
+        wanted = contents(model)
+        assert any(not same_bits(wanted[name], at_step[name]) for name in wanted)
+        save_hybrid(model, optimizer, folder, journal=journal)
+        shutil.copy(tmp_path / "run.zofo", tmp_path / "as_saved.zofo")
+    train(model, optimizer, 2, 3)
+
+    fresh, state = load_hybrid(folder, base_model())
+    assert_same(fresh, wanted)
+    other = optimizer_of(fresh)
+    other.load_state_dict(state)
+    with Journal(tmp_path / "as_saved.zofo", resume=True).attach(other):
+        train(fresh, other, 2, 3)
+    assert_same(fresh, contents(model))
+    assert replay(start, tmp_path / "as_saved.zofo").verified
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    """Of the same base model, at the same place: it would replay well, to other weights."""
+    for seed in (1, 2):
+        model = wrapped()
+        optimizer = optimizer_of(model, seed=seed)
+        run = tmp_path / str(seed)
+        run.mkdir()
+        with Journal(run / "run.zofo").attach(optimizer) as journal:
+            train(model, optimizer, 0, 2)
+            save_hybrid(model, optimizer, run / "tuned", journal=journal)
+    shutil.copy(tmp_path / "1" / "run.zofo", tmp_path / "2" / "run.zofo")
+    with pytest.raises(JournalError, match="is not the journal that"):
+        load_hybrid(tmp_path / "2" / "tuned", base_model())
+    load_hybrid(tmp_path / "1" / "tuned", base_model())
+
+
+def test_a_journal_that_was_cut_back_is_refused(tmp_path):
+    model = wrapped()
+    optimizer = optimizer_of(model)
+    start, beginning = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    with Journal(tmp_path / "run.zofo").attach(optimizer) as journal:
+        train(model, optimizer, 0, 2)
+        save_hybrid(model, optimizer, tmp_path / "tuned", journal=journal)
+        model.load_state_dict(start)
+        with pytest.warns(UserWarning, match="is cut at the optimizer's step 0"):
+            optimizer.load_state_dict(beginning)
+        train(model, optimizer, 1, 4)  # other batches than before
+    with pytest.raises(JournalError, match="is not the journal that"):
+        load_hybrid(tmp_path / "tuned", base_model())
+
+
+def test_a_folder_behind_a_link(tmp_path):
+    (tmp_path / "runs" / "7").mkdir(parents=True)
+    os.symlink(tmp_path / "runs" / "7", tmp_path / "latest")
+    model = wrapped()
+    optimizer = optimizer_of(model)
+    with Journal(tmp_path / "run.zofo").attach(optimizer) as journal:
+        train(model, optimizer, 0, 1)
+        save_hybrid(model, optimizer, tmp_path / "latest", journal=journal)
+    for folder in ("latest", "runs/7"):
+        assert_same(load_hybrid(tmp_path / folder, base_model())[0], contents(model))
+
+
+@pytest.mark.parametrize("wrapper", [torch.compile, nn.DataParallel])
+def test_a_wrapped_model(wrapper, tmp_path):
+    model = wrapped("head")
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 1)
+    save_hybrid(wrapper(model), optimizer, tmp_path)
+    fresh, _ = load_hybrid(tmp_path, base_model())
+    assert_same(fresh, contents(model))
+    trains = [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in fresh.parameters()] == trains
+    assert any(trains)
+
+
+def test_sixteen_bits(tmp_path):
+    """An adapter that was cast too, after it was made: peft would load it as fp32."""
+    model = wrapped("head").bfloat16()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 2)
+    save_hybrid(model, optimizer, tmp_path)
+    fresh, state = load_hybrid(tmp_path, base_model().bfloat16())
+    other = optimizer_of(fresh)
+    other.load_state_dict(state)
+    for each in ((model, optimizer), (fresh, other)):
+        train(*each, 2, 4)
+    assert_same(fresh, contents(model))
+
+
+def test_a_learning_rate_of_numpy(tmp_path):
+    model = wrapped()
+    optimizer = optimizer_of(model)
+    for group in optimizer.param_groups:
+        group["lr"] = np.linspace(0.1, 0.2, 3)[1]
+    save_hybrid(model, optimizer, tmp_path)
+    _, state = load_hybrid(tmp_path, base_model())
+    assert [group["lr"] for group in state["param_groups"]] == [
+        group["lr"] for group in optimizer.param_groups
+    ]
+
+
+def test_a_refused_save_leaves_the_one_before(tmp_path):
+    model = wrapped()
+    save_hybrid(model, optimizer_of(model), tmp_path)
+    wanted = contents(model)
+    lost = dict(params=[("lost", nn.Parameter(torch.ones(2), False))], mode="zo", lr=1e-3)
+    optimizer = optimizer_of(model)
+    optimizer.add_param_group(lost)
+    with pytest.raises(ValueError, match=r"model must hold all zeroth-order parameters.*lost"):
+        save_hybrid(model, optimizer, tmp_path)
+    assert_same(load_hybrid(tmp_path, base_model())[0], wanted)
+
+
+def test_another_base(tmp_path):
+    model = wrapped()
+    save_hybrid(model, optimizer_of(model), tmp_path / "peft")
+    small = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=8,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    )
+    with pytest.raises((ValueError, RuntimeError), match=r"size mismatch|must have"):
+        load_hybrid(tmp_path / "peft", small)
+
+    class Plain(nn.Module):
+        def __init__(self, size, head="head"):
+            super().__init__()
+            self.base = nn.Linear(4, size).requires_grad_(False)
+            self.add_module(head, nn.Linear(2, 2))
+
+    plain = Plain(3)
+    save_hybrid(plain, optimizer_of(plain), tmp_path / "plain")
+    with pytest.raises(ValueError, match="model must have weights of the shapes in"):
+        load_hybrid(tmp_path / "plain", Plain(5))
+    with pytest.raises(ValueError, match=r"base must have the first-order .*'head\.weight'"):
+        load_hybrid(tmp_path / "plain", Plain(3, head="other"))
+    with pytest.raises(ValueError, match="dtype that holds"):
+        load_hybrid(tmp_path / "plain", Plain(3).to(torch.float16))
+
+
+def test_the_base_is_not_downloaded(tmp_path, monkeypatch):
+    """Though the adapter names a model of the Hub, and the Hub may be asked."""
+    hub = pytest.importorskip("huggingface_hub")
+    name = "facebook/opt-125m"
+    model = wrapped()
+    model.peft_config["default"].base_model_name_or_path = name
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 1)
+    save_hybrid(model, optimizer, tmp_path)
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == name
+    asked = []
+
+    def refuse(host, *args, **kwargs):
+        asked.append(host)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert_same(load_hybrid(tmp_path, base_model())[0], contents(model))
+    assert asked == []
+    with pytest.raises(Exception, match="no network"):  # such a request would be seen
+        hub.file_exists(name, "config.json")
+    assert asked
