@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -37,7 +37,7 @@ class Listener:
     """Base class of what :meth:`HybridZOFO.add_listener` takes; methods do nothing by default.
 
     Called during a step, so a method should be quick and must not wait for the device. One that
-    raises ends the call of the optimizer in which it was told.
+    raises ends the call of the optimizer in which it was told, after the others were told too.
 
     Example:
         >>> class Losses(Listener):
@@ -70,22 +70,28 @@ class Listeners(Listener):
     def __init__(self, *first: Listener) -> None:
         self.members = list(first)
 
+    def _tell(self, tell: Callable[[Listener], None]) -> None:
+        """Tell all, though one may leave or raise: a journal must not miss what happened."""
+        failed: BaseException | None = None
+        for listener in tuple(self.members):
+            try:
+                tell(listener)
+            except BaseException as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
     def moved(self, move: Move) -> None:
-        for listener in self.members:
-            listener.moved(move)
+        self._tell(lambda listener: listener.moved(move))
 
     def estimated(self, estimated: Estimated) -> None:
-        for listener in self.members:
-            listener.estimated(estimated)
+        self._tell(lambda listener: listener.estimated(estimated))
 
     def updated(self, updates: Sequence[Update]) -> None:
-        for listener in list(self.members):
-            listener.updated(updates)
+        self._tell(lambda listener: listener.updated(updates))
 
     def state_loaded(self) -> None:
-        for listener in list(self.members):  # one may leave
-            listener.state_loaded()
+        self._tell(lambda listener: listener.state_loaded())
 
     def group_adding(self, group: dict[str, Any]) -> None:
-        for listener in self.members:
-            listener.group_adding(group)
+        self._tell(lambda listener: listener.group_adding(group))

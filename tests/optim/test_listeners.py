@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -265,3 +266,100 @@ def test_a_journal_that_begins_while_accumulating(dtype, tmp_path):
     assert replay(model, tmp_path / "a.zofo").verified
     for found, w in zip(model.values(), weights, strict=True):
         assert same_bits(found, w.detach())
+
+
+@pytest.mark.parametrize("journal_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", range(1, 6))
+def test_raising_at_any_move(number, dtype, journal_first, tmp_path):
+    """From that move on, so at the restoring one too: weights come back, and no move is lost."""
+    generator = torch.Generator().manual_seed(0)
+    w = Parameter(torch.randn(300, generator=generator).to(dtype), False)
+    group = dict(params=[w], mode="zo", lr=1e-2, mu=3e-2)
+    optimizer = HybridZOFO([group], num_samples=2, distribution="rademacher")
+    before = w.detach().clone()
+
+    class Breaks(Listener):
+        count = 0
+
+        def moved(self, move):
+            self.count += 1
+            if self.count >= number:
+                raise ValueError("broken listener")
+
+    breaks = Breaks()
+    if not journal_first:
+        optimizer.add_listener(breaks)
+    with Journal(tmp_path / "a.zofo").attach(optimizer):
+        if journal_first:
+            optimizer.add_listener(breaks)
+        if number == 5:  # the four points' moves went well: backward's own restoring is the fifth
+            with pytest.raises(ValueError, match="broken listener"):
+                optimizer.backward(lambda: (w.double() ** 2).sum())
+        else:
+            with pytest.raises(ValueError, match="broken listener"):
+                optimizer.step(lambda: (w.double() ** 2).sum())
+        assert optimizer.moves[-1].scales == (0.0,)
+        optimizer.remove_listener(breaks)
+        optimizer.zero_grad()
+        error = (w.detach().double() - before.double()).abs().max()
+        assert error < 4 * torch.finfo(dtype).eps * before.abs().max()  # as moves round
+        optimizer.step(lambda: (w.double() ** 2).sum())
+    again = {"0": before}
+    assert replay(again, tmp_path / "a.zofo").verified
+    assert same_bits(again["0"], w.detach())
+
+
+@pytest.mark.parametrize("event", ["moved", "estimated", "updated"])
+@pytest.mark.parametrize("end", ["leaves", "raises"])
+def test_the_others_hear_all(event, end):
+    optimizer, closure, _ = problem()
+
+    class Ends(Listener):
+        pass
+
+    def ending(self, *args):
+        optimizer.remove_listener(self)
+        if end == "raises":
+            raise ValueError("broken listener")
+
+    setattr(Ends, event, ending)
+    optimizer.add_listener(Ends())
+    listener = optimizer.add_listener(Recorder())
+    if end == "raises":
+        with pytest.raises(ValueError, match="broken listener"):
+            optimizer.step(closure)
+        heard = {
+            "moved": ["moved"] * 2,  # to the point, and back
+            "estimated": ["moved", "moved", "estimated", "moved"],
+            "updated": ["moved", "moved", "estimated", "updated"],
+        }
+        assert listener.names() == heard[event]
+    else:
+        optimizer.step(closure)
+        assert listener.names() == ["moved", "moved", "estimated", "updated"]
+
+
+def test_the_first_error_is_raised():
+    optimizer, closure, _ = problem()
+    for name in ("first", "second"):
+
+        class Breaks(Listener):
+            def updated(self, updates, name=name):
+                raise ValueError(name)
+
+        optimizer.add_listener(Breaks())
+    with pytest.raises(ValueError, match="first"):
+        optimizer.step(closure)
+    assert [group["zo_step"] for group in optimizer.param_groups] == [1, 1]
+
+
+def test_pickles_have_no_listeners():
+    optimizer, _, _ = problem()
+
+    class CannotBePickled(Listener):
+        pass
+
+    optimizer.add_listener(CannotBePickled())
+    assert pickle.loads(pickle.dumps(optimizer)).listeners == ()
+    assert len(optimizer.listeners) == 1

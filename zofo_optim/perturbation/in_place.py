@@ -17,17 +17,21 @@ class InPlacePerturbation(Perturbation):
 
     def move(self, sample: int, sign: int) -> None:
         with uninterrupted():  # all groups take the same path
-            self._tell(Move(sample, tuple(sign * group.mu for group in self.groups)))
-            for position, group in enumerate(self.groups):
-                self._pass(position, self._shift(group, sample, sign))
+            try:
+                self._tell(Move(sample, tuple(sign * group.mu for group in self.groups)))
+            finally:  # what was told happens, though a listener raises
+                for position, group in enumerate(self.groups):
+                    self._pass(position, self._shift(group, sample, sign))
 
     def restore(self) -> None:
         if not self._carried:
             return
         with uninterrupted():  # all groups, before a Ctrl-C is raised
-            self._tell(Move(0, (0.0,) * len(self.groups)))
-            for position in sorted(self._carried):
-                self._pass(position, None)
+            try:
+                self._tell(Move(0, (0.0,) * len(self.groups)))
+            finally:
+                for position in sorted(self._carried):
+                    self._pass(position, None)
 
     def _tell(self, move: Move) -> None:
         self.moves.append(move)
