@@ -5,10 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from zofo_kernels import Direction, noise
 from zofo_optim import HybridZOFO
+from zofo_optim.estimators import ESTIMATORS, Point
+
+names = st.sampled_from(sorted(ESTIMATORS))
 
 
 def estimate(loss_of, x: Tensor, **options) -> Tensor:
@@ -206,3 +211,35 @@ def test_hybrid_learns_what_the_adapter_cannot():
         final[kind] = loss().item()
     assert final["fo"] > 0.5 * start
     assert final["hybrid"] < 0.01 * start
+
+
+def test_points_of_each_estimator():
+    two, one = ESTIMATORS["two_sided"], ESTIMATORS["one_sided"]
+    assert two.points(2, first_order=True) == [
+        Point(0, 0, True),
+        *(Point(s, sign) for s in (0, 1) for sign in (1, -1)),
+    ]
+    assert two.points(1, first_order=False) == [Point(0, 1), Point(0, -1)]
+    assert one.points(2, first_order=True) == [Point(0, 0, True), Point(0, 1), Point(1, 1)]
+    assert one.points(1, first_order=False) == [Point(0, 0), Point(0, 1)]
+
+
+@given(names, st.integers(0, 5), st.booleans())
+def test_points(name, samples, first_order):
+    """One gradient, at the first point, where there is anything first-order; no point twice."""
+    points = ESTIMATORS[name].points(samples, first_order=first_order)
+    assert [point.gradient for point in points] == [first_order] + [False] * (len(points) - 1)
+    assert len(set(points)) == len(points) >= 1
+    assert all(point.sign for point in points[1:])
+    assert {point.sample for point in points if point.sign} == set(range(samples))
+
+
+@given(names, st.integers(1, 5), st.booleans(), st.randoms(use_true_random=False))
+def test_differences(name, samples, first_order, random):
+    """Of f(x + t v_s) = c + a_s t + b_s t^2 per unit of t: a_s two-sided, a_s + b_s one-sided."""
+    a, b = ([random.uniform(-5, 5) for _ in range(samples)] for _ in range(2))
+    points = ESTIMATORS[name].points(samples, first_order=first_order)
+    losses = [2.0 + a[p.sample] * p.sign + b[p.sample] * p.sign**2 for p in points]
+    found = ESTIMATORS[name].differences(points, torch.tensor(losses, dtype=torch.float64))
+    error = [0.0] * samples if name == "two_sided" else b
+    assert found.tolist() == pytest.approx([x + y for x, y in zip(a, error, strict=True)])

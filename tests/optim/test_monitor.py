@@ -1,12 +1,14 @@
 """What a person reads: the report's line, and the size of an update."""
 
+import copy
 import re
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from zofo_optim import HybridZOFO
+from zofo_optim import HybridZOFO, Listener
+from zofo_optim.monitor import relative_size
 
 
 def problem(*modes, **options):
@@ -18,6 +20,11 @@ def problem(*modes, **options):
         params.append(w)
     optimizer = HybridZOFO(groups, **options)
     return optimizer, params, lambda: sum((w**2).mean() for w in params)
+
+
+class Told(Listener):
+    def updated(self, updates):
+        self.updates = updates
 
 
 LINE = re.compile(
@@ -34,6 +41,7 @@ def test_the_report(distribution, samples):
     )
     optimizer.step(closure)
     before = torch.cat([p.detach().clone() for p in params])
+    optimizer.add_listener(told := Told())
     optimizer.step(closure)
     after = torch.cat([p.detach() for p in params])
     step, loss, slope, size, skipped = LINE.fullmatch(optimizer.report()).groups()
@@ -42,7 +50,9 @@ def test_the_report(distribution, samples):
     wanted = float(optimizer.projected_grads.abs().mean())
     assert float(slope) == pytest.approx(wanted, rel=1e-2)
     measured = float((after - before).norm() / before.norm())
-    assert float(size) == pytest.approx(measured, rel=0.1)  # two digits, and d = 6,000
+    exact = relative_size(told.updates, optimizer.zo_groups())
+    assert exact == pytest.approx(measured, rel=0.05)
+    assert size == f"{exact:.1e}"
 
 
 def test_before_and_without():
@@ -73,3 +83,20 @@ def test_sixteen_bit_weights_are_summed_in_fp32():
     coefficient = abs(float(optimizer.projected_grads))
     size = float(LINE.fullmatch(optimizer.report()).group(4))
     assert size == pytest.approx(coefficient / 0.1, rel=0.1)
+
+
+def test_what_is_skipped_is_counted_once_an_estimate():
+    optimizer, _, closure = problem("zo", num_samples=2)
+    for factor in (float("nan"), 1.0, float("inf")):
+        optimizer.backward(lambda factor=factor: closure() * factor)
+    assert optimizer.report().endswith("skipped 2")
+    optimizer.step()
+    optimizer.step(closure)
+    assert optimizer.report().endswith("skipped 2")
+
+
+def test_nothing_is_left_of_the_update_in_a_copy():
+    """A copy reports its own; the count of what was skipped goes with it."""
+    optimizer, _, closure = problem("zo")
+    optimizer.step(lambda: closure() * float("nan"))
+    assert copy.deepcopy(optimizer).report() == "step 1: skipped 1"

@@ -1,6 +1,7 @@
 """The code's own structure: no import circle, one home for private torch API, a readable step."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"zofo_optim": ROOT / "zofo_optim", "zofo_kernels": ROOT / "kernels" / "zofo_kernels"}
-PRIVATE = ("torch._", "torch.utils._", "torch.cuda._", "torch.autograd.graph.increment_version")
+UNDOCUMENTED = ("torch.autograd.graph.increment_version",)
 
 
 def modules():
@@ -53,20 +54,32 @@ def imports(name):
     return {module for module in found if module in MODULES and module != name}
 
 
-def test_no_import_circle():
-    graph = {name: imports(name) for name in MODULES}
-    assert sum(map(len, graph.values())) > 100  # it reads something
+def circle(graph):
+    """The names of one circle in ``graph``, a name -> names mapping; or nothing."""
     done = set()
 
     def visit(name, path):
-        assert name not in path, "circle: " + " -> ".join([*path, name])
+        if name in path:
+            return [*path[path.index(name) :], name]
+        found = []
         if name not in done:
             for other in sorted(graph[name]):
-                visit(other, [*path, name])
+                found = found or visit(other, [*path, name])
             done.add(name)
+        return found
 
-    for name in graph:
-        visit(name, [])
+    return next(filter(None, (visit(name, []) for name in graph)), [])
+
+
+def test_no_import_circle():
+    graph = {name: imports(name) for name in MODULES}
+    assert sum(map(len, graph.values())) > 100  # it reads something
+    assert circle(graph) == []
+
+
+def test_a_circle_would_be_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_kernels_know_nothing_of_the_optimizer():
@@ -75,31 +88,100 @@ def test_kernels_know_nothing_of_the_optimizer():
             assert not any(other.startswith("zofo_optim") for other in imports(name)), name
 
 
-def attributes(tree):
+def private(text):
+    """Whether a dotted name of torch's has a private part."""
+    return text.startswith("torch.") and any(
+        part.startswith("_") and not part.startswith("__") for part in text.split(".")
+    )
+
+
+def torch_names(tree):
+    """All that is taken from torch: imports, and attributes of what was imported."""
+    known = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+                known[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                yield f"{node.module}.{alias.name}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            yield ast.unparse(node)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in known:
+                yield f"{known[first]}.{rest}"
+
+
+def taken_privately(code):
+    names = set(torch_names(ast.parse(code)))
+    return sorted(n for n in names if private(n) or n.startswith(UNDOCUMENTED))
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if not n.endswith("_torch_compat")])
 def test_private_torch_api_has_one_home(name):
-    used = set(attributes(ast.parse(MODULES[name].read_text())))
-    assert [text for text in used if text.startswith(PRIVATE)] == []
-
-
-def test_that_home_is_seen_by_the_test_above():
-    used = set(attributes(ast.parse(MODULES["zofo_kernels._torch_compat"].read_text())))
-    assert any(text.startswith(PRIVATE) for text in used)
+    assert taken_privately(MODULES[name].read_text()) == []
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in MODULES if n.startswith("zofo_optim.journal") or n.endswith("monitor")]
+    "code",
+    [
+        "import torch\ntorch._C.f()",
+        "import torch._dynamo",
+        "import torch._dynamo as dynamo",
+        "from torch import _C",
+        "from torch.utils import _python_dispatch as d",
+        "from torch.utils._python_dispatch import x",
+        "def f():\n from torch import nn\n nn.Module._call_impl",
+        "from torch.autograd import graph\ngraph.increment_version(x)",
+    ],
 )
+def test_what_counts_as_private(code):
+    assert taken_privately(code)
+
+
+def test_what_does_not():
+    assert (
+        taken_privately("import torch\ntorch.nn.Linear.__init__\nself._x\nfrom ._y import z") == []
+    )
+
+
+def test_that_home_is_seen_by_the_test_above():
+    assert taken_privately(MODULES["zofo_kernels._torch_compat"].read_text())
+
+
+def others_privately(code):
+    """Private attributes of anything but ``self`` and ``cls``."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute):
+            attribute, owner = node.attr, ast.unparse(node.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            named = node.args[1]
+            attribute = named.value if isinstance(named, ast.Constant) else ""
+            owner = ast.unparse(node.args[0])
+        else:
+            continue
+        if attribute in ("_replace", "_asdict", "_fields"):  # what named tuples offer
+            continue
+        if attribute.startswith("_") and not attribute.startswith("__"):
+            if owner not in ("self", "cls"):
+                yield f"{owner}.{attribute}"
+
+
+LISTENERS = ("zofo_optim.journal", "zofo_optim.monitor", "zofo_optim.listeners")
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith(LISTENERS)])
 def test_listeners_read_nothing_private(name):
-    used = attributes(ast.parse(MODULES[name].read_text()))
-    assert [text for text in used if "optimizer._" in text] == []
+    assert list(others_privately(MODULES[name].read_text())) == []
+
+
+def test_what_would_be_private():
+    code = "self._optimizer._x\nself._y\ngetattr(o, '_z')\nself._optimizer.ok"
+    assert sorted(others_privately(code)) == ["o._z", "self._optimizer._x"]
 
 
 def test_the_step_can_be_read_down_one_page():
@@ -119,8 +201,6 @@ def test_importing_takes_nothing_along():
         " if m in sys.modules])"
     )
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **path}, capture_output=True, text=True
     )
