@@ -1,4 +1,7 @@
-"""Griffe extension: Sphinx roles in docstrings, such as :class:`X`, are shown as code."""
+"""Griffe extension: what docstrings say in Sphinx's and Google's way, for mkdocstrings.
+
+Roles, such as :class:`X`, are shown as code. Sections named Example hold code, as Examples do.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):`~?([^`]+)`")
+EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 
 
 class Roles(griffe.Extension):
@@ -15,4 +19,5 @@ class Roles(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
+            text = ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub(r"\1Examples:", text)

@@ -173,7 +173,8 @@ class GroupsAndState(Optimizer):
         """One line to print: step, loss, mean size of the slopes, size of the last update, skips.
 
         The update's size is its norm over that of all ZO weights, which are read once for it; the
-        call waits for the device. Fine-tunes that learn have sizes of about 1e-6 to 1e-3 a step.
+        call waits for the device. Fine-tunes that learn have sizes of about 1e-6 to 1e-3 a step,
+        and small models up to 1e-2.
 
         Example:
             >>> print(optimizer.report())

@@ -1,6 +1,7 @@
 """python -m zofo_optim.journal, on files as models are published; names with and without peft."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,30 @@ def test_replay(trained, tmp_path, capsys):
     assert "--out must not exist" in err
     code, text, _ = run(capsys, *words, tmp_path / "third.safetensors", "--stop", 3)
     assert "weights of step 3, not verified" in text
+
+
+def test_a_base_that_forbids_to_write(trained, tmp_path, capsys):
+    """The output is an ordinary folder, not one with the base's permissions."""
+    base = tmp_path / "base"
+    (base / "more").mkdir(parents=True)
+    shutil.move(tmp_path / "base.safetensors", base / "model.safetensors")
+    for name in ("config.json", "more/vocab.txt"):
+        (base / name).write_text("{}")
+    for path in (base / "config.json", base / "more" / "vocab.txt", base / "model.safetensors"):
+        path.chmod(0o444)
+    for path in (base / "more", base):
+        path.chmod(0o555)
+    out = tmp_path / "out"
+    code, _, err = run(capsys, "replay", tmp_path / "run.zofo", "--base", base, "--out", out)
+    assert code == 0, err
+    assert (out / "more" / "vocab.txt").read_text() == "{}"
+    usual = tmp_path / "usual"
+    usual.mkdir()
+    for path in (out, out / "more"):
+        assert path.stat().st_mode == usual.stat().st_mode
+    assert (out / "config.json").stat().st_mode & 0o200
+    for path in (base, base / "more"):  # so that the test's folder can be removed
+        path.chmod(0o755)
 
 
 def test_replay_from_another_precision(trained, tmp_path, capsys):

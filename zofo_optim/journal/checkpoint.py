@@ -72,8 +72,17 @@ class Checkpoint:
             raise FileExistsError(f"--out must not exist, got {str(out)!r}, which does")
 
     def copy_rest(self, out: Path) -> None:
-        """Make the output's folder, with all that is not weights."""
+        """Make the output's folder, with all that is not weights; of usual permissions.
+
+        The base's may forbid to write: model folders that are shared often do.
+        """
         if self.path.is_dir():
-            shutil.copytree(self.path, out, ignore=shutil.ignore_patterns("*.safetensors"))
+            out.mkdir(parents=True)
+            for source in sorted(self.path.rglob("*")):
+                target = out / source.relative_to(self.path)
+                if source.is_dir():
+                    target.mkdir()
+                elif source.suffix != ".safetensors":
+                    shutil.copyfile(source, target)
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
