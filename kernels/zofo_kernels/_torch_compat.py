@@ -33,6 +33,9 @@ def without_functorch() -> AbstractContextManager[Any]:
     return block
 
 
+_SHOWN_BY_TORCH = torch.__version__ >= "2.11"  # a comparison costs more than the question may
+
+
 def show_backward_to_modes() -> None:
     """Torch-function modes see calls of ``torch.autograd.backward`` from now on.
 
@@ -40,7 +43,7 @@ def show_backward_to_modes() -> None:
     that asks the modes of its thread first, as newer torch does by itself.
     """
     backward = torch.autograd.backward
-    if torch.__version__ >= "2.11" or hasattr(backward, "shown_to_modes"):
+    if _SHOWN_BY_TORCH or hasattr(backward, "shown_to_modes"):
         return
 
     @functools.wraps(backward)
