@@ -21,7 +21,8 @@ class Advice:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def _once(self, topic: str, message: str) -> None:
+    def once(self, topic: str, message: str) -> None:
+        """Warn with ``message``, unless something was said about the topic before."""
         if topic not in self._said:
             self._said.add(topic)
             warnings.warn(message, stacklevel=caller_level())
@@ -35,7 +36,7 @@ class Advice:
                 for p, name in zip(group.params, group.names, strict=True)
                 if p.requires_grad
             ]
-            self._once(
+            self.once(
                 "requires_grad",
                 f"{len(names)} zeroth-order parameters have requires_grad=True, so the "
                 "first-order backward computes gradients for them that nothing uses; freeze "
@@ -50,7 +51,7 @@ class Advice:
     ) -> None:
         """A loss without a graph where gradients were wanted, and 16-bit losses."""
         if any(p.requires_grad for p in first_order) and not evaluations[0].backpropagated:
-            self._once(
+            self.once(
                 "no backward",
                 "closure returned a loss without a graph and did not call backward, so the "
                 "first-order groups got no gradients; return the loss tensor itself",
@@ -58,7 +59,7 @@ class Advice:
         for evaluation in evaluations if groups else ():
             dtype = getattr(evaluation.returned, "dtype", None)
             if dtype in (torch.float16, torch.bfloat16):
-                self._once(
+                self.once(
                     "16-bit loss",
                     f"closure returned a loss of dtype {dtype}: differences of 16-bit losses "
                     "cancel, and the zeroth-order estimate is mostly noise; compute the loss in "

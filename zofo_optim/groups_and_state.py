@@ -55,13 +55,13 @@ class GroupsAndState(Optimizer):
         super().__init__(params, {**zo_shared, **fo_defaults, **zo_defaults})
 
     def _start(self) -> None:
-        """What a fresh or unpickled optimizer makes anew; nothing here affects the path."""
+        """What a fresh or unpickled optimizer makes anew; none of it is state."""
         self._replicas = OneProcess()
         self._evaluator = Evaluator()
         self._counters = StepCounters()
         self._listeners = Listeners(self._monitor)
         self._perturbation = PERTURBATIONS[self._settings.perturbation](
-            self._settings, self._listeners
+            self._settings, self._listeners, self._advice
         )
 
     # ---- groups ---------------------------------------------------------------------------------
@@ -232,6 +232,7 @@ class GroupsAndState(Optimizer):
         Raises:
             TypeError: it is no Listener.
             ValueError: it was added already.
+            RuntimeError: the listener refuses; a journal is attached by its own ``attach``.
         """
         if not isinstance(listener, Listener):
             raise TypeError(
@@ -239,6 +240,7 @@ class GroupsAndState(Optimizer):
             )
         if any(known is listener for known in self.listeners):
             raise ValueError("listener must not be added twice, got one that is here already")
+        listener.adding(self)  # type: ignore[arg-type]
         self._listeners.members.append(listener)
         return listener
 
@@ -247,7 +249,10 @@ class GroupsAndState(Optimizer):
 
         Raises:
             ValueError: it is not here.
+            RuntimeError: the listener refuses; a journal is ended by its own ``close``.
         """
         if not any(known is listener for known in self.listeners):
             raise ValueError(f"listener must have been added before, got {listener!r}")
-        self._listeners.members.remove(listener)
+        listener.removing(self)  # type: ignore[arg-type]
+        members = self._listeners.members
+        members[:] = [known for known in members if known is not listener]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from .rules import Update
+
+if TYPE_CHECKING:
+    from .optimizer import HybridZOFO
 
 
 class Move(NamedTuple):
@@ -52,16 +55,28 @@ class Listener:
         """The weights are about to move in place; streamed perturbation has no moves."""
 
     def estimated(self, estimated: Estimated) -> None:
-        """An estimate was taken, and added to what the step will apply."""
+        """An estimate was taken; what the step will apply has it once all were told.
+
+        Not told where all groups are first-order.
+        """
 
     def updated(self, updates: Sequence[Update]) -> None:
-        """A step has ended; one update a ZO group, in order."""
+        """A step has ended; one update a ZO group, in order; none where all are first-order."""
 
     def state_loaded(self) -> None:
         """A state dict was loaded."""
 
     def group_adding(self, group: dict[str, Any]) -> None:
-        """A ZO group is about to be added; raise RuntimeError to refuse it."""
+        """A ZO group is about to be added; raise RuntimeError to refuse it.
+
+        The optimizer may refuse it still, if the group is not sound.
+        """
+
+    def adding(self, optimizer: HybridZOFO) -> None:
+        """This listener is about to be added to ``optimizer``; raise RuntimeError to refuse."""
+
+    def removing(self, optimizer: HybridZOFO) -> None:
+        """It is about to be removed from ``optimizer``; raise RuntimeError to refuse."""
 
 
 class Listeners(Listener):

@@ -65,6 +65,9 @@ class Monitor(Listener):
     def updated(self, updates: Sequence[Update]) -> None:
         self._updates = updates
 
+    def state_loaded(self) -> None:
+        self._forget()  # they are of the path that was left
+
     def warn_if_flat(self, names: Callable[[], list[str]]) -> None:
         """Warn, once, that perturbing the parameters ``names()`` does not change the loss."""
         if self._warned or self._mirror is None or int(self._mirror[1]) < FLAT_STEPS:

@@ -225,9 +225,10 @@ class HybridZOFO(GroupsAndState):
             has_clean=has_clean,
             nonfinite=settings.nonfinite,
         )
+        accumulated = estimate if self._estimate is None else self._estimate + estimate
         self._listeners.estimated(estimated)
         self._monitor.warn_if_flat(lambda: [name for group in groups for name in group.names])
-        self._estimate = estimate if self._estimate is None else self._estimate + estimate
+        self._estimate = accumulated
         if has_clean:
             return evaluations[0].returned
         number = not isinstance(evaluations[0].returned, Tensor)
@@ -248,6 +249,8 @@ class HybridZOFO(GroupsAndState):
             if estimate.first_order_is_healthy(self._fo.parameters()):
                 self._fo.step()
             perturbation.update(updates)
+            if self._settings.capturable:
+                updates = [update.frozen() for update in updates]
             for group in groups:
                 group.options["zo_step"] += 1
             self._estimate = None

@@ -14,11 +14,16 @@ class Replicas(Protocol):
     """The processes that train one model together.
 
     Every process holds the same zeroth-order weights and draws the same directions, so a few
-    scalars are all that they exchange. Each method is called by all processes, in the same order.
+    scalars are all that they exchange. Each method is called by all processes, in the same order,
+    in every estimate with zeroth-order groups.
     """
 
     def mine(self, points: Sequence[Point]) -> Sequence[Point]:
-        """Those of a step's points that this process evaluates, in order."""
+        """Those of a step's points that this process evaluates, in order; at least one.
+
+        The unperturbed point is among them, where the step has it: every process needs its own
+        first-order gradients, and returns its own loss.
+        """
 
     def gather(self, losses: Tensor) -> Tensor:
         """The losses at all points of the step, the same in every process.

@@ -23,11 +23,22 @@ class Update(NamedTuple):
     """0-dim, on the device; 0 where the estimate said nothing."""
     weight_decay: float
 
+    def frozen(self) -> Update:
+        """The same, to be kept: with ``capturable=True`` directions hold the living counter."""
+        return self._replace(
+            directions=tuple(
+                d._replace(step=d.step.clone()) if isinstance(d.step, Tensor) else d
+                for d in self.directions
+            )
+        )
+
 
 Rule = Callable[[ZOGroup, str, Tensor, Tensor], Update]
 """A rule takes the group, the distribution of its directions, the coefficients of this step's
 directions, shape (num_samples,), and the learning rate, 0-dim; both tensors are on the device,
-and a rule does not wait for it. It changes nothing: the update is applied, or not, by others."""
+and a rule does not wait for it. It changes nothing: the update is applied, or not, by others.
+Directions are the group's own, samples 0 to num_samples - 1 in order: a journal records no more
+than their coefficients."""
 
 
 def sgd(group: ZOGroup, distribution: str, coefficients: Tensor, lr: Tensor) -> Update:

@@ -63,7 +63,7 @@ def save_hybrid(
         raise RuntimeError(
             "optimizer must not be accumulating when it is saved; call step() or zero_grad() first"
         )
-    if journal is not None and journal not in optimizer.listeners:
+    if journal is not None and all(known is not journal for known in optimizer.listeners):
         raise ValueError(f"journal must be attached to optimizer, got one of {journal.path}")
     model = _unwrapped(model)
     first_order, learns = _first_order(model, optimizer)

@@ -34,7 +34,7 @@ class _Clearing(TrainerCallback):
     """Clears coefficients of steps that never came, where the Trainer clears their gradients.
 
     A step may be skipped by a GradScaler, or cut off by an error, an interruption or a checkpoint
-    in its midst.
+    before its end.
     """
 
     def __init__(self, trainer: HybridTrainerMixin) -> None:

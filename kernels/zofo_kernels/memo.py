@@ -24,12 +24,12 @@ def kept(
 
     @functools.wraps(make)
     def find(subject: Subject, /, *args: Details.args, **kwargs: Details.kwargs) -> Result:
+        known = results.get(subject)
+        if known is None:
+            known = results[subject] = {}
         key = (*args, *kwargs.items())
-        try:
-            return results[subject][key]
-        except KeyError:
-            result = make(subject, *args, **kwargs)
-        results.setdefault(subject, {})[key] = result
-        return result
+        if key not in known:
+            known[key] = make(subject, *args, **kwargs)
+        return known[key]
 
     return find

@@ -363,3 +363,54 @@ def test_pickles_have_no_listeners():
     optimizer.add_listener(CannotBePickled())
     assert pickle.loads(pickle.dumps(optimizer)).listeners == ()
     assert len(optimizer.listeners) == 1
+
+
+def test_a_journal_is_added_and_removed_by_its_own_calls_only(tmp_path):
+    optimizer, closure = problem()[:2]
+    with pytest.raises(RuntimeError, match=r"attach\(optimizer\)"):
+        optimizer.add_listener(Journal(tmp_path / "run.zofo"))
+    assert optimizer.listeners == ()
+    assert not (tmp_path / "run.zofo").exists()
+    with Journal(tmp_path / "run.zofo").attach(optimizer) as journal:
+        optimizer.step(closure)
+        with pytest.raises(RuntimeError, match=r"close\(\)"):
+            optimizer.remove_listener(journal)
+        assert optimizer.listeners == (journal,)
+    assert optimizer.listeners == ()
+
+
+def test_a_listener_is_removed_by_identity():
+    class Equal(Recorder):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    optimizer = problem()[0]
+    a, b = optimizer.add_listener(Equal()), optimizer.add_listener(Equal())
+    optimizer.remove_listener(b)
+    (left,) = optimizer.listeners
+    assert left is a
+
+
+def test_a_listener_that_raises_leaves_no_estimate_behind():
+    class Refuses(Listener):
+        def estimated(self, estimated):
+            raise KeyError("refused")
+
+    optimizer, closure = problem()[:2]
+    listener = optimizer.add_listener(Refuses())
+    with pytest.raises(KeyError, match="refused"):
+        optimizer.backward(closure)
+    assert optimizer.accumulated is None
+    optimizer.remove_listener(listener)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_updates_that_were_kept_keep_their_step(capturable):
+    optimizer, closure = problem(capturable=capturable, backend="reference")[:2]
+    recorder = optimizer.add_listener(Recorder())
+    for _ in range(3):
+        optimizer.step(closure)
+    steps = [int(updates[0].directions[0].step) for updates in recorder.of("updated")]
+    assert steps == [0, 1, 2]

@@ -70,3 +70,27 @@ def test_two_that_share_the_samples_do_the_step_of_one():
     assert torch.equal(weights[0], w.detach())
     assert torch.equal(weights[1], w.detach())
     assert calls == [3 * 2 + 2] * 2  # two points a step each, and the first step's verification
+
+
+class LaterPoints:
+    """Evaluates the unperturbed point and the last one; the others' losses come from elsewhere."""
+
+    def mine(self, points):
+        self.count = len(points)
+        return [points[0], points[-1]]
+
+    def gather(self, losses):
+        return torch.cat([losses[:1], losses[-1:].expand(self.count - 1)])
+
+
+def test_a_process_returns_its_own_unperturbed_loss():
+    w = Parameter(torch.linspace(0.5, 1.5, 7), False)
+    y = Parameter(torch.ones(()))
+    groups = [dict(params=[w], mode="zo", lr=1e-2, mu=1e-1), dict(params=[y], lr=1e-2)]
+    optimizer = HybridZOFO(groups, num_samples=3, seed=3)
+    optimizer._replicas = LaterPoints()
+    clean = float((w**3).sum())
+    returned = optimizer.backward(lambda: (w**3).sum() * y)
+    assert abs(float(returned) - clean) < 1e-5
+    assert y.grad is not None
+    assert optimizer.projected_grads.shape == (1, 3)

@@ -176,4 +176,8 @@ def test_a_loss_that_does_not_repeat_warns_once():
             optimizer.backward(lambda: model() + torch.rand((), generator=generator))
             assert_same(model, before)
             optimizer.zero_grad()
+        for _ in range(2):
+            optimizer = copy.deepcopy(optimizer)
+            optimizer.backward(lambda: model() + torch.rand((), generator=generator))
+            optimizer.zero_grad()
     assert [str(w.message)[:25] for w in caught] == ["closure gave two losses a"]

@@ -257,6 +257,14 @@ class Journal(Listener):
     def moved(self, move: Move) -> None:
         self._moves.append(move)
 
+    def adding(self, optimizer: HybridZOFO) -> None:
+        if self._optimizer is not optimizer:
+            raise RuntimeError("a journal must be added by its attach(optimizer), which begins it")
+
+    def removing(self, optimizer: HybridZOFO) -> None:
+        if self._optimizer is optimizer:
+            raise RuntimeError("a journal must be removed by its close(), which ends the file")
+
     def group_adding(self, group: dict[str, Any]) -> None:
         raise RuntimeError(
             "a zeroth-order group cannot be added while a journal is attached; close it, and "
@@ -394,9 +402,9 @@ class Journal(Listener):
         self._told = True
 
     def _detach(self) -> None:
-        if self._optimizer is not None:
-            self._optimizer.remove_listener(self)
-        self._optimizer = None
+        optimizer, self._optimizer = self._optimizer, None
+        if optimizer is not None:
+            optimizer.remove_listener(self)
         if fcntl is not None:  # closing is not enough where a forked child has the file too
             with suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)

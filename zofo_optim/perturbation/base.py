@@ -9,6 +9,7 @@ from typing import Any
 
 from zofo_kernels import Shift, uninterrupted, update_
 
+from ..advice import Advice
 from ..estimators import Point
 from ..evaluation import Evaluation
 from ..listeners import Listener, Move
@@ -23,23 +24,25 @@ Evaluate = Callable[[bool], Evaluation]
 class Perturbation(ABC):
     """Evaluations at x + sign mu v for all groups together, and the update. One an optimizer.
 
-    A step is ``with perturbation.over(param_groups): visit, update``; leaving the block restores
+    A step is ``with perturbation.over(groups): visit, update``; leaving the block restores
     what is displaced, whatever happened in it.
 
     Args:
         settings: the optimizer's.
         listener: told of each move before it is made.
+        advice: says once what is wrong with a closure.
     """
 
-    def __init__(self, settings: Settings, listener: Listener) -> None:
+    def __init__(self, settings: Settings, listener: Listener, advice: Advice) -> None:
         self.groups: list[ZOGroup] = []
         """The ZO groups of the present step."""
         self.moves: list[Move] = []
         """Since the last update; moves round, so weights depend on them."""
         self._settings = settings
         self._listener = listener
+        self._advice = advice
         self._tables = Tables()
-        self._carried: dict[int, Shift] = {}  # by the group's position
+        self._carried: dict[int, Shift] = {}  # by the group's position, within a step
 
     def groups_of(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
         """The zeroth-order ones, with their tables of addresses kept from step to step."""

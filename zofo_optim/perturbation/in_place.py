@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from torch import Tensor
+
 from zofo_kernels import Shift, perturb_, uninterrupted
 
-from ..listeners import Move
+from ..advice import Advice
+from ..listeners import Listener, Move
+from ..settings import Settings
+from ..zo_groups import ZOGroup
 from .base import Perturbation
 
 
@@ -14,6 +21,15 @@ class InPlacePerturbation(Perturbation):
     One pass a move: weights go from one displaced point to the next by recovering first
     (w + mu v -> w -> w - mu v), which keeps 16-bit weights near where they were.
     """
+
+    def __init__(self, settings: Settings, listener: Listener, advice: Advice) -> None:
+        super().__init__(settings, listener, advice)
+        self._left: list[_Left] = []
+
+    def over(self, groups: list[ZOGroup]) -> InPlacePerturbation:
+        self._take_back()
+        super().over(groups)
+        return self
 
     def move(self, sample: int, sign: int) -> None:
         with uninterrupted():  # all groups take the same path
@@ -30,8 +46,20 @@ class InPlacePerturbation(Perturbation):
             try:
                 self._tell(Move(0, (0.0,) * len(self.groups)))
             finally:
-                for position in sorted(self._carried):
-                    self._pass(position, None)
+                self._restore_each()
+
+    def _restore_each(self) -> None:
+        """One that cannot be restored now keeps none of the others from it."""
+        failed: BaseException | None = None
+        for position, shift in sorted(self._carried.items()):
+            try:
+                self._pass(position, None)
+            except BaseException as error:
+                failed = failed or error
+                self._left += _Left.of(self.groups[position], shift)
+        self._carried.clear()
+        if failed is not None:
+            raise failed
 
     def _tell(self, move: Move) -> None:
         self.moves.append(move)
@@ -50,3 +78,44 @@ class InPlacePerturbation(Perturbation):
             del self._carried[position]
         else:
             self._carried[position] = shift
+
+    def _take_back(self) -> None:
+        """Restore what an earlier step could not, where nobody has written to it since."""
+        with uninterrupted():
+            while self._left:
+                left = self._left[-1]
+                if left.is_untouched():
+                    perturb_(
+                        [left.tensor],
+                        None,
+                        0.0,
+                        recover=left.shift,
+                        indices=[left.noise_index],
+                        backend=self._settings.backend,
+                    )
+                self._left.pop()
+
+
+class _Left(NamedTuple):
+    """A parameter that a failed pass left displaced, as it was then."""
+
+    tensor: Tensor
+    noise_index: int
+    shift: Shift
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, group: ZOGroup, shift: Shift) -> list[_Left]:
+        return [
+            cls(p, index, shift, *_content(p))
+            for p, index in zip(group.params, group.indices, strict=True)
+        ]
+
+    def is_untouched(self) -> bool:
+        return _content(self.tensor) == (self.address, self.version)
+
+
+def _content(tensor: Tensor) -> tuple[int, int]:
+    """Changes when someone else writes; inference tensors count no versions."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -10,7 +10,6 @@ at w itself: losses that are subtracted come from the same arithmetic.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from zofo_kernels import Shift, Weights, perturb_, uninterrupted
 
-from ..checks import caller_level
+from ..advice import Advice
 from ..estimators import Point
 from ..evaluation import Evaluation
 from ..listeners import Listener
@@ -32,15 +31,14 @@ from .streaming import Source, Streaming, uncompiled
 class StreamedPerturbation(Perturbation):
     """Evaluations see perturbed copies of the weights, which are written by updates only."""
 
-    def __init__(self, settings: Settings, listener: Listener) -> None:
-        super().__init__(settings, listener)
+    def __init__(self, settings: Settings, listener: Listener, advice: Advice) -> None:
+        super().__init__(settings, listener, advice)
         self._shifts: list[Shift] = []
         self._mode: Streaming | None = None
         self._kept: dict[int, Tensor] = {}  # contents of parameters that verification displaces
         self._weights: list[Weights] = []  # what the sources, and the verification, are of
         self._sources: dict[int, Source] = {}
         self._verified = False
-        self._warned = False
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         super().over(groups)
@@ -86,13 +84,12 @@ class StreamedPerturbation(Perturbation):
         """Once for every set of ZO parameters, at the first displaced point with a finite loss."""
         if self._verified or not loss.isfinite():  # a loss that is not finite tells nothing
             return
-        if not self.verify(evaluate, loss) and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if not self.verify(evaluate, loss):
+            self._advice.once(
+                "repeat",
                 "closure gave two losses at the same point, so it cannot be verified that "
                 "perturbation='streamed' reaches every use of the zeroth-order parameters; it "
                 "must use the same batch whenever it is called",
-                stacklevel=caller_level(),
             )
         self._verified = True
 
