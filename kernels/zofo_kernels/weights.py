@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._torch_compat import has_internal_overlap, increment_versions, is_wrapper_subclass
+from .memory import check_storage
 from .region import Region, Regions, extent
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -20,7 +21,8 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
 
     Raises:
         TypeError: not a dense tensor of a floating dtype that the kernels know.
-        ValueError: a meta tensor, or one whose elements share memory (an expanded tensor).
+        ValueError: a meta tensor, one whose storage is gone, or one whose elements share memory
+            (an expanded tensor).
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -40,6 +42,7 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
         )
     if tensor.is_meta:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+    check_storage(tensor, name)
     if not tensor.is_contiguous() and has_internal_overlap(tensor):
         raise ValueError(f"{name} must not share memory among its elements (expanded tensor)")
 
@@ -174,7 +177,7 @@ class Weights:
             tensor.copy_(dense)
 
     def _signature(self) -> list[tuple[object, ...]]:
-        """What must not change for addresses to hold."""
+        """What must not change for addresses to hold; a storage that is freed moves, too."""
         return [(t.data_ptr(), t.dtype, t.numel(), t.is_contiguous()) for t in self.tensors]
 
     def _lay_out(self) -> tuple[dict[torch.device, Regions], list[tuple[Tensor, Tensor]]]:
