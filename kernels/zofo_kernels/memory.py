@@ -14,19 +14,26 @@ def span(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def check_storage(tensor: Tensor, name: str) -> None:
-    """Raise ValueError where the memory behind a tensor is gone.
+def is_gone(tensor: Tensor) -> bool:
+    """Whether the storage holds less than the tensor's elements.
 
     A storage that is freed or resized moves, and so do its tensors' addresses: whoever keeps an
     address asks again where it has changed.
     """
-    if tensor.numel() == 0:
-        return
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < _needed(tensor)
+
+
+def _needed(tensor: Tensor) -> int:
+    """Bytes of the storage up to the tensor's last element."""
     start, end = span(tensor)
-    needed = end - start + tensor.storage_offset() * tensor.element_size()
-    present = tensor.untyped_storage().nbytes()
-    if present < needed:
+    return end - start + tensor.storage_offset() * tensor.element_size()
+
+
+def check_storage(tensor: Tensor, name: str) -> None:
+    """Raise ValueError where the memory behind a tensor is gone."""
+    if is_gone(tensor):
         raise ValueError(
-            f"{name} must hold data, got a storage of {present} bytes where {needed} are needed "
-            "(freed by untyped_storage().resize_(0)?): bring the weights back first"
+            f"{name} must hold data, got a storage of {tensor.untyped_storage().nbytes()} bytes "
+            f"where {_needed(tensor)} are needed (freed by untyped_storage().resize_(0)?): bring "
+            "the weights back first"
         )

@@ -8,7 +8,7 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from .memory import check_storage
+from .memory import check_storage, is_gone
 
 Run = tuple[int, int, int]
 """Elements that follow one another both in a region's memory and in the full parameter.
@@ -74,17 +74,17 @@ def regions_of_rows(
     ]
 
 
-def extent(name: str, elements: int, row_length: int, row_stride: int) -> int:
+def extent(names: str, position: int, elements: int, row_length: int, row_stride: int) -> int:
     """How far a rectangle reaches in the full parameter, from its first element past its last.
 
     Raises:
-        ValueError: there is no such rectangle; ``name`` is what the message calls it.
+        ValueError: there is no such rectangle; the message calls it ``names[position]``.
     """
     if not 1 <= row_length <= row_stride or elements % row_length != 0:
         raise ValueError(
-            f"{name} must have rows that do not overlap, 1 <= row length <= row stride, and whole "
-            f"ones only, got row length {row_length} and row stride {row_stride} for {elements} "
-            "elements"
+            f"{names}[{position}] must have rows that do not overlap, 1 <= row length <= row "
+            f"stride, and whole ones only, got row length {row_length} and row stride "
+            f"{row_stride} for {elements} elements"
         )
     return elements and elements + (elements // row_length - 1) * (row_stride - row_length)
 
@@ -117,8 +117,9 @@ class Regions(Sequence[Region]):
                     f"regions[{position}] must be contiguous and not empty, got shape "
                     f"{tuple(tensor.shape)} with strides {tensor.stride()}"
                 )
-            check_storage(tensor, f"regions[{position}]")
-            end = offset + extent(f"regions[{position}]", tensor.numel(), length, stride)
+            if is_gone(tensor):
+                check_storage(tensor, f"regions[{position}]")
+            end = offset + extent("regions", position, tensor.numel(), length, stride)
             if not (0 <= parameter < 1 << 32 and 0 <= offset < end <= 1 << 63):
                 raise ValueError(
                     f"regions[{position}] must have a parameter in [0, 2**32) and elements in "

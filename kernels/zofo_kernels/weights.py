@@ -104,17 +104,18 @@ def _check_rectangles(
                     f"{rectangle!r}"
                 )
         chosen.append(rectangle)
-        extents.append(extent(f"rectangles[{position}]", size, *rectangle))
+        extents.append(extent("rectangles", position, size, *rectangle))
     return chosen, extents
 
 
-def _check_apart(tensors: Sequence[tuple[int, Tensor]]) -> None:
-    """Raise ValueError where contiguous tensors, each with its position, share memory."""
-    spans = sorted(
-        (str(t.device), t.data_ptr(), t.data_ptr() + t.nbytes, place) for place, t in tensors
-    )
-    for (device, _, end, place), (other, start, _, next_place) in pairwise(spans):
-        if device == other and start < end:
+Span = tuple[int, int, int]
+"""Address of a contiguous tensor's first byte, that past its last, and its position in the list."""
+
+
+def _check_apart(spans: list[Span]) -> None:
+    """Raise ValueError where contiguous tensors on one device share memory."""
+    for (_, end, place), (start, _, next_place) in pairwise(sorted(spans)):
+        if start < end:
             first, second = sorted((place, next_place))
             raise ValueError(f"tensors[{second}] must not share memory with tensors[{first}]")
 
@@ -183,7 +184,7 @@ class Weights:
     def _lay_out(self) -> tuple[dict[torch.device, Regions], list[tuple[Tensor, Tensor]]]:
         by_device: dict[torch.device, list[Region]] = {}
         seen: set[int] = set()
-        contiguous: list[tuple[int, Tensor]] = []
+        spans: dict[torch.device, list[Span]] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         every = zip(self.tensors, self.indices, self.offsets, self._rectangles, strict=True)
         for position, (tensor, index, offset, rectangle) in enumerate(every):
@@ -199,10 +200,13 @@ class Weights:
                 copies.append((tensor, dense))
                 tensor = dense
             else:
-                contiguous.append((position, tensor))
+                start = tensor.data_ptr()
+                span = start, start + tensor.nbytes, position
+                spans.setdefault(tensor.device, []).append(span)
             region = Region(tensor, index, offset, *rectangle)
             by_device.setdefault(tensor.device, []).append(region)
-        _check_apart(contiguous)
+        for on_device in spans.values():
+            _check_apart(on_device)
         return {device: Regions(regions) for device, regions in by_device.items()}, copies
 
     def mark_changed(self) -> None:

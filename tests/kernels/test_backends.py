@@ -193,7 +193,7 @@ def check(name, operation, made, direction, keep, data):
 
 @pytest.mark.parametrize("backend", [b for b in CPU_BACKENDS if b == "cpu"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(places(6, [1, 7, 8, 129, 300, 2048]), min_size=1, max_size=4),
     directions,
@@ -206,7 +206,7 @@ def test_a_backend_does_as_the_reference(backend, operation, made, direction, ke
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("operation", OPERATIONS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     st.lists(places(2, [1, 8, 129, 256]), min_size=1, max_size=2),
     directions,

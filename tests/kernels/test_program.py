@@ -211,7 +211,7 @@ def in_turn(w, passes, rounding, **place):
     return rounded
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(programs(), st.integers(1, 300), st.integers(0, 2**40), st.sampled_from(ROUNDINGS))
 def test_a_program_is_its_passes_by_the_reference(backend, made, size, offset, rounding):
     """One object for all dtypes: what a backend keeps of it is of the dtype that it computes in."""

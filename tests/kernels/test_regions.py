@@ -141,7 +141,7 @@ def check_rectangle(backend, operation, case, dtype, direction, rounding, index,
 
 
 @pytest.mark.parametrize("backend", UNINTERPRETED)
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(operations, rectangles(), dtypes, directions, roundings, indices, offsets)
 def test_a_rectangle_is_that_of_the_whole(
     backend, operation, case, dtype, direction, rounding, index, offset
@@ -151,7 +151,7 @@ def test_a_rectangle_is_that_of_the_whole(
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("operation", ROUNDINGS_OF_EACH, ids=lambda operation: operation.__name__)
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(rectangles(3, (3, 8, 130, 256)), dtypes, directions, roundings, indices, offsets)
 def test_a_rectangle_is_that_of_the_whole_under_the_interpreter(
     operation, case, dtype, direction, rounding, index, offset
@@ -197,7 +197,7 @@ def sharded(tensor, dim, parts, index, offset):
 
 
 @pytest.mark.parametrize("backend", UNINTERPRETED)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     operations,
     st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
@@ -219,7 +219,7 @@ def test_shards_make_up_the_whole(
 
 
 @pytest.mark.parametrize("operation", ROUNDINGS_OF_EACH, ids=lambda operation: operation.__name__)
-@pytest.mark.parametrize("stride", [2**32 + 5, 2**35 - 1, 2**60])
+@pytest.mark.parametrize("stride", [2**32 + 5, 2**60])
 def test_rows_far_apart_are_those_one_by_one(backend, operation, stride):
     """Where the counter of the noise needs more than 32 bits between one row and the next."""
     for distribution in DISTRIBUTIONS:

@@ -29,5 +29,5 @@ def test_freed_weights_are_refused_and_train_on_when_they_are_back(perturbation)
 def test_freed_weights_are_refused_at_construction():
     weight = torch.ones(64)
     weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="zeroth-order parameter .* must hold data"):
+    with pytest.raises(ValueError, match=r"zeroth-order parameter .* must hold data"):
         HybridZOFO([weight], mode="zo", lr=1e-3)
