@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import counters
 from .checks import caller_level
 from .listeners import Estimated, Listener
 from .rules import Update
@@ -54,10 +55,10 @@ class Monitor(Listener):
         device = flat.device
         if self._counts is None or self._mirror is None or self._counts.device != device:
             old = self._counts
-            self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+            self._counts = counters(2, device=device)
             if old is not None:
                 self._counts.copy_(old)
-            self._mirror = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._mirror = counters(2, device="cpu", pin_memory=device.type == "cuda")
         self._counts[0] += (~estimated.finite).to(torch.int64)
         self._counts[1] = (self._counts[1] + 1) * flat.to(torch.int64)
         self._mirror.copy_(self._counts, non_blocking=True)
