@@ -9,7 +9,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from conftest import same_bits
+from conftest import needs_compiler, same_bits
 from torch import nn
 
 from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, load_hybrid, replay, save_hybrid
@@ -375,7 +375,9 @@ def test_a_folder_behind_a_link(tmp_path):
         assert_same(load_hybrid(tmp_path / folder, base_model())[0], contents(model))
 
 
-@pytest.mark.parametrize("wrapper", [torch.compile, nn.DataParallel])
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param(torch.compile, marks=needs_compiler), nn.DataParallel]
+)
 def test_a_wrapped_model(wrapper, tmp_path):
     model = wrapped("head")
     optimizer = optimizer_of(model)
