@@ -58,7 +58,7 @@ class Backend(Protocol):
         w0 = RN(w - recover.scale z'), or w where nothing is to be recovered. The order of the
         roundings is part of the definition: the products lr c_s and lr weight_decay in the
         compute dtype, the sum over s from the left, then the decay, then the subtraction. Where
-        lr weight_decay is 0, the term with w0 is left out.
+        weight_decay or lr weight_decay is 0, the term with w0 is left out.
 
         Coefficients and rate stay tensors, since the host must not wait for them; so an update
         is no :class:`Program` of one pass, which holds numbers.

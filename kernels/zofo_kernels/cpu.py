@@ -144,7 +144,8 @@ def _run(
         if coefficients is not None and lr is not None:
             rate = lr.to(compute)
             steps = (rate * coefficients.to(compute)).numpy()
-            decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1).numpy()
+            if weight_decay != 0:
+                decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1).numpy()
         keys = shift_ends, shift_keys, scales, key_ends, update_keys
         launches.append((total, table, (*keys, steps, decay, stochastic)))
     _launch(launches)
@@ -235,16 +236,19 @@ def _arrays(program: Program, compute: type) -> tuple[Any, ...]:
 
     shifts = [shift for one in passes for shift in one.shifts]
     counts = np.array([len(one.directions) for one in passes], dtype=np.int64)
-    lr = array(one.lr for one in passes)
-    coefficients = array(c for one in passes for c in one.coefficients)
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers that are not finite
+        lr = array(one.lr for one in passes)
+        decay = array(one.weight_decay for one in passes)
+        steps = np.repeat(lr, counts) * array(c for one in passes for c in one.coefficients)
+        decays = np.where(decay == 0, decay, lr * decay)
     return (
         np.cumsum([len(one.shifts) for one in passes]),
         _key_rows([shift.direction for shift in shifts]),
         array(shift.scale for shift in shifts),
         np.cumsum(counts),
         _key_rows([direction for one in passes for direction in one.directions]),
-        np.repeat(lr, counts) * coefficients,
-        lr * array(one.weight_decay for one in passes),
+        steps,
+        decays,
     )
 
 

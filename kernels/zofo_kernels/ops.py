@@ -18,7 +18,7 @@ from .direction import Direction, Shift, check_direction, check_finite, check_sh
 from .dispatch import backend_for
 from .interrupt import uninterrupted
 from .program import Program
-from .region import Region
+from .region import Region, regions_of_rows
 from .weights import DTYPES, Weights, as_weights, check_places, check_weight
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -131,11 +131,9 @@ def perturbed(
     engine = backend_for(tensor.device, backend) if isinstance(backend, str) else backend
     if rows is not None:
         out = torch.embedding(tensor.detach(), rows).resolve_neg()
-        width = tensor.shape[1]
-        places = zip(out.view(-1, width).unbind(), rows.flatten().tolist(), strict=True)
-        regions = [Region(row, index, offset + width * place) for row, place in places]
         if out.numel() > 0:
-            engine.perturb(regions, [shift])
+            copies, numbers = out.view(-1, tensor.shape[1]), rows.flatten().tolist()
+            engine.perturb(regions_of_rows(copies, numbers, index, offset), [shift])
         return out
     content = tensor.detach().resolve_neg().contiguous()
     out = torch.empty_like(content)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .direction import Direction, Shift, check_direction, check_finite, check_shift
 
 
@@ -13,7 +15,8 @@ class Pass:
     """Shifts in turn, each rounded to the weights' dtype, then an update where it has directions.
 
     Equal to ``perturb_`` for each shift and then ``update_``. Coefficients and learning rate need
-    not be finite: what a run did is done again as it was.
+    not be finite: what a run did is done again as it was. Steps are numbers: those in tensors may
+    change, and backends keep what they make of a program.
 
     Raises:
         TypeError, ValueError: a field that cannot be used.
@@ -34,6 +37,12 @@ class Pass:
             check_shift("shifts", shift)
         for direction in self.directions:
             check_direction(direction)
+        for direction in (*(shift.direction for shift in self.shifts), *self.directions):
+            if isinstance(direction.step, Tensor):
+                raise TypeError(
+                    "step must be an int in a Pass, which does not change, got the tensor "
+                    f"{direction.step!r}"
+                )
         if len(self.directions) != len(self.coefficients):
             raise ValueError(
                 f"coefficients must be as many as directions ({len(self.directions)}), got "

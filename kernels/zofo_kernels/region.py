@@ -28,7 +28,7 @@ class Region(NamedTuple):
     | the whole matrix | 0 | n | n |
     | ``Shard(0)``, rows [a, b) | a n | n | n |
     | ``Shard(1)``, columns [a, b) | a | b - a | n |
-    | row k, as of an embedding | k n | n | n |
+    | row k, as of an embedding; see :func:`regions_of_rows` | k n | n | n |
 
     With more dimensions, ``Shard(d)`` is a rectangle too: take n, a and b of dimension d times
     the sizes of all dimensions after it. Where stride and length are equal, no gap is between the
@@ -54,16 +54,35 @@ class Region(NamedTuple):
         return [(r * length, length, offset + r * stride) for r in range(size // length)]
 
 
-def extent(elements: int, row_length: int = 1, row_stride: int = 1) -> int:
+def regions_of_rows(
+    rows: Tensor, numbers: Sequence[int], parameter: int, offset: int = 0
+) -> list[Region]:
+    """Regions of single rows of a full matrix, in any order: those that an embedding reads.
+
+    Args:
+        rows: copies of the rows, contiguous, shape (len(numbers), n) for a matrix with n columns.
+        numbers: of each row in the matrix, at least 0; a number may occur more than once.
+        parameter: the matrix's index among the zeroth-order parameters.
+        offset: index of the matrix's first element in the full parameter.
+    """
+    length = rows.shape[1]
+    return [
+        Region(row, parameter, offset + number * length, length, length)
+        for row, number in zip(rows.unbind(), numbers, strict=True)
+    ]
+
+
+def extent(names: str, position: int, elements: int, row_length: int, row_stride: int) -> int:
     """How far a rectangle reaches in the full parameter, from its first element past its last.
 
     Raises:
-        ValueError: there is no such rectangle.
+        ValueError: there is no such rectangle; the message calls it ``names[position]``.
     """
     if not 1 <= row_length <= row_stride or elements % row_length != 0:
         raise ValueError(
-            "row_length must be in [1, row_stride] and divide the number of elements, got "
-            f"row_length {row_length} and row_stride {row_stride} for {elements} elements"
+            f"{names}[{position}] must have rows that do not overlap, 1 <= row length <= row "
+            f"stride, and whole ones only, got row length {row_length} and row stride "
+            f"{row_stride} for {elements} elements"
         )
     return elements and elements + (elements // row_length - 1) * (row_stride - row_length)
 
@@ -73,6 +92,7 @@ class Regions(Sequence[Region]):
     """Regions on one device. A backend makes its tables of their addresses once.
 
     Raises:
+        TypeError: something else than a :class:`Region` is among them.
         ValueError: there is no region, one breaks its contract, or they are on several devices.
     """
 
@@ -82,8 +102,12 @@ class Regions(Sequence[Region]):
         object.__setattr__(self, "items", tuple(regions))
         if not self.items:
             raise ValueError("regions must hold at least one region, got none")
-        device = self.items[0].tensor.device
-        for position, (tensor, parameter, offset, length, stride) in enumerate(self.items):
+        for position, region in enumerate(self.items):
+            if not isinstance(region, Region):
+                kind = type(region).__name__
+                raise TypeError(f"regions[{position}] must be a zofo_kernels.Region, got {kind}")
+            tensor, parameter, offset, length, stride = region
+            device = self.items[0].tensor.device
             if tensor.device != device:
                 raise ValueError(f"regions must be on one device, got {device}, {tensor.device}")
             if not tensor.is_contiguous() or tensor.numel() == 0:
@@ -91,7 +115,7 @@ class Regions(Sequence[Region]):
                     f"regions[{position}] must be contiguous and not empty, got shape "
                     f"{tuple(tensor.shape)} with strides {tensor.stride()}"
                 )
-            end = offset + extent(tensor.numel(), length, stride)
+            end = offset + extent("regions", position, tensor.numel(), length, stride)
             if not (0 <= parameter < 1 << 32 and 0 <= offset < end <= 1 << 63):
                 raise ValueError(
                     f"regions[{position}] must have a parameter in [0, 2**32) and elements in "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def check_places(
         if offset + size > 1 << 63:
             raise ValueError(
                 f"offsets must leave room for the tensor's elements below 2**63, got {offset} "
-                f"for {size} elements"
+                f"for a tensor whose elements span {size} of its parameter's"
             )
     return indices, offsets
 
@@ -87,17 +88,33 @@ def _check_rectangles(
         raise ValueError(
             f"rectangles must have one entry a tensor ({len(sizes)}), got {len(rectangles)}"
         )
-    for rectangle in rectangles:
+    chosen, extents = [], []
+    for position, (rectangle, size) in enumerate(zip(rectangles, sizes, strict=True)):
         match rectangle:
-            case None | (int(), int()):
+            case None:
+                rectangle = _ONE_RUN
+            case (int(), int()) if not any(isinstance(value, bool) for value in rectangle):
                 pass
             case _:
                 raise TypeError(
                     "rectangles must hold None or (row length, row stride), two ints, got "
                     f"{rectangle!r}"
                 )
-    chosen = [_ONE_RUN if r is None else r for r in rectangles]
-    return chosen, [extent(size, *r) for size, r in zip(sizes, chosen, strict=True)]
+        chosen.append(rectangle)
+        extents.append(extent("rectangles", position, size, *rectangle))
+    return chosen, extents
+
+
+Span = tuple[int, int, int]
+"""Address of a contiguous tensor's first byte, that past its last, and its position in the list."""
+
+
+def _check_apart(spans: list[Span]) -> None:
+    """Raise ValueError where contiguous tensors on one device share memory."""
+    for (_, end, place), (start, _, next_place) in pairwise(sorted(spans)):
+        if start < end:
+            first, second = sorted((place, next_place))
+            raise ValueError(f"tensors[{second}] must not share memory with tensors[{first}]")
 
 
 class Weights:
@@ -164,6 +181,7 @@ class Weights:
     def _lay_out(self) -> tuple[dict[torch.device, Regions], list[tuple[Tensor, Tensor]]]:
         by_device: dict[torch.device, list[Region]] = {}
         seen: set[int] = set()
+        spans: dict[torch.device, list[Span]] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         every = zip(self.tensors, self.indices, self.offsets, self._rectangles, strict=True)
         for position, (tensor, index, offset, rectangle) in enumerate(every):
@@ -178,8 +196,14 @@ class Weights:
                 dense = tensor.resolve_neg().contiguous()
                 copies.append((tensor, dense))
                 tensor = dense
+            else:
+                start = tensor.data_ptr()
+                span = start, start + tensor.nbytes, position
+                spans.setdefault(tensor.device, []).append(span)
             region = Region(tensor, index, offset, *rectangle)
             by_device.setdefault(tensor.device, []).append(region)
+        for on_device in spans.values():
+            _check_apart(on_device)
         return {device: Regions(regions) for device, regions in by_device.items()}, copies
 
     def mark_changed(self) -> None:

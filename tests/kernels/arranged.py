@@ -111,3 +111,17 @@ RUNS = st.lists(
     min_size=1,
     max_size=4,
 )
+
+
+def agree(result, wanted, direction, roundings=1):
+    """Whether two backends may give these: the same bits along signs, else within a tolerance.
+
+    ``roundings`` is how many passes round the weight to its dtype. Each may end on the next
+    number, and along a Gaussian each is off by 5e-6; weights and shifts stay below 3 on the way.
+    """
+    if direction.distribution == "rademacher":
+        return same_bits(result, wanted)
+    eps = max(torch.finfo(wanted.dtype).eps, torch.finfo(torch.float32).eps / 4)
+    bound = roundings * (eps * (wanted.double().abs() + 3) + 5e-6)
+    same_kind = result.dtype == wanted.dtype and result.shape == wanted.shape
+    return same_kind and bool(((result.double() - wanted.double()).abs() <= bound).all())
