@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import quick_collections
 
-from experiments import finetune, models, options, tasks
+from experiments import compare, finetune, models, options, tasks
 from experiments.settings import settings
 
 
@@ -56,6 +56,18 @@ def test_bad_options_are_explained(arguments, message, capsys, tmp_path):
     assert error.value.code == 2
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
     assert not list((tmp_path / "out").rglob("result.json"))
+
+
+@pytest.mark.parametrize("program", [finetune, compare])
+@pytest.mark.parametrize("arguments", [["--setps", "3"], ["--steps", "many"], ["--steps", "0"]])
+def test_errors_are_one_line_and_a_hint(program, arguments, capsys):
+    with pytest.raises(SystemExit):
+        program.main(arguments)
+    error, hint = capsys.readouterr().err.splitlines()
+    name = f"python -m {program.__name__}"
+    assert error.startswith(f"{name}: error: ")
+    assert arguments[0] in error.replace("_", "-")
+    assert hint == f"{name} --help lists the options."
 
 
 def test_settings_given_come_before_presets():
