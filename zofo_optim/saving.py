@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base_weights import FILE, base_weights, load_base_weights, load_tensors, write_tensors
+from .base_weights import (
+    FILE,
+    base_weights,
+    check_arguments,
+    load_base_weights,
+    load_tensors,
+    write_tensors,
+)
 from .journal import Journal, JournalError, replay
 from .optimizer import HybridZOFO
 
@@ -51,14 +58,13 @@ def save_hybrid(
         The folder.
 
     Raises:
-        TypeError: ``optimizer`` is no HybridZOFO.
+        TypeError: ``model`` and ``optimizer`` are swapped, or of other types.
         ValueError: the model lacks a parameter of the optimizer; or the journal is not attached
             to the optimizer.
         RuntimeError: the optimizer is accumulating; its gradients would be lost.
         ImportError: safetensors is not installed.
     """
-    if not isinstance(optimizer, HybridZOFO):
-        raise TypeError(f"optimizer must be a HybridZOFO, got {type(optimizer).__name__}")
+    check_arguments(model, optimizer, "save_hybrid(model, optimizer, folder)")
     if optimizer.accumulated is not None:
         raise RuntimeError(
             "optimizer must not be accumulating when it is saved; call step() or zero_grad() first"
@@ -120,7 +126,10 @@ def load_hybrid(
         >>> optimizer.load_state_dict(state)
     """
     if not isinstance(base, nn.Module):
-        raise TypeError(f"base must be a torch.nn.Module, got {type(base).__name__}")
+        raise TypeError(
+            f"base must be a torch.nn.Module, got {type(base).__name__}; the order is "
+            "load_hybrid(folder, base)"
+        )
     path = Path(folder)
     if not (path / SUMMARY).is_file():
         raise FileNotFoundError(

@@ -109,7 +109,8 @@ def test_losses_of_micro_batches_are_summed(modes):
     for scales in ((1.0, 2.0, 6.0), (4.0, 2.0)):  # the second step starts from nothing
         losses, slopes = [], []
         for scale in scales:
-            optimizer.backward(lambda scale=scale, n=len(scales): closure() * scale / n)
+            share = scale / len(scales)
+            optimizer.backward(lambda share=share: closure() * share)
             losses.append(float(optimizer.last_loss))
             slopes.append(0 if "zo" not in modes else float(optimizer.projected_grads[0]))
             said = re.search(r"loss (\S+?)(,|$)", optimizer.report()).group(1)

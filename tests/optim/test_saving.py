@@ -1,6 +1,7 @@
 """save_hybrid and load_hybrid: what was trained comes back, and training goes on to the bit."""
 
 import copy
+import inspect
 import json
 import os
 import shutil
@@ -12,7 +13,16 @@ import torch
 from conftest import same_bits
 from torch import nn
 
-from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, load_hybrid, replay, save_hybrid
+from zofo_optim import (
+    HybridZOFO,
+    Journal,
+    hybrid_param_groups,
+    load_base_weights,
+    load_hybrid,
+    replay,
+    save_base_weights,
+    save_hybrid,
+)
 from zofo_optim.journal import JournalError
 
 peft = pytest.importorskip("peft")
@@ -233,6 +243,39 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(RuntimeError, match="optimizer must not be accumulating"):
         save_hybrid(model, optimizer, tmp_path)
     assert not (tmp_path / "hybrid.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("save", "right"),
+    [
+        (save_hybrid, r"save_hybrid\(model, optimizer, folder\)"),
+        (save_base_weights, r"save_base_weights\(optimizer, model, folder\)"),
+    ],
+)
+def test_swapped_arguments(save, right, tmp_path):
+    """The two have the model and the optimizer in different orders."""
+    model = wrapped()
+    pair = {"model": model, "optimizer": optimizer_of(model)}
+    order = list(inspect.signature(save).parameters)[:2]
+    save(*(pair[name] for name in order), tmp_path / "right")
+    save(**pair, folder=tmp_path / "by name")
+    got = "got a HybridZOFO as model and a PeftModelForCausalLM as optimizer"
+    with pytest.raises(TypeError, match=f"model and optimizer must .* {right}, {got}"):
+        save(*(pair[name] for name in reversed(order)), tmp_path / "wrong")
+    plain = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="optimizer must be a HybridZOFO, got SGD"):
+        save(model=model, optimizer=plain, folder=tmp_path / "wrong")
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+        save(model={}, optimizer=pair["optimizer"], folder=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_swapped_arguments_of_loading(tmp_path):
+    model = wrapped()
+    with pytest.raises(TypeError, match=r"got \w+Path; .* load_base_weights\(model, folder\)"):
+        load_base_weights(tmp_path, model)
+    with pytest.raises(TypeError, match=r"got \w+Path; .* load_hybrid\(folder, base\)"):
+        load_hybrid(model, tmp_path)
 
 
 def test_what_cannot_be_loaded(tmp_path):
