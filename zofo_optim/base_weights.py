@@ -20,6 +20,9 @@ def save_base_weights(
 ) -> Path:
     """Write the zeroth-order weights of ``optimizer`` to ``zo_weights.safetensors``.
 
+    The optimizer comes first here, as its weights are what is saved; :func:`save_hybrid` takes the
+    model first.
+
     First-order weights are the adapter's affair; of the base model, peft saves those that are named
     in ``modules_to_save``, not those that you unfreeze by hand.
 
@@ -32,10 +35,25 @@ def save_base_weights(
         The file.
 
     Raises:
+        TypeError: ``model`` and ``optimizer`` are swapped, or of other types.
         ValueError: the model lacks a parameter of the optimizer.
         ImportError: safetensors is not installed.
     """
+    check_arguments(model, optimizer, "save_base_weights(optimizer, model, folder)")
     return write_tensors(Path(folder) / FILE, base_weights(optimizer, model))
+
+
+def check_arguments(model: object, optimizer: object, call: str) -> None:
+    """Raise TypeError where they are swapped, or of other types; ``call`` is the right order."""
+    if isinstance(model, HybridZOFO) or isinstance(optimizer, nn.Module):
+        raise TypeError(
+            f"model and optimizer must be in the order of {call}, got a "
+            f"{type(model).__name__} as model and a {type(optimizer).__name__} as optimizer"
+        )
+    if not isinstance(optimizer, HybridZOFO):
+        raise TypeError(f"optimizer must be a HybridZOFO, got {type(optimizer).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def base_weights(optimizer: HybridZOFO, model: nn.Module) -> dict[str, Tensor]:
@@ -63,11 +81,17 @@ def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: holds ``zo_weights.safetensors``; or that file.
 
     Raises:
+        TypeError: ``model`` is no module.
         FileNotFoundError: there is none.
         ValueError: the model lacks one of the weights, has another shape, or a dtype that cannot
             hold the weights; nothing is changed.
         ImportError: safetensors is not installed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; the order is "
+            "load_base_weights(model, folder)"
+        )
     path = Path(folder)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():

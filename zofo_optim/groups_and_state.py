@@ -172,6 +172,10 @@ class GroupsAndState(Optimizer):
     def report(self) -> str:
         """One line to print: step, loss, mean size of the slopes, size of the last update, skips.
 
+        Loss and slopes are those that a step descends: sums over the micro-batches of the last
+        step, or of the one that is accumulating since; a mean where the closure divides by their
+        number. Micro-batches from before a state was loaded are not in them.
+
         The update's size is its norm over that of all ZO weights, which are read once for it; the
         call waits for the device. Fine-tunes that learn have sizes of about 1e-6 to 1e-3 a step,
         and small models up to 1e-2.

@@ -20,7 +20,10 @@ FLAT_STEPS = 5
 
 
 class Monitor(Listener):
-    """Keeps the last loss, slopes and updates; counts skipped estimates and flat ones."""
+    """Keeps the last loss, slopes and updates; counts skipped estimates and flat ones.
+
+    Losses and slopes are kept of the last estimate, and summed over the micro-batches of a step.
+    """
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None  # int64 (2,): skipped estimates, flat ones in a row
@@ -33,6 +36,7 @@ class Monitor(Listener):
         """See :attr:`HybridZOFO.last_loss`."""
         self.slopes: Tensor | None = None
         """See :attr:`HybridZOFO.projected_grads`."""
+        self._total: tuple[Tensor | None, Tensor | None] = (None, None)  # loss and slopes, summed
         self._updates: Sequence[Update] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -48,8 +52,13 @@ class Monitor(Listener):
         """Number of estimates with a non-finite slope. Reading it waits for the device."""
         return 0 if self._counts is None else int(self._counts[0])
 
+    def add(self, loss: Tensor, slopes: Tensor | None, accumulates: bool) -> None:
+        """An estimate was taken; ``accumulates`` where the step's first one came before it."""
+        before = self._total if accumulates else (None, None)
+        self.loss, self.slopes = loss, slopes
+        self._total = _sum(before[0], loss), _sum(before[1], slopes)
+
     def estimated(self, estimated: Estimated) -> None:
-        self.loss, self.slopes = estimated.loss, estimated.slopes
         flat = (estimated.losses == estimated.losses[0]).all()
         device = flat.device
         if self._counts is None or self._mirror is None or self._counts.device != device:
@@ -84,10 +93,11 @@ class Monitor(Listener):
     def report(self, groups: Sequence[ZOGroup]) -> str:
         """See :meth:`HybridZOFO.report`."""
         parts = []
-        if self.loss is not None:
-            parts.append(f"loss {self.loss.item():.4f}")
-        if self.slopes is not None:
-            parts.append(f"slope {self.slopes.abs().mean().item():.2e}")
+        loss, slopes = self._total
+        if loss is not None:
+            parts.append(f"loss {loss.item():.4f}")
+        if slopes is not None:
+            parts.append(f"slope {slopes.abs().mean().item():.2e}")
         if self._updates:
             size = relative_size(self._updates, groups)
             parts.append(f"update {size:.1e} of the weights' norm")
@@ -112,6 +122,12 @@ def relative_size(updates: Sequence[Update], groups: Sequence[ZOGroup]) -> float
         norms = (torch.linalg.vector_norm(p.detach(), dtype=_wide(p)) for p in group.params)
         weights += sum(float(norm) ** 2 for norm in norms)
     return math.sqrt(moved / weights) if weights else math.inf if moved else 0.0
+
+
+def _sum(before: Tensor | None, now: Tensor | None) -> Tensor | None:
+    if before is None or now is None:
+        return before if now is None else now
+    return before + now.to(before.device, non_blocking=True)
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -69,11 +69,12 @@ def _info(options: argparse.Namespace) -> None:
         print(json.dumps(header, indent=1))
         return
     kinds = recording.kinds()
-    per_step = (recording.size - recording.first) / max(len(recording.steps), 1)
+    marginal = recording.marginal_size()
+    each = "" if marginal is None else f", {marginal:.1f} for each further step"
     lines = {
         "steps": f"{recording.start} to {recording.stop}",
         "state": recording.fault or "closed",
-        "size": f"{recording.size:,} bytes, {per_step:.1f} a step beside the header",
+        "size": f"{recording.size:,} bytes{each}",
         "weights": f"{sum(math.prod(shape) for _, shape, _ in kinds):,} in {len(kinds)} tensors "
         f"of {len(header['groups'])} groups, "
         + ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in kinds})),
