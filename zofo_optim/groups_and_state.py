@@ -49,8 +49,8 @@ class GroupsAndState(Optimizer):
         self._fo = first_order
         self._zo_shared = zo_shared
         self._estimate: Estimate | None = None
-        self._monitor = Monitor()
         self._advice = advice.Advice()
+        self._monitor = Monitor(self._advice)
         self._start()
         super().__init__(params, {**zo_shared, **fo_defaults, **zo_defaults})
 

@@ -228,7 +228,7 @@ class HybridZOFO(GroupsAndState):
         accumulated = estimate if self._estimate is None else self._estimate + estimate
         self._monitor.add(estimated.loss, estimated.slopes, self._estimate is not None)
         self._listeners.estimated(estimated)
-        self._monitor.warn_if_flat(lambda: [name for group in groups for name in group.names])
+        self._monitor.warn(lambda: [name for group in groups for name in group.names])
         self._estimate = accumulated
         if has_clean:
             return evaluations[0].returned
