@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zofo_kernels import check_weight
+from zofo_kernels.memory import first_shared, has_memory
 
 from .settings import Settings
 from .zo_groups import ZOGroup
@@ -79,12 +79,9 @@ def check_zo_options(
 
 
 def check_group(
-    group: Mapping[str, Any],
-    given: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    zo_groups: Sequence[ZOGroup],
+    group: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """A group that is being added; ``zo_groups`` are all, with this one where it is one."""
+    """The options of a group that is being added; ``given`` are those that it set itself."""
     check_mode(group["mode"])
     for field in dataclasses.fields(Settings):
         if field.name in given and field.name != "capturable":
@@ -94,19 +91,28 @@ def check_group(
             )
     if group["mode"] == "zo":
         check_zo_options(group, given, defaults)
-        check_zo_parameters(zo_groups)
 
 
-def check_zo_parameters(groups: Sequence[ZOGroup]) -> None:
-    """Every ZO parameter can be perturbed, and none shares its memory with another."""
-    owners: dict[tuple[torch.device, int], str] = {}
-    for group in groups:
-        for parameter, name in zip(group.params, group.names, strict=True):
-            check_weight(parameter, f"zeroth-order parameter {name!r}")
-            where = (parameter.device, parameter.data_ptr())
-            if parameter.numel() and where in owners:
-                raise ValueError(
-                    f"zeroth-order parameters {owners[where]!r} and {name!r} share memory and "
-                    "would be perturbed twice; pass one of them"
-                )
-            owners[where] = name
+def check_zo_parameters(groups: Sequence[ZOGroup], first_order: Iterable[Tensor]) -> None:
+    """Every ZO parameter can be perturbed, and none shares memory with a parameter of any mode."""
+    parameters = [p for group in groups for p in group.params]
+    names = [name for group in groups for name in group.names]
+    for parameter, name in zip(parameters, names, strict=True):
+        check_weight(parameter, f"zeroth-order parameter {name!r}")
+    # of a wrapper, such as a DTensor, the memory is not known
+    others = [p for p in first_order if has_memory(p)] if groups else []
+    shared = first_shared(parameters, others)
+    if shared is None:
+        return
+    first, second = shared
+    if second < len(parameters):
+        raise ValueError(
+            f"zeroth-order parameters {names[first]!r} and {names[second]!r} share memory and "
+            "would be perturbed twice; pass one of them"
+        )
+    other = others[second - len(parameters)]
+    raise ValueError(
+        f"zeroth-order parameter {names[first]!r} shares memory with a first-order parameter of "
+        f"shape {tuple(other.shape)}, which would be moved under the first-order gradient; pass "
+        "one of them, or make one a copy"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import advice, state
 from .capture import StepCounters
-from .checks import check_group
+from .checks import check_group, check_zo_parameters
 from .estimate import Estimate
 from .evaluation import Evaluator
 from .first_order import FirstOrder
@@ -52,7 +53,10 @@ class GroupsAndState(Optimizer):
         self._advice = advice.Advice()
         self._monitor = Monitor(self._advice)
         self._start()
+        self._constructing = True
         super().__init__(params, {**zo_shared, **fo_defaults, **zo_defaults})
+        self._constructing = False
+        self._check_parameters()
 
     def _start(self) -> None:
         """What a fresh or unpickled optimizer makes anew; none of it is state."""
@@ -63,6 +67,8 @@ class GroupsAndState(Optimizer):
         self._perturbation = PERTURBATIONS[self._settings.perturbation](
             self._settings, self._listeners, self._advice
         )
+
+    _constructing = False  # also in optimizers that were unpickled
 
     # ---- groups ---------------------------------------------------------------------------------
 
@@ -84,15 +90,22 @@ class GroupsAndState(Optimizer):
                     param_group.setdefault(name, value)
         super().add_param_group(param_group)
         try:
-            check_group(param_group, given, self.defaults, self.zo_groups())
+            check_group(param_group, given, self.defaults)
+            if not self._constructing:
+                self._check_parameters()
             if param_group["mode"] == "fo":
                 self._fo.add(param_group, self.state)
         except BaseException:
             self.param_groups.pop()
             raise
-        earlier = [g for g in self.param_groups[:-1] if g["mode"] == "zo"]
-        if earlier and "zo_step" not in given:
-            param_group["zo_step"] = int(earlier[0]["zo_step"])
+        if "zo_step" not in given:
+            first = next((g for g in self.param_groups if g["mode"] == "zo"), param_group)
+            param_group["zo_step"] = int(first["zo_step"])
+
+    def _check_parameters(self) -> None:
+        """Of all groups at once, since any two parameters may share memory."""
+        groups = (g["params"] for g in self.param_groups if g["mode"] == "fo")
+        check_zo_parameters(self.zo_groups(), chain.from_iterable(groups))
 
     # ---- state ----------------------------------------------------------------------------------
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ._torch_compat import has_internal_overlap, increment_versions, is_wrapper_subclass
+from ._torch_compat import increment_versions, is_wrapper_subclass
+from .memory import check_storage, first_shared, overlaps_itself
 from .region import Region, Regions, extent
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -20,7 +20,8 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
 
     Raises:
         TypeError: not a dense tensor of a floating dtype that the kernels know.
-        ValueError: a meta tensor, or one whose elements share memory (an expanded tensor).
+        ValueError: a meta tensor, one whose storage is gone, or one whose elements share memory,
+            as those of an expanded tensor do.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -40,8 +41,9 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
         )
     if tensor.is_meta:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")
-    if not tensor.is_contiguous() and has_internal_overlap(tensor):
-        raise ValueError(f"{name} must not share memory among its elements (expanded tensor)")
+    check_storage(tensor, name)
+    if not tensor.is_contiguous() and overlaps_itself(tensor):
+        raise ValueError(f"{name} must not share memory among its elements (expanded tensor?)")
 
 
 def _check_list(
@@ -105,18 +107,6 @@ def _check_rectangles(
     return chosen, extents
 
 
-Span = tuple[int, int, int]
-"""Address of a contiguous tensor's first byte, that past its last, and its position in the list."""
-
-
-def _check_apart(spans: list[Span]) -> None:
-    """Raise ValueError where contiguous tensors on one device share memory."""
-    for (_, end, place), (start, _, next_place) in pairwise(sorted(spans)):
-        if start < end:
-            first, second = sorted((place, next_place))
-            raise ValueError(f"tensors[{second}] must not share memory with tensors[{first}]")
-
-
 class Weights:
     """A list of tensors to perturb and update many times, with their places in the noise.
 
@@ -175,13 +165,12 @@ class Weights:
             tensor.copy_(dense)
 
     def _signature(self) -> list[tuple[object, ...]]:
-        """What must not change for addresses to hold."""
+        """What must not change for addresses to hold; a storage that is freed moves, too."""
         return [(t.data_ptr(), t.dtype, t.numel(), t.is_contiguous()) for t in self.tensors]
 
     def _lay_out(self) -> tuple[dict[torch.device, Regions], list[tuple[Tensor, Tensor]]]:
         by_device: dict[torch.device, list[Region]] = {}
         seen: set[int] = set()
-        spans: dict[torch.device, list[Span]] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         every = zip(self.tensors, self.indices, self.offsets, self._rectangles, strict=True)
         for position, (tensor, index, offset, rectangle) in enumerate(every):
@@ -196,14 +185,11 @@ class Weights:
                 dense = tensor.resolve_neg().contiguous()
                 copies.append((tensor, dense))
                 tensor = dense
-            else:
-                start = tensor.data_ptr()
-                span = start, start + tensor.nbytes, position
-                spans.setdefault(tensor.device, []).append(span)
             region = Region(tensor, index, offset, *rectangle)
             by_device.setdefault(tensor.device, []).append(region)
-        for on_device in spans.values():
-            _check_apart(on_device)
+        if shared := first_shared(self.tensors):
+            first, second = shared
+            raise ValueError(f"tensors[{second}] must not share memory with tensors[{first}]")
         return {device: Regions(regions) for device, regions in by_device.items()}, copies
 
     def mark_changed(self) -> None:
