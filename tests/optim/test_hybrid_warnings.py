@@ -49,6 +49,25 @@ def test_warns_once_of_gradients_that_nothing_uses():
         HybridZOFO([x], mode="zo").step(lambda: x.sum())
 
 
+def test_warns_once_of_frozen_parameters_in_first_order_groups():
+    """As where a peft model's parameters are passed without hybrid_param_groups."""
+    x, y = Parameter(torch.ones(2), requires_grad=False), Parameter(torch.ones(2))
+
+    def warnings_of(groups):
+        optimizer = HybridZOFO(groups, lr=1e-2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                optimizer.step(lambda: (x * y).sum())
+        return told(caught)
+
+    (message,) = warnings_of([x, y])
+    assert "1 of 2 first-order parameters have requires_grad=False" in message
+    assert "hybrid_param_groups" in message
+    assert warnings_of([y]) == []
+    assert warnings_of([{"params": [x], "mode": "zo"}, {"params": [y]}]) == []
+
+
 def test_warns_once_of_a_flat_loss_and_names_the_parameters():
     toy = Toy()
     unused = Parameter(torch.ones(3), requires_grad=False)
