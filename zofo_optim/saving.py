@@ -21,6 +21,7 @@ from .base_weights import (
     write_tensors,
 )
 from .journal import Journal, JournalError, replay
+from .names import unwrapped
 from .optimizer import HybridZOFO
 
 SUMMARY = "hybrid.json"
@@ -71,7 +72,7 @@ def save_hybrid(
         )
     if journal is not None and all(known is not journal for known in optimizer.listeners):
         raise ValueError(f"journal must be attached to optimizer, got one of {journal.path}")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     first_order, learns = _first_order(model, optimizer)
     of_base = base_weights(optimizer, model)
     path = Path(folder)
@@ -204,14 +205,6 @@ def _check_files(path: Path, summary: dict[str, Any]) -> None:
                 f"{path / SUMMARY} has the base model's weights; put it there, or write the weights"
                 " too, by save_hybrid without journal"
             )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, whose names and peft's methods are those of a model that is loaded."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    children = dict(model.named_children())
-    inner = children.get("module" if isinstance(model, parallel) else "_orig_mod")
-    return model if inner is None else _unwrapped(inner)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
