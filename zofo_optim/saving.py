@@ -21,7 +21,7 @@ from .base_weights import (
     write_tensors,
 )
 from .journal import Journal, JournalError, replay
-from .names import unwrapped
+from .names import match_names, unwrapped
 from .optimizer import HybridZOFO
 
 SUMMARY = "hybrid.json"
@@ -243,23 +243,24 @@ def _dtypes(model: nn.Module, learns: dict[str, str]) -> set[str]:
     """Give first-order parameters the dtypes that they had (peft loads 16-bit ones as fp32).
 
     Returns:
-        Their names.
+        Their names in the model.
 
     Raises:
         ValueError: the model lacks some.
     """
     parameters = dict(model.named_parameters())
-    missing = [name for name in learns if name not in parameters]
+    where = match_names(learns, parameters)
+    missing = [name for name in learns if name not in where]
     if missing:
         raise ValueError(
             f"base must have the first-order parameters that were saved, but has none of "
             f"{missing[:3]}"
         )
     for name, dtype in learns.items():
-        wanted = getattr(torch, dtype)
-        if parameters[name].dtype != wanted:
-            parameters[name].data = parameters[name].data.to(wanted)
-    return set(learns)
+        p, wanted = parameters[where[name]], getattr(torch, dtype)
+        if p.dtype != wanted:
+            p.data = p.data.to(wanted)
+    return set(where.values())
 
 
 def _first_order(

@@ -72,15 +72,20 @@ def test_files_of_versions_that_kept_the_wrapper(wrapper, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), wanted, strict=True))
 
 
+@pytest.mark.parametrize("learns", ["0", "2", "nothing"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_hybrids(wrapper, tmp_path):
+def test_hybrids(wrapper, learns, tmp_path):
     model = WRAPPERS[wrapper](net())
     model.requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(learns in name.split("."))
     optimizer = optimizer_of(model)
     optimizer.step(lambda: model(torch.ones(3)).sum())
-    wanted = [p.clone() for p in model.parameters()]
+    wanted = [p.detach().clone() for p in model.parameters()]
     save_hybrid(model, optimizer, tmp_path)
     fresh, _ = load_hybrid(tmp_path, net(fill=7))
+    for name, p in fresh.named_parameters():
+        assert p.requires_grad == name.startswith(learns)
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), wanted, strict=True))
 
 
