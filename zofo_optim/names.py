@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -40,11 +41,26 @@ def _stripped(names: Iterable[str], wrapper: str) -> dict[str, str]:
     return {name.removeprefix(wrapper): name for name in names if name.startswith(wrapper)}
 
 
-def match_names(names: Iterable[str], available: Iterable[str]) -> dict[str, str]:
+def _without_head(forms: Mapping[str, str]) -> dict[str, str]:
+    """Names by what is left of them without a first part that most have; none where none is.
+
+    That part is the model's name for what is below its head ("bert", "transformer"); a model that
+    was saved without a head has the rest alone.
+    """
+    firsts = Counter(form.partition(".")[0] for form in forms)
+    part, count = firsts.most_common(1)[0] if firsts else ("", 0)
+    found = {form.removeprefix(f"{part}."): name for form, name in forms.items()}
+    return found if 2 * count > len(forms) == len(found) else {}
+
+
+def match_names(
+    names: Iterable[str], available: Iterable[str], heads: bool = False
+) -> dict[str, str]:
     """For each name its like in ``available``, with or without wrappers' parts, if there is one.
 
     No two names get the same one: wrappers are taken off all names alike, in the way that finds
-    the most.
+    the most. With ``heads``, a model with a head and the one without it match too: what a caller
+    finds that way, it must check, as one part less of a name says less.
     """
     names, available = list(names), list(available)
     there = set(available)
@@ -57,13 +73,13 @@ def match_names(names: Iterable[str], available: Iterable[str]) -> dict[str, str
         sources = _stripped(bare, ours)
         for theirs in _WRAPPERS if sources else ():
             targets = _stripped(bare_there, theirs)
-            found = {
-                bare[name]: bare_there[targets[form]]
-                for form, name in sources.items()
-                if form in targets
-            }
-            if len(found) > len(best):
-                best = found
+            pairs = [(sources, targets)]
+            if heads and len(sources) == len(bare) and targets:
+                pairs += [(_without_head(sources), targets), (sources, _without_head(targets))]
+            for a, b in pairs:
+                found = {bare[name]: bare_there[b[form]] for form, name in a.items() if form in b}
+                if len(found) > len(best):
+                    best = found
     return best
 
 

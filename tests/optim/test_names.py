@@ -56,9 +56,9 @@ part = st.sampled_from(["model", "base_model", "proj", "base_layer", "a", "modul
 name = st.lists(part, min_size=1, max_size=4).map(lambda parts: ".".join([*parts, "weight"]))
 
 
-@given(st.lists(name, unique=True), st.lists(name, unique=True))
-def test_no_two_names_get_the_same(names, available):
-    found = match_names(names, available)
+@given(st.lists(name, unique=True), st.lists(name, unique=True), st.booleans())
+def test_no_two_names_get_the_same(names, available, heads):
+    found = match_names(names, available, heads=heads)
     assert set(found) <= set(names)
     assert set(found.values()) <= set(available)
     assert len(set(found.values())) == len(found)
@@ -92,3 +92,14 @@ def test_differences_of_lists():
     assert difference(ours, ours[:2]) == "2 names, not 3"
     assert difference(ours, ["a.weight", "x", "y"], renamed=True) is None
     assert difference(ours, ["a.weight", "x", "b.weight"], renamed=True) is not None
+
+
+@pytest.mark.parametrize("ours", FORMS)
+@pytest.mark.parametrize("theirs", FORMS)
+def test_a_model_without_its_head(ours, theirs):
+    names = ["bert.a.weight", "bert.b.weight", "bert.proj.weight", "head.weight"]
+    body = [name.removeprefix("bert.") for name in names[:3]]
+    whole, bare = FORMS[ours](names)[: len(names)], FORMS[theirs](body)[: len(body)]
+    assert match_names(whole, bare, heads=True) == dict(zip(whole, bare, strict=False))
+    assert match_names(bare, whole, heads=True) == dict(zip(bare, whole, strict=False))
+    assert match_names(whole, bare) == {}
