@@ -124,7 +124,8 @@ class GroupsAndState(Optimizer):
         other directions.
 
         Raises:
-            ValueError: the groups' number, sizes or modes differ.
+            ValueError: the groups' number, sizes or modes differ; or both have names of parameters,
+                and these are in another order.
         """
         super().load_state_dict(state_dict)
         # what was accumulated belongs to the directions of the step that is left
@@ -140,6 +141,7 @@ class GroupsAndState(Optimizer):
     def __setstate__(self, state_: dict[str, Any]) -> None:
         moves = state_.pop("_moves", None)
         state.check_same_modes(self.__dict__.get("param_groups"), state_["param_groups"])
+        state.check_same_names(self.__dict__.get("param_groups"), state_["param_groups"])
         super().__setstate__(state_)
         state.fill_defaults(self.param_groups, self.defaults)
         if moves is not None:  # unpickled, not loaded

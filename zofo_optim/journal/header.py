@@ -9,6 +9,7 @@ from torch import nn
 
 from zofo_kernels import NOISE_VERSION
 
+from ..names import difference
 from ..optimizer import HybridZOFO
 from ..zo_groups import ZOGroup
 from .errors import JournalError
@@ -101,10 +102,23 @@ def check_same(recording: Recording, header: dict[str, Any]) -> None:
                 f"{recording.path} was made with {key}={theirs[key]!r}, the optimizer has "
                 f"{ours[key]!r}"
             )
-    for key in ("names", "shapes", "dtypes", "indices"):
-        wanted, found = ([group[key] for group in h["groups"]] for h in (theirs, ours))
-        if wanted != found:
+    if len(ours["groups"]) != len(theirs["groups"]):
+        raise JournalError(
+            f"{recording.path} is of {len(theirs['groups'])} zeroth-order groups, the optimizer "
+            f"has {len(ours['groups'])}"
+        )
+    for position, (mine, other) in enumerate(zip(ours["groups"], theirs["groups"], strict=True)):
+        found = difference(mine["names"], other["names"])
+        if found is not None:
             raise JournalError(
-                f"{recording.path} is of other zeroth-order parameters: {key} are {wanted} there, "
-                f"{found} in the optimizer"
+                f"zeroth-order group {position} must have the names of {recording.path} in the "
+                f"same order, as the noise of a parameter goes by its place, but the journal has "
+                f"{found}"
             )
+        for key, what in (("shapes", "shape"), ("dtypes", "dtype"), ("indices", "noise index")):
+            for name, here, there in zip(mine["names"], mine[key], other[key], strict=True):
+                if here != there:
+                    raise JournalError(
+                        f"parameter {name!r} must have the {what} of {recording.path}, "
+                        f"{there}, got {here}"
+                    )
