@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,3 +123,29 @@ def check_same(recording: Recording, header: dict[str, Any]) -> None:
                         f"parameter {name!r} must have the {what} of {recording.path}, "
                         f"{there}, got {here}"
                     )
+
+
+class Kinds:
+    """The shapes and dtypes with which a journal's parameters began; a record is of no others."""
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        groups = header["groups"]
+        self._names = [name for group in groups for name in group["names"]]
+        self._wanted = [
+            (torch.Size(shape), getattr(torch, dtype))
+            for group in groups
+            for shape, dtype in zip(group["shapes"], group["dtypes"], strict=True)
+        ]
+
+    def change(self, groups: Sequence[ZOGroup]) -> str | None:
+        """What has changed since, for a message; called in every step, so it must be quick."""
+        found = [(p.shape, p.dtype) for group in groups for p in group.params]
+        if found == self._wanted:
+            return None
+        for name, wanted, got in zip(self._names, self._wanted, found, strict=False):
+            if wanted != got:
+                return (
+                    f"parameter {name!r} had shape {tuple(wanted[0])} and dtype {wanted[1]}, and "
+                    f"has shape {tuple(got[0])} and dtype {got[1]} now"
+                )
+        return f"there were {len(self._wanted)} zeroth-order parameters, and are {len(found)} now"
