@@ -30,7 +30,7 @@ class Advice:
     def about_gradients(self, groups: Sequence[ZOGroup], first_order: Sequence[Tensor]) -> None:
         """Gradients that nothing uses, and frozen parameters that get none."""
         frozen = sum(not p.requires_grad for p in first_order)
-        if frozen and not groups:
+        if 0 < frozen < len(first_order) and not groups:
             self.once(
                 "frozen",
                 f"{frozen} of {len(first_order)} first-order parameters have requires_grad=False "
