@@ -41,6 +41,7 @@ from .options import OUT, Options, check_task, option, parse
 from .own_data import OWN
 from .plots import plot_curves, plot_rates
 from .report import Result, as_csv, cells, markdown
+from .summary import start_name
 from .tasks import TASKS
 from .training import RunError, write
 
@@ -96,12 +97,12 @@ def render(out: Path, results: Sequence[Result], name: str) -> str:
         if len(rows) > 1:
             parts.append(f"## {heading}\n\n{markdown(rows)}")
     for task in report.tasks_of(grid):
+        own = [result for result in results if result["task"] == task]
         parts.append(
             f"## {task}: cost, and steps and seconds to a development loss\n\n"
-            f"Untrained: {report.start(grid, task, 'loss')}.\n\n"
+            f"{start_name(own).capitalize()}: {report.start(grid, task, 'loss')}.\n\n"
             + markdown(report.cost_table(grid, task))
         )
-        own = [result for result in results if result["task"] == task]
         path = out / f"figure3-{task}.png"
         plot_curves(path, own, f"{name} on {task}", by_seconds=True)
         parts.append(f"![curves]({path.name})\n")

@@ -25,6 +25,8 @@ a finished one is not run again. Its `result.json`:
     losses           mean training loss and projected gradient since the last entry
     steps, seconds, seconds_per_step         the median step; evaluations are not counted
     peak_memory_bytes   most bytes of live tensors in one step on the longest rows (measure.py)
+    untrained        test scores of the model that all methods start from
+    head             the first head of an encoder
     skipped_steps    steps whose estimates were not finite
     saved            folders of the trained weights
 
@@ -59,8 +61,9 @@ from .options import DTYPES, OUT, Options, check_task, option, parse
 from .own_data import OWN
 from .plots import plot_curves
 from .presets import guesses
-from .report import Result, print_table
+from .report import Result
 from .settings import Settings, settings
+from .summary import print_table
 from .tasks import TASKS, Parts, default_source, protocol
 from .training import RunError, finished, run, write
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from transformers import HfArgumentParser
@@ -226,6 +226,13 @@ EPILOG = (
 )
 
 
+class Parser(HfArgumentParser):
+    """Its errors are the message and where to read on: the usage alone would fill a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options.\n")
+
+
 def parse(
     kind: type[Kind], name: str, description: str, arguments: Sequence[str] | None = None
 ) -> tuple[Kind, Any]:
@@ -233,7 +240,7 @@ def parse(
 
     Values out of their ranges end it, too.
     """
-    parser = HfArgumentParser(
+    parser = Parser(
         kind,  # type: ignore[arg-type]
         prog=f"python -m {name}",
         description=description,

@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 Result = dict[str, Any]
 Cells = dict[tuple[str, str], list[Result]]
@@ -179,69 +174,3 @@ def curve_table(results: Iterable[Result]) -> list[list[Any]]:
         for point in r["curve"]:
             rows.append([r["task"], r["method"], r["seed"], *(point[name] for name in names)])
     return rows
-
-
-def print_table(console: Console, results: Sequence[Result], title: str) -> None:
-    """The comparison of one task's methods, a line each, the untrained model, and a verdict."""
-    grid = cells(results)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    for column in ("test\naccuracy, %", "test\nloss", "training\nloss", "\nsteps", "\ns/step"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("peak\nMB", justify="right", no_wrap=True)
-    untrained = untrained_scores(results)
-    if untrained is not None:
-        accuracy = f"{100 * untrained['accuracy']:.1f}" if results[0]["scored"] else ""
-        loss = f"{untrained['loss']:.3f}"
-        table.add_row("untrained", accuracy, loss, start(grid, results[0]["task"], "train_loss"))
-    for (_, method), runs in grid.items():
-        table.add_row(
-            method,
-            quantity(runs, "accuracy") if runs[0]["scored"] else "",
-            quantity(runs, "loss"),
-            quantity(runs, "train_loss"),
-            f"{statistics.fmean(r['steps'] for r in runs):g}",
-            f"{statistics.fmean(r['seconds_per_step'] for r in runs):.3f}",
-            f"{max(r['peak_memory_bytes'] for r in runs) / 1e6:,.0f}",
-        )
-    if not console.is_terminal:  # in a log, all of it
-        console = Console(file=console.file, width=140)
-    console.print(table)
-    for result in results:
-        if not math.isfinite(result["curve"][-1]["train_loss"]) or result["skipped_steps"]:
-            console.print(
-                f"{result['method']}, seed {result['seed']}: training loss "
-                f"{result['curve'][-1]['train_loss']:.3f} at the end, {result['skipped_steps']} "
-                "estimates were not finite"
-            )
-    console.print(verdict(results), highlight=False, soft_wrap=True)
-
-
-def untrained_scores(results: Sequence[Result]) -> dict[str, float] | None:
-    """Test scores of the untrained model; None: the results are of a time that had none."""
-    found: list[dict[str, float]] = [r["untrained"] for r in results if "untrained" in r]
-    return found[-1] if found else None
-
-
-def verdict(results: Sequence[Result]) -> str:
-    """One line: the best method on the test examples, beside the untrained model."""
-    runs_of = {method: runs for (_, method), runs in cells(results).items()}
-    scored, untrained = results[0]["scored"], untrained_scores(results)
-    name, sign = ("accuracy", 1) if scored else ("loss", -1)
-
-    def told(value: float) -> str:
-        return f"{100 * value:.1f} %" if scored else f"{value:.3f}"
-
-    means = {m: statistics.fmean(r["test"][name] for r in runs) for m, runs in runs_of.items()}
-    best = max(means, key=lambda method: sign * means[method])
-    line = f"Best on the test examples: {best}, {name} {told(means[best])}"
-    if untrained is not None:
-        line += f"; untrained: {told(untrained[name])}"
-        if not sign * means[best] > sign * untrained[name]:
-            line = f"Nothing learned: no method has a better {name} on the test examples than the "
-            line += f"untrained model, {told(untrained[name])}"
-    count = results[0].get("test_examples")
-    if scored and count:
-        error = math.sqrt(means[best] * (1 - means[best]) / count)
-        line += f" (standard error {100 * error:.1f} points, of {count} examples)"
-    return line + "."

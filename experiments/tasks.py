@@ -154,8 +154,13 @@ def read(task: str, source: str | Path, split: str) -> list[Row]:
     for name in (task, task.split("-")[0]):
         if (folder / name).is_dir():
             folder = folder / name
+    if folder.is_file():
+        raise DataError(
+            f"{folder}: a file, where {task} has a folder; other files need --task "
+            "text-classification"
+        )
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+        raise DataError(f"{folder}: no such file or folder")
     return checked(task, TASKS[task].read(folder, split))
 
 

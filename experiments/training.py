@@ -273,6 +273,7 @@ def _result(
         "best": best,
         "test": asdict(problem.test.score(trainer.trained)),
         "untrained": asdict(untrained),
+        "head": None if problem.causal else settings.head,
         "test_examples": len(problem.test),
         "steps": trainer.state.global_step,
         "stopped_early": trainer.state.global_step < settings.steps,

@@ -5,6 +5,7 @@ import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import importlib.metadata
 import importlib.util
 
 import numpy as np
@@ -57,6 +58,32 @@ def interpreted():
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where the tests run in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _compiler_is_missing():
+    """Whether torch's compiler cannot start, as with another Triton than that of its torch."""
+    try:
+        import torch._inductor.runtime.hints  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _major(package):
+    try:
+        return int(importlib.metadata.version(package).split(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+
+
+needs_compiler = pytest.mark.skipif(
+    _compiler_is_missing() is not None,
+    reason=f"torch.compile cannot start here: {_compiler_is_missing()}",
+)
+needs_transformers_5 = pytest.mark.skipif(
+    _major("transformers") < 5,
+    reason="transformers 5 saved the model's tokenizer, and earlier versions cannot read it",
+)
 
 
 def pytest_runtest_setup(item):

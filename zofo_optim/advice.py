@@ -28,7 +28,15 @@ class Advice:
             warnings.warn(message, stacklevel=caller_level())
 
     def about_gradients(self, groups: Sequence[ZOGroup], first_order: Sequence[Tensor]) -> None:
-        """Zeroth-order parameters for which a backward pass computes gradients in vain."""
+        """Gradients that nothing uses, and frozen parameters that get none."""
+        frozen = sum(not p.requires_grad for p in first_order)
+        if 0 < frozen < len(first_order) and not groups:
+            self.once(
+                "frozen",
+                f"{frozen} of {len(first_order)} first-order parameters have requires_grad=False "
+                "and do not train, and no group has mode='zo'; pass hybrid_param_groups(model, "
+                "zo=dict(lr=...)) to train what is frozen by zeroth order, or leave it out",
+            )
         if first_order and any(p.requires_grad for group in groups for p in group.params):
             names = [
                 name

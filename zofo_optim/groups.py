@@ -32,7 +32,8 @@ def hybrid_param_groups(
 
     ``requires_grad`` decides, so any peft model works as it is: the adapter and
     ``modules_to_save`` are first-order, the frozen base model is zeroth-order. A model without
-    trainable parameters gives one ZO group (plain MeZO), one without frozen ones one FO group.
+    trainable parameters gives one ZO group (plain MeZO), one without frozen ones one FO group, or
+    an error where ``zo`` is given.
     Tied weights count once. Left out of the ZO group, since they do not reach the loss, are not
     the base model's or cannot be perturbed: frozen originals that an adapter replaces
     (``modules_to_save``, LayerNorm tuning, FRoD), an adapter's own frozen weights, and tensors
@@ -56,8 +57,8 @@ def hybrid_param_groups(
     Raises:
         TypeError: ``model`` is no module, or options are no mapping.
         ValueError: an option may not be set here, a pattern matches no frozen parameter, no
-            parameter is left, or base weights are quantised by bitsandbytes or partitioned by
-            DeepSpeed and not excluded.
+            parameter is left, ``zo`` is given and there is no zeroth-order parameter, or base
+            weights are quantised by bitsandbytes or partitioned by DeepSpeed and not excluded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -97,6 +98,11 @@ def hybrid_param_groups(
                 )
     if not groups["zo"] and not groups["fo"]:
         raise ValueError("model must have at least one parameter to train, got none")
+    if zo is not None and not groups["zo"]:
+        raise ValueError(
+            f"zo must be left out where no parameter is zeroth-order, got {zo!r}; "
+            + _to_do(left_out)
+        )
     if verbose:
         print(_summary(groups, left_out))
     return [
@@ -120,6 +126,18 @@ def _options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
         if reserved in options:
             raise ValueError(f"{name} must not set {reserved!r}: hybrid_param_groups does")
     return dict(options)
+
+
+def _to_do(left_out: Mapping[str, Sequence[Tensor]]) -> str:
+    """How a model gets zeroth-order parameters, which has none yet."""
+    if left_out:
+        parts = [f"{_size(parameters)} ({reason})" for reason, parameters in left_out.items()]
+        return f"all that is frozen is left out: {', '.join(parts)}"
+    return (
+        "zeroth-order are those with requires_grad=False, and all of this model's require "
+        "gradients: call model.requires_grad_(False) to train all of it by zeroth order (MeZO), "
+        "or freeze the base model beneath a trainable adapter, as peft.get_peft_model does"
+    )
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -50,8 +50,8 @@ class GroupsAndState(Optimizer):
         self._fo = first_order
         self._zo_shared = zo_shared
         self._estimate: Estimate | None = None
-        self._monitor = Monitor()
         self._advice = advice.Advice()
+        self._monitor = Monitor(self._advice)
         self._start()
         self._constructing = True
         super().__init__(params, {**zo_shared, **fo_defaults, **zo_defaults})
@@ -124,7 +124,8 @@ class GroupsAndState(Optimizer):
         other directions.
 
         Raises:
-            ValueError: the groups' number, sizes or modes differ.
+            ValueError: the groups' number, sizes or modes differ; or both have names of parameters,
+                and these are in another order.
         """
         super().load_state_dict(state_dict)
         # what was accumulated belongs to the directions of the step that is left
@@ -140,6 +141,7 @@ class GroupsAndState(Optimizer):
     def __setstate__(self, state_: dict[str, Any]) -> None:
         moves = state_.pop("_moves", None)
         state.check_same_modes(self.__dict__.get("param_groups"), state_["param_groups"])
+        state.check_same_names(self.__dict__.get("param_groups"), state_["param_groups"])
         super().__setstate__(state_)
         state.fill_defaults(self.param_groups, self.defaults)
         if moves is not None:  # unpickled, not loaded
@@ -184,6 +186,10 @@ class GroupsAndState(Optimizer):
 
     def report(self) -> str:
         """One line to print: step, loss, mean size of the slopes, size of the last update, skips.
+
+        Loss and slopes are those that a step descends: sums over the micro-batches of the last
+        step, or of the one that is accumulating since; a mean where the closure divides by their
+        number. Micro-batches from before a state was loaded are not in them.
 
         The update's size is its norm over that of all ZO weights, which are read once for it; the
         call waits for the device. Fine-tunes that learn have sizes of about 1e-6 to 1e-3 a step,

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .advice import Advice
 from .capture import counters
-from .checks import caller_level
 from .listeners import Estimated, Listener
 from .rules import Update
 from .zo_groups import ZOGroup
 
 FLAT_STEPS = 5
-"""Steps in a row with bit-identical losses before a warning."""
+"""Estimates in a row with bit-identical losses before a warning."""
+SKIPPED_STEPS = 20
+"""Estimates in a row that were skipped before a warning."""
 
 
 class Monitor(Listener):
-    """Keeps the last loss, slopes and updates; counts skipped estimates and flat ones."""
+    """Keeps the last loss, slopes and updates; counts skipped estimates and flat ones.
 
-    def __init__(self) -> None:
-        self._counts: Tensor | None = None  # int64 (2,): skipped estimates, flat ones in a row
+    Losses and slopes are kept of the last estimate, and summed over the micro-batches of a step.
+    """
+
+    def __init__(self, advice: Advice) -> None:
+        self._advice = advice
+        self._counts: Tensor | None = None  # int64 (3,): skipped, flat in a row, skipped in a row
         self._mirror: Tensor | None = None  # the same on the host, possibly a step late
-        self._warned = False
         self._forget()
 
     def _forget(self) -> None:
@@ -34,10 +38,11 @@ class Monitor(Listener):
         """See :attr:`HybridZOFO.last_loss`."""
         self.slopes: Tensor | None = None
         """See :attr:`HybridZOFO.projected_grads`."""
+        self._total: tuple[Tensor | None, Tensor | None] = (None, None)  # loss and slopes, summed
         self._updates: Sequence[Update] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_counts", "_mirror", "_warned")
+        kept = ("_advice", "_counts", "_mirror")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -49,18 +54,25 @@ class Monitor(Listener):
         """Number of estimates with a non-finite slope. Reading it waits for the device."""
         return 0 if self._counts is None else int(self._counts[0])
 
+    def add(self, loss: Tensor, slopes: Tensor | None, accumulates: bool) -> None:
+        """An estimate was taken; ``accumulates`` where the step's first one came before it."""
+        before = self._total if accumulates else (None, None)
+        self.loss, self.slopes = loss, slopes
+        self._total = _sum(before[0], loss), _sum(before[1], slopes)
+
     def estimated(self, estimated: Estimated) -> None:
-        self.loss, self.slopes = estimated.loss, estimated.slopes
-        flat = (estimated.losses == estimated.losses[0]).all()
+        flat = (estimated.losses == estimated.losses[0]).all() & estimated.finite
+        skipped = ~estimated.finite
         device = flat.device
         if self._counts is None or self._mirror is None or self._counts.device != device:
             old = self._counts
-            self._counts = counters(2, device=device)
+            self._counts = counters(3, device=device)
             if old is not None:
                 self._counts.copy_(old)
-            self._mirror = counters(2, device="cpu", pin_memory=device.type == "cuda")
-        self._counts[0] += (~estimated.finite).to(torch.int64)
-        self._counts[1] = (self._counts[1] + 1) * flat.to(torch.int64)
+            self._mirror = counters(3, device="cpu", pin_memory=device.type == "cuda")
+        seen = torch.stack((skipped, flat, skipped)).to(torch.int64)
+        self._counts.add_(seen)
+        self._counts[1:].mul_(seen[1:])
         self._mirror.copy_(self._counts, non_blocking=True)
 
     def updated(self, updates: Sequence[Update]) -> None:
@@ -69,26 +81,36 @@ class Monitor(Listener):
     def state_loaded(self) -> None:
         self._forget()  # they are of the path that was left
 
-    def warn_if_flat(self, names: Callable[[], list[str]]) -> None:
-        """Warn, once, that perturbing the parameters ``names()`` does not change the loss."""
-        if self._warned or self._mirror is None or int(self._mirror[1]) < FLAT_STEPS:
+    def warn(self, names: Callable[[], list[str]]) -> None:
+        """Warn, once each, of steps in a row that can teach the parameters ``names()`` nothing."""
+        if self._mirror is None or not self._mirror[1:].any():
             return
-        self._warned = True
-        warnings.warn(
-            f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: the "
-            "zeroth-order parameters do not reach the loss (an unused module, a closure that "
-            "does not run the model, a constant loss, or FSDP2 without "
-            "fully_shard(model, reshard_after_forward=True)). Parameters: " + ", ".join(names()),
-            stacklevel=caller_level(),
-        )
+        _, flat, skipped = self._mirror.tolist()
+        if flat >= FLAT_STEPS:
+            self._advice.once(
+                "flat",
+                f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: the "
+                "zeroth-order parameters do not reach the loss (an unused module, a closure that "
+                "does not run the model, a constant loss, or FSDP2 without "
+                "fully_shard(model, reshard_after_forward=True)), or mu is too small for the "
+                "spacing of the weights or of a 16-bit loss. Parameters: " + ", ".join(names()),
+            )
+        if skipped >= SKIPPED_STEPS:
+            self._advice.once(
+                "never finite",
+                f"no loss was finite for {SKIPPED_STEPS} steps, so nothing is learned: training "
+                "has diverged (the learning rate of a zeroth-order group is usually 1e-7 to "
+                "1e-4), a batch is broken, or a 16-bit forward pass overflows",
+            )
 
     def report(self, groups: Sequence[ZOGroup]) -> str:
         """See :meth:`HybridZOFO.report`."""
         parts = []
-        if self.loss is not None:
-            parts.append(f"loss {self.loss.item():.4f}")
-        if self.slopes is not None:
-            parts.append(f"slope {self.slopes.abs().mean().item():.2e}")
+        loss, slopes = self._total
+        if loss is not None:
+            parts.append(f"loss {loss.item():.4f}")
+        if slopes is not None:
+            parts.append(f"slope {slopes.abs().mean().item():.2e}")
         if self._updates:
             size = relative_size(self._updates, groups)
             parts.append(f"update {size:.1e} of the weights' norm")
@@ -113,6 +135,12 @@ def relative_size(updates: Sequence[Update], groups: Sequence[ZOGroup]) -> float
         norms = (torch.linalg.vector_norm(p.detach(), dtype=_wide(p)) for p in group.params)
         weights += sum(float(norm) ** 2 for norm in norms)
     return math.sqrt(moved / weights) if weights else math.inf if moved else 0.0
+
+
+def _sum(before: Tensor | None, now: Tensor | None) -> Tensor | None:
+    if before is None or now is None:
+        return before if now is None else now
+    return before + now.to(before.device, non_blocking=True)
 
 
 def _wide(p: Tensor) -> torch.dtype:

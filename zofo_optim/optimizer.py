@@ -213,7 +213,7 @@ class HybridZOFO(GroupsAndState):
         self._advice.about_losses(evaluations, groups, first_order)
         has_clean = points[0].sign == 0
         if not groups:
-            self._monitor.loss = evaluations[0].loss
+            self._monitor.add(evaluations[0].loss, None, self._estimate is not None)
             self._estimate = self._estimate or Estimate()
             return evaluations[0].returned
 
@@ -226,8 +226,9 @@ class HybridZOFO(GroupsAndState):
             nonfinite=settings.nonfinite,
         )
         accumulated = estimate if self._estimate is None else self._estimate + estimate
+        self._monitor.add(estimated.loss, estimated.slopes, self._estimate is not None)
         self._listeners.estimated(estimated)
-        self._monitor.warn_if_flat(lambda: [name for group in groups for name in group.names])
+        self._monitor.warn(lambda: [name for group in groups for name in group.names])
         self._estimate = accumulated
         if has_clean:
             return evaluations[0].returned

@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base_weights import FILE, base_weights, load_base_weights, load_tensors, write_tensors
+from .base_weights import (
+    FILE,
+    base_weights,
+    check_arguments,
+    load_base_weights,
+    load_tensors,
+    write_tensors,
+)
 from .journal import Journal, JournalError, replay
+from .names import match_names, unwrapped
 from .optimizer import HybridZOFO
 
 SUMMARY = "hybrid.json"
@@ -51,21 +59,20 @@ def save_hybrid(
         The folder.
 
     Raises:
-        TypeError: ``optimizer`` is no HybridZOFO.
+        TypeError: ``model`` and ``optimizer`` are swapped, or of other types.
         ValueError: the model lacks a parameter of the optimizer; or the journal is not attached
             to the optimizer.
         RuntimeError: the optimizer is accumulating; its gradients would be lost.
         ImportError: safetensors is not installed.
     """
-    if not isinstance(optimizer, HybridZOFO):
-        raise TypeError(f"optimizer must be a HybridZOFO, got {type(optimizer).__name__}")
+    check_arguments(model, optimizer, "save_hybrid(model, optimizer, folder)")
     if optimizer.accumulated is not None:
         raise RuntimeError(
             "optimizer must not be accumulating when it is saved; call step() or zero_grad() first"
         )
     if journal is not None and all(known is not journal for known in optimizer.listeners):
         raise ValueError(f"journal must be attached to optimizer, got one of {journal.path}")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     first_order, learns = _first_order(model, optimizer)
     of_base = base_weights(optimizer, model)
     path = Path(folder)
@@ -74,18 +81,27 @@ def save_hybrid(
         (path / stale).unlink(missing_ok=True)
 
     adapters = _save_adapters(model, path)
+    written = [OPTIMIZER, *_files_of(adapters, path)]
     if first_order:
         write_tensors(path / FIRST_ORDER, first_order)
+        written.append(FIRST_ORDER)
     recorded = None
     if journal is not None and not optimizer.moves:
         recorded = _place_of(journal, path, int(optimizer.zo_groups()[0].options["zo_step"]))
     elif of_base:
         write_tensors(path / FILE, of_base)
+        written.append(FILE)
     fresh = path / f"{OPTIMIZER}.new"
     torch.save(_plain(optimizer.state_dict()), fresh)
     fresh.replace(path / OPTIMIZER)
 
-    summary = {"format": _FORMAT, "adapters": adapters, "first_order": learns, "journal": recorded}
+    summary = {
+        "format": _FORMAT,
+        "adapters": adapters,
+        "first_order": learns,
+        "journal": recorded,
+        "files": sorted(written),
+    }
     fresh = path / f"{SUMMARY}.new"
     fresh.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     fresh.replace(path / SUMMARY)
@@ -109,8 +125,8 @@ def load_hybrid(
 
     Raises:
         TypeError: ``base`` is no module.
-        FileNotFoundError: the folder has no ``hybrid.json``: nothing was saved there, or saving
-            was cut off.
+        FileNotFoundError: the folder has no ``hybrid.json``: nothing was saved there, saving was
+            cut off, or it is a Trainer's; or it lacks another file that was saved, or the journal.
         ValueError: the weights do not fit the model, or (JournalError) the journal does not, or
             it is not the one that was saved: another file, or cut back since.
 
@@ -120,19 +136,20 @@ def load_hybrid(
         >>> optimizer.load_state_dict(state)
     """
     if not isinstance(base, nn.Module):
-        raise TypeError(f"base must be a torch.nn.Module, got {type(base).__name__}")
+        raise TypeError(
+            f"base must be a torch.nn.Module, got {type(base).__name__}; the order is "
+            "load_hybrid(folder, base)"
+        )
     path = Path(folder)
     if not (path / SUMMARY).is_file():
-        raise FileNotFoundError(
-            f"no {SUMMARY} at {str(folder)!r}: nothing was saved there by save_hybrid, or saving "
-            "was cut off"
-        )
+        raise FileNotFoundError(f"no {SUMMARY} at {str(folder)!r}: {_what_it_is(path)}")
     summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
     if summary["format"] != _FORMAT:
         raise ValueError(
             f"{path / SUMMARY} must be of format {_FORMAT}, got {summary['format']!r}; it is of "
             "another version of zofo-optim"
         )
+    _check_files(path, summary)
     state: dict[str, Any] = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     # adapters first: some change the base model as they are made (PiSSA, OLoRA)
     model = _load_adapters(base, path, summary["adapters"], trainable)
@@ -149,12 +166,45 @@ def load_hybrid(
     return model, state
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, whose names and peft's methods are those of a model that is loaded."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    children = dict(model.named_children())
-    inner = children.get("module" if isinstance(model, parallel) else "_orig_mod")
-    return model if inner is None else _unwrapped(inner)
+def _what_it_is(path: Path) -> str:
+    """Of a folder without a summary: what it seems to be, and what to do with it."""
+    if not path.is_dir():
+        return "that is a file, not a folder" if path.exists() else "there is no such folder"
+    checkpoints = sorted(path.glob("checkpoint-*"))
+    of_trainer = any(
+        (path / name).is_file() for name in ("trainer_state.json", "training_args.bin")
+    )
+    if not of_trainer and not checkpoints:
+        return "nothing was saved there by save_hybrid, or saving was cut off"
+    load = "from_pretrained(folder)"
+    if (path / "adapter_config.json").is_file() and (path / FILE).is_file():
+        load = "PeftModel.from_pretrained(base, folder), then load_base_weights(model, folder)"
+    elif (path / "adapter_config.json").is_file():
+        load = "PeftModel.from_pretrained(base, folder)"
+    if (path / "trainer_state.json").is_file():
+        load += "; go on training with trainer.train(resume_from_checkpoint=folder)"
+    elif not of_trainer:
+        load = f"choose a checkpoint, such as {checkpoints[-1].name}, and load that"
+    return f"it was saved by a Trainer, not by save_hybrid; {load}"
+
+
+def _check_files(path: Path, summary: dict[str, Any]) -> None:
+    """Raise FileNotFoundError where something that was saved is gone, before anything is loaded."""
+    files = summary.get("files", [OPTIMIZER])  # earlier versions named none
+    missing = [name for name in files if not (path / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{', '.join(missing)} missing in {str(path)!r}, where save_hybrid wrote it; copy the "
+            "whole folder, or save again"
+        )
+    if summary["journal"] is not None:
+        journal = path.resolve() / str(summary["journal"]["path"])
+        if not journal.is_file():
+            raise FileNotFoundError(
+                f"the journal {os.path.normpath(journal)} is missing, from which "
+                f"{path / SUMMARY} has the base model's weights; put it there, or write the weights"
+                " too, by save_hybrid without journal"
+            )
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
@@ -193,23 +243,24 @@ def _dtypes(model: nn.Module, learns: dict[str, str]) -> set[str]:
     """Give first-order parameters the dtypes that they had (peft loads 16-bit ones as fp32).
 
     Returns:
-        Their names.
+        Their names in the model.
 
     Raises:
         ValueError: the model lacks some.
     """
     parameters = dict(model.named_parameters())
-    missing = [name for name in learns if name not in parameters]
+    where = match_names(learns, parameters)
+    missing = [name for name in learns if name not in where]
     if missing:
         raise ValueError(
             f"base must have the first-order parameters that were saved, but has none of "
             f"{missing[:3]}"
         )
     for name, dtype in learns.items():
-        wanted = getattr(torch, dtype)
-        if parameters[name].dtype != wanted:
-            parameters[name].data = parameters[name].data.to(wanted)
-    return set(learns)
+        p, wanted = parameters[where[name]], getattr(torch, dtype)
+        if p.dtype != wanted:
+            p.data = p.data.to(wanted)
+    return set(where.values())
 
 
 def _first_order(
@@ -247,6 +298,14 @@ def _save_adapters(model: Any, path: Path) -> dict[str, Any] | None:
         return None
     model.save_pretrained(path)
     return {"names": list(model.peft_config), "active": list(model.active_adapters)}
+
+
+def _files_of(adapters: dict[str, Any] | None, path: Path) -> list[str]:
+    """What peft wrote for them, relative to the folder."""
+    names = [] if adapters is None else adapters["names"]
+    places = [path if name == "default" else path / name for name in names]
+    files = [file for place in places for file in place.glob("adapter_*") if file.is_file()]
+    return [file.relative_to(path).as_posix() for file in files]
 
 
 def _load_adapters(

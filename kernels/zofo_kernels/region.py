@@ -80,13 +80,15 @@ def extent(names: str, position: int, elements: int, row_length: int, row_stride
     Raises:
         ValueError: there is no such rectangle; the message calls it ``names[position]``.
     """
+    if elements == 0:  # an empty shard, of whatever rectangle
+        return 0
     if not 1 <= row_length <= row_stride or elements % row_length != 0:
         raise ValueError(
             f"{names}[{position}] must have rows that do not overlap, 1 <= row length <= row "
             f"stride, and whole ones only, got row length {row_length} and row stride "
             f"{row_stride} for {elements} elements"
         )
-    return elements and elements + (elements // row_length - 1) * (row_stride - row_length)
+    return elements + (elements // row_length - 1) * (row_stride - row_length)
 
 
 @dataclass(frozen=True, eq=False)

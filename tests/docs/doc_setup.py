@@ -14,10 +14,13 @@ def hub_cache(tmp_path_factory):
 @pytest.fixture
 def hub(hub_cache, monkeypatch):
     """The hub's cache is one that holds the tiny OPT; nothing is looked for elsewhere."""
+    import transformers
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub_cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if hasattr(transformers.utils.hub, "TRANSFORMERS_CACHE"):  # version 4 keeps its own copy
+        monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(hub_cache))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import needs_transformers_5
 from small_models import base_model, word_tokenizer
 
 from experiments.choices import (
@@ -130,6 +131,7 @@ def test_training_on_options_is_learnt(data):
     assert data.score(model).accuracy == data.score(model).f1 == 1
 
 
+@needs_transformers_5
 @needs_data
 def test_a_pretrained_model_scores_the_real_files():
     """A model of children's stories knows a little of what follows from what."""

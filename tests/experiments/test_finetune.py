@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import needs_transformers_5
 from small_models import RUN, SIZES, quick_collections, tiny, word_tokenizer, words
 
 from experiments import choices, classification, finetune, heads, methods, models, tasks
@@ -262,6 +263,7 @@ def test_tasks_for_encoders(task, tmp_path):
     assert math.isfinite(run["test"]["loss"])
 
 
+@needs_transformers_5
 @needs_data
 @pytest.mark.parametrize("task", ["sst2", "sst2-sentences", "copa", "winogrande", "wic"])
 def test_tasks_for_causal_language_models(task, tmp_path):

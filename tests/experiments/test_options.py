@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import quick_collections
 
-from experiments import finetune, models, options, tasks
+from experiments import compare, finetune, models, options, tasks
 from experiments.settings import settings
 
 
@@ -20,7 +20,7 @@ from experiments.settings import settings
         (["--lr-zo", "nan"], "--lr-zo must be at least 0, got nan"),
         (["--methods", "sgd"], "invalid choice: 'sgd'"),
         (["--device", "abacus"], "--device must be a device torch can use here, got 'abacus'"),
-        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--model", "nowhere/at-all", "--lr-zo", "1", "--lr-fo", "1"], "cannot load the model"),
         (["--model", "nowhere/at-all"], "zo has no preset for the model 'nowhere/at-all': give"),
         (["--task", "sst2-sentences", "--data", "DEMO"], "is one for causal language models"),
@@ -38,6 +38,8 @@ from experiments.settings import settings
         (["--template", "{label}"], "--template must have no places but {text} and {pair}, got"),
         (["--template", "It was"], "--template must have a place {text}, got 'It was'"),
         (["--task", "text-classification"], "text-classification needs the data: --data FILE"),
+        (["--data", "missing.csv"], "missing.csv: no such file or folder"),
+        (["--task", "copa", "--data", "ROWS"], "val.jsonl: a file, where copa has a folder; other"),
         (["--data", "COPA"], "train.tsv: no such file; other files need --task text-class"),
         (["--model", "/nowhere", "--lr-zo", "1", "--lr-fo", "1"], "'/nowhere': no such folder"),
     ],
@@ -49,13 +51,25 @@ def test_bad_options_are_explained(arguments, message, capsys, tmp_path):
     lines = [json.dumps({**row, "label": i % 2}) for i in range(4)]
     for name in ("train.jsonl", "val.jsonl"):
         (copa / name).write_text("\n".join(lines) + "\n")
-    places = {"DEMO": str(tasks.DEMO_DATA), "COPA": str(copa)}
+    places = {"DEMO": str(tasks.DEMO_DATA), "COPA": str(copa), "ROWS": str(copa / "val.jsonl")}
     arguments = [places.get(argument, argument) for argument in arguments]
     with pytest.raises(SystemExit) as error:
         finetune.main([*arguments, "--out", str(tmp_path / "out")])
     assert error.value.code == 2
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
     assert not list((tmp_path / "out").rglob("result.json"))
+
+
+@pytest.mark.parametrize("program", [finetune, compare])
+@pytest.mark.parametrize("arguments", [["--setps", "3"], ["--steps", "many"], ["--steps", "0"]])
+def test_errors_are_one_line_and_a_hint(program, arguments, capsys):
+    with pytest.raises(SystemExit):
+        program.main(arguments)
+    error, hint = capsys.readouterr().err.splitlines()
+    name = f"python -m {program.__name__}"
+    assert error.startswith(f"{name}: error: ")
+    assert arguments[0] in error.replace("_", "-")
+    assert hint == f"{name} --help lists the options."
 
 
 def test_settings_given_come_before_presets():

@@ -189,6 +189,7 @@ def test_an_encoder_learns_three_labels(tmp_path):
     assert result["settings"]["columns"] == dict(text="review", pair=None, label="kind")
     assert result["test"]["loss"] < result["untrained"]["loss"] < 1.5
     assert result["test_examples"] == 10
+    assert result["head"] == "random"
     config = transformers.AutoConfig.from_pretrained(folder / "base")
     assert config.id2label == {0: "film", 1: "food", 2: "sport"}
 

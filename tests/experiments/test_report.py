@@ -1,54 +1,10 @@
-"""Tables of results with known answers, and the verdict."""
-
-import io
+"""Tables of results with known answers."""
 
 import pytest
-from rich.console import Console
+from known_results import RESULTS, result
 from small_models import quick_collections
 
 from experiments import plots, report
-
-
-def result(method, seed, losses, accuracy=0.5, task="copa", scored=True, rate=2.0):
-    """A run that was evaluated every 10 steps of `rate` seconds."""
-    curve = [
-        {
-            "step": 10 * i,
-            "seconds": 10 * i * rate,
-            "loss": loss,
-            "train_loss": loss / 2,
-            "accuracy": accuracy,
-            "f1": accuracy / 2,
-        }
-        for i, loss in enumerate(losses)
-    ]
-    best = min(curve[1:], key=lambda point: point["loss"])
-    return {
-        "task": task,
-        "method": method,
-        "seed": seed,
-        "scored": scored,
-        "curve": curve,
-        "best": best,
-        "test": {"loss": best["loss"] + 1, "accuracy": accuracy, "f1": accuracy / 2},
-        "steps": curve[-1]["step"],
-        "seconds": curve[-1]["seconds"],
-        "seconds_per_step": rate,
-        "peak_memory_bytes": 5_000_000,
-        "parameters_zo": 1,
-        "parameters_fo": 2,
-        "skipped_steps": 0,
-    }
-
-
-RESULTS = [
-    result("zo", 0, [4, 3.5, 3.4]),
-    result("zo", 1, [4, 3.3, 3.2]),
-    result("fo-lora", 0, [4, 2.0, 1.5, 1.6], accuracy=0.7, rate=1.0),
-    result("fo-lora", 1, [4, 2.2, 1.7, 1.8], accuracy=0.8, rate=1.0),
-    result("hybrid-lora", 0, [4, 1.6, 1.4], accuracy=0.9),
-    result("hybrid-lora", 1, [4, 2.1, 1.8], accuracy=0.7),
-]
 
 
 def test_table1():
@@ -134,68 +90,3 @@ def test_what_diverges():
 
 def test_markdown():
     assert report.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
-
-
-# ---- what is printed ----------------------------------------------------------------------------
-
-
-def with_start(results, accuracy, loss=4.0, examples=100):
-    """As runs of today, which know the untrained model's scores."""
-    scores = dict(accuracy=accuracy, loss=loss, f1=accuracy / 2)
-    return [{**r, "untrained": scores, "test_examples": examples} for r in results]
-
-
-def test_verdict():
-    assert report.verdict(with_start(RESULTS, 0.5)) == (
-        "Best on the test examples: hybrid-lora, accuracy 80.0 %; untrained: 50.0 % "
-        "(standard error 4.0 points, of 100 examples)."
-    )
-    assert report.verdict(with_start(RESULTS, 0.8)) == (
-        "Nothing learned: no method has a better accuracy on the test examples than the "
-        "untrained model, 80.0 % (standard error 4.0 points, of 100 examples)."
-    )
-    sentences = with_start([{**r, "scored": False} for r in RESULTS[:4]], 0.5)
-    assert report.verdict(sentences) == (
-        "Best on the test examples: fo-lora, loss 2.600; untrained: 4.000."
-    )
-    assert "Nothing learned" in report.verdict([{**r, "untrained": LOW} for r in sentences])
-
-
-LOW = dict(accuracy=0.5, loss=2.0, f1=0.5)
-
-
-def test_verdict_on_results_that_do_not_know_the_start():
-    assert report.verdict(RESULTS) == "Best on the test examples: hybrid-lora, accuracy 80.0 %."
-
-
-def printed(results):
-    console = Console(file=io.StringIO())
-    report.print_table(console, results, "a title")
-    return console.file.getvalue()
-
-
-def test_the_printed_table():
-    lines = printed(with_start(RESULTS, 0.5)).splitlines()
-    assert lines[0].strip() == "a title"
-    assert lines[2].split() == ["test", "test", "training", "peak"]
-    assert lines[3].split()[:3] == ["method", "accuracy,", "%"]
-    assert lines[5].split() == ["untrained", "50.0", "4.000", "2.000"]
-    assert lines[6].split() == [
-        "zo",
-        "50.0",
-        "±",
-        "0.0",
-        "4.300",
-        "±",
-        "0.141",
-        "1.650",
-        "±",
-        "0.071",
-        "20",
-        "2.000",
-        "5",
-    ]
-    assert lines[8].split()[0] == "hybrid-lora"
-    assert lines[-1].startswith("Best on the test examples: hybrid-lora")
-    old = printed(RESULTS).splitlines()
-    assert old[5].split()[0] == "zo"

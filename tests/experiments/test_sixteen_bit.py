@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_transformers_5
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -179,6 +180,7 @@ def test_bad_options_are_explained(arguments, message, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@needs_transformers_5
 @pytest.mark.skipif(
     not STORIES.is_dir(),
     reason="ZOFO_DATA, the folder of models/stories260k, is not set or holds no such model",

@@ -103,7 +103,7 @@ def test_bad_names(tmp_path):
         read("squad", tmp_path, "train")
     with pytest.raises(ValueError, match="split must be"):
         read("copa", tmp_path, "test")
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no such file or folder"):
         read("copa", tmp_path / "nowhere", "train")
 
 

@@ -373,6 +373,8 @@ def test_seeds_reach_the_directions(tmp_path):
 def test_the_base_needs_a_rate_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="zo must have the learning rate"):
         trainer(tmp_path, zo=dict(mu=1e-3)).create_optimizer()
+    with pytest.raises(ValueError, match=r"zo must be left out .*requires_grad_\(False\)"):
+        trainer(tmp_path, base_model()).train()  # forgotten to freeze
 
 
 def test_an_optimizer_class_given_to_the_trainer(tmp_path):

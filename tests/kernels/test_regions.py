@@ -380,3 +380,13 @@ def test_neighbours_in_memory_do_not_share_it(backend):
     parts = [memory[8:], memory[:3], memory[3:8], memory[5:5]]
     perturb_(parts, Direction(1, 1), 1.0, backend=backend)
     assert memory.ne(0).all()
+
+
+def test_an_empty_shard_is_skipped(backend):
+    """As the last rank has of an uneven Shard(1)."""
+    direction = Direction(1, 2, 3, "gaussian")
+    alone, beside = torch.ones(4, 3), torch.ones(4, 3)
+    perturb_([alone], direction, 0.5, backend=backend)
+    weights = Weights([torch.zeros(4, 0), beside], [5, 0], rectangles=[(0, 3), None])
+    perturb_(weights, direction, 0.5, backend=backend)
+    assert same_bits(alone, beside)

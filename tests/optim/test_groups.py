@@ -241,6 +241,20 @@ def test_bad_models():
         hybrid_param_groups(nn.ReLU())
 
 
+def test_zeroth_order_options_for_a_model_that_is_not_frozen():
+    """They would be ignored, and the whole model trained by first order."""
+    message = r"zo must be left out .* got \{'lr': 1e-06\}.*model\.requires_grad_\(False\)"
+    for fo in (None, {"lr": 1e-3}):
+        with pytest.raises(ValueError, match=message):
+            hybrid_param_groups(nn.Linear(2, 2), zo={"lr": 1e-6}, fo=fo)
+    with pytest.raises(ValueError, match=r"all that is frozen is left out: .* \(excluded\)"):
+        hybrid_param_groups(lora_bert(), zo={"lr": 1e-6}, exclude=".")
+    for zo in (None, {"lr": 1e-6}):
+        (group,) = split(nn.Linear(2, 2).requires_grad_(False), zo=zo)
+        assert group == "zo"
+    assert list(split(nn.Linear(2, 2), fo={"lr": 1e-3})) == ["fo"]
+
+
 class Params4bit(nn.Parameter):
     """Named as bitsandbytes names its own."""
 

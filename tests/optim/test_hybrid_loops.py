@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from conftest import needs_compiler
 from torch import nn
 from toys import Net, Toy, equal, run
 
@@ -89,6 +90,7 @@ def test_clipping_between_the_phases():
     torch.testing.assert_close(net.values()[:2], plain.values()[:2], rtol=0, atol=1e-14)
 
 
+@needs_compiler
 def test_a_compiled_model_in_the_closure():
     """Captured once with gradients and once without, not again in every step."""
     testing = pytest.importorskip("torch._dynamo.testing")

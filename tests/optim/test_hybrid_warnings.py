@@ -49,6 +49,25 @@ def test_warns_once_of_gradients_that_nothing_uses():
         HybridZOFO([x], mode="zo").step(lambda: x.sum())
 
 
+def test_warns_once_of_frozen_parameters_in_first_order_groups():
+    """As where a peft model's parameters are passed without hybrid_param_groups."""
+    x, y = Parameter(torch.ones(2), requires_grad=False), Parameter(torch.ones(2))
+
+    def warnings_of(groups):
+        optimizer = HybridZOFO(groups, lr=1e-2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                optimizer.step(lambda: (x * y).sum())
+        return told(caught)
+
+    (message,) = warnings_of([x, y])
+    assert "1 of 2 first-order parameters have requires_grad=False" in message
+    assert "hybrid_param_groups" in message
+    assert warnings_of([y]) == []
+    assert warnings_of([{"params": [x], "mode": "zo"}, {"params": [y]}]) == []
+
+
 def test_warns_once_of_a_flat_loss_and_names_the_parameters():
     toy = Toy()
     unused = Parameter(torch.ones(3), requires_grad=False)
@@ -94,6 +113,22 @@ def test_no_warning_while_the_loss_moves():
         warnings.simplefilter("error")
         toy = Toy()
         run(toy.optimizer("hybrid"), toy, 20)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_warns_once_of_losses_that_are_never_finite(estimator, loss):
+    """And then does not say that the parameters do not reach the loss."""
+    x = Parameter(torch.ones(3))
+    optimizer = HybridZOFO([x], mode="zo", lr=1e-3, estimator=estimator)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(optimizer, lambda: x.sum() * loss, 19)
+        run(optimizer, x.sum, 1)
+        assert not caught
+        run(optimizer, lambda: x.sum() * loss, 25)
+    (message,) = told(caught)
+    assert "no loss was finite for 20 steps" in message
 
 
 def test_warns_once_of_a_loss_without_a_graph():

@@ -100,3 +100,45 @@ def test_nothing_is_left_of_the_update_in_a_copy():
     optimizer, _, closure = problem("zo")
     optimizer.step(lambda: closure() * float("nan"))
     assert copy.deepcopy(optimizer).report() == "step 1: skipped 1"
+
+
+@pytest.mark.parametrize("modes", [("zo",), ("fo",), ("zo", "fo")], ids="+".join)
+def test_losses_of_micro_batches_are_summed(modes):
+    """A step descends their sum; here as in most loops each is divided by their number."""
+    optimizer, _, closure = problem(*modes)
+    for scales in ((1.0, 2.0, 6.0), (4.0, 2.0)):  # the second step starts from nothing
+        losses, slopes = [], []
+        for scale in scales:
+            share = scale / len(scales)
+            optimizer.backward(lambda share=share: closure() * share)
+            losses.append(float(optimizer.last_loss))
+            slopes.append(0 if "zo" not in modes else float(optimizer.projected_grads[0]))
+            said = re.search(r"loss (\S+?)(,|$)", optimizer.report()).group(1)
+            assert float(said) == pytest.approx(sum(losses), abs=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+        report = optimizer.report()
+        assert float(re.search(r"loss (\d+\.\d{4})", report).group(1)) == pytest.approx(
+            sum(losses), abs=1e-4
+        )
+        if "zo" in modes:
+            slope = float(re.search(r"slope (\S+),", report).group(1))
+            assert slope == pytest.approx(abs(sum(slopes)), rel=1e-2)
+
+
+def test_what_zero_grad_dropped_is_not_in_the_sum():
+    optimizer, _, closure = problem("zo")
+    optimizer.backward(closure)
+    optimizer.zero_grad()
+    optimizer.step(closure)
+    assert f"loss {float(optimizer.last_loss):.4f}," in optimizer.report()
+
+
+def test_a_group_that_joins_while_first_order_accumulates():
+    optimizer, _, closure = problem("fo")
+    optimizer.backward(closure)
+    first = float(optimizer.last_loss)
+    w = Parameter(torch.ones(3), False)
+    optimizer.add_param_group(dict(params=[w], mode="zo", lr=1e-3))
+    optimizer.backward(lambda: closure() + w.sum())
+    assert f"loss {first + float(optimizer.last_loss):.4f}, slope" in optimizer.report()

@@ -1,18 +1,29 @@
 """save_hybrid and load_hybrid: what was trained comes back, and training goes on to the bit."""
 
 import copy
+import inspect
 import json
 import os
+import re
 import shutil
 import socket
 
 import numpy as np
 import pytest
 import torch
-from conftest import same_bits
+from conftest import needs_compiler, same_bits
 from torch import nn
 
-from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, load_hybrid, replay, save_hybrid
+from zofo_optim import (
+    HybridZOFO,
+    Journal,
+    hybrid_param_groups,
+    load_base_weights,
+    load_hybrid,
+    replay,
+    save_base_weights,
+    save_hybrid,
+)
 from zofo_optim.journal import JournalError
 
 peft = pytest.importorskip("peft")
@@ -235,17 +246,122 @@ def test_what_cannot_be_saved(tmp_path):
     assert not (tmp_path / "hybrid.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("save", "right"),
+    [
+        (save_hybrid, r"save_hybrid\(model, optimizer, folder\)"),
+        (save_base_weights, r"save_base_weights\(optimizer, model, folder\)"),
+    ],
+)
+def test_swapped_arguments(save, right, tmp_path):
+    """The two have the model and the optimizer in different orders."""
+    model = wrapped()
+    pair = {"model": model, "optimizer": optimizer_of(model)}
+    order = list(inspect.signature(save).parameters)[:2]
+    save(*(pair[name] for name in order), tmp_path / "right")
+    save(**pair, folder=tmp_path / "by name")
+    got = "got a HybridZOFO as model and a PeftModelForCausalLM as optimizer"
+    with pytest.raises(TypeError, match=f"model and optimizer must .* {right}, {got}"):
+        save(*(pair[name] for name in reversed(order)), tmp_path / "wrong")
+    plain = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="optimizer must be a HybridZOFO, got SGD"):
+        save(model=model, optimizer=plain, folder=tmp_path / "wrong")
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+        save(model={}, optimizer=pair["optimizer"], folder=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_swapped_arguments_of_loading(tmp_path):
+    model = wrapped()
+    with pytest.raises(TypeError, match=r"got \w+Path; .* load_base_weights\(model, folder\)"):
+        load_base_weights(tmp_path, model)
+    with pytest.raises(TypeError, match=r"got \w+Path; .* load_hybrid\(folder, base\)"):
+        load_hybrid(model, tmp_path)
+
+
 def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(TypeError, match=r"base must be a torch\.nn\.Module, got str"):
         load_hybrid(tmp_path, "facebook/opt-125m")
     with pytest.raises(FileNotFoundError, match=r"no hybrid\.json"):
+        load_hybrid(tmp_path, base_model())
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
         load_hybrid(tmp_path / "nowhere", base_model())
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match="that is a file, not a folder"):
+        load_hybrid(tmp_path / "file", base_model())
     model = wrapped()
     save_hybrid(model, optimizer_of(model), tmp_path)
     summary = tmp_path / "hybrid.json"
     summary.write_text(summary.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(ValueError, match="must be of format 1, got 9"):
         load_hybrid(tmp_path, base_model())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.pt",
+        "zo_weights.safetensors",
+        "fo_weights.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "other/adapter_config.json",
+        "other/adapter_model.safetensors",
+    ],
+)
+def test_a_file_that_is_gone(name, tmp_path):
+    model = wrapped()
+    model.add_adapter("other", CONFIGS["lora"]())
+    next(p for n, p in model.named_parameters() if n.endswith("norm.weight")).requires_grad_(True)
+    save_hybrid(model, optimizer_of(model), tmp_path)
+    (tmp_path / name).unlink()
+    base = base_model()
+    before = contents(base)
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(name)} missing in .*copy the whole"):
+        load_hybrid(tmp_path, base)
+    assert_same(base, before)
+
+
+def test_a_folder_of_a_version_that_named_no_files(tmp_path):
+    model = wrapped()
+    save_hybrid(model, optimizer_of(model), tmp_path)
+    summary = json.loads((tmp_path / "hybrid.json").read_text())
+    del summary["files"]
+    (tmp_path / "hybrid.json").write_text(json.dumps(summary))
+    assert_same(load_hybrid(tmp_path, base_model())[0], contents(model))
+
+
+def test_a_journal_that_is_gone(tmp_path):
+    model = wrapped()
+    optimizer = optimizer_of(model)
+    with Journal(tmp_path / "run.zofo").attach(optimizer) as journal:
+        train(model, optimizer, 0, 1)
+        save_hybrid(model, optimizer, tmp_path / "tuned", journal=journal)
+    (tmp_path / "run.zofo").unlink()
+    with pytest.raises(FileNotFoundError, match=r"the journal \S+/run\.zofo is missing"):
+        load_hybrid(tmp_path / "tuned", base_model())
+
+
+def test_a_folder_of_a_trainer(tmp_path):
+    trainers = pytest.importorskip("zofo_optim.trainer")
+    options = dict(max_steps=1, report_to=[], use_cpu=True, optim="sgd", save_strategy="steps")
+    arguments = transformers.TrainingArguments(tmp_path, save_steps=1, **options)
+    data = [dict(input_ids=row, labels=row) for row in IDS[0]]
+    for model, load in (
+        (wrapped(), r"PeftModel\.from_pretrained\(base, folder\), then load_base_weights\(model"),
+        (base_model().requires_grad_(False), r"from_pretrained\(folder\)"),
+    ):
+        done = trainers.HybridTrainer(model, arguments, train_dataset=data, zo=dict(lr=1e-3))
+        done.train()
+        done.save_model(tmp_path / "final")
+        with pytest.raises(FileNotFoundError, match=f"by a Trainer, .*; {load}.*; go on .*train"):
+            load_hybrid(tmp_path / "checkpoint-1", base_model())
+        with pytest.raises(FileNotFoundError, match=f"by a Trainer, .*; {load}[^;]*$"):
+            load_hybrid(tmp_path / "final", base_model())
+        with pytest.raises(FileNotFoundError, match="choose a checkpoint, such as checkpoint-1"):
+            load_hybrid(tmp_path, base_model())
+        shutil.rmtree(tmp_path / "final")
+        shutil.rmtree(tmp_path / "checkpoint-1")
 
 
 def test_an_adapter_with_another_name(tmp_path):
@@ -375,7 +491,9 @@ def test_a_folder_behind_a_link(tmp_path):
         assert_same(load_hybrid(tmp_path / folder, base_model())[0], contents(model))
 
 
-@pytest.mark.parametrize("wrapper", [torch.compile, nn.DataParallel])
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param(torch.compile, marks=needs_compiler), nn.DataParallel]
+)
 def test_a_wrapped_model(wrapper, tmp_path):
     model = wrapped("head")
     optimizer = optimizer_of(model)
@@ -477,6 +595,7 @@ def test_the_base_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    getattr(hub.utils, "reset_sessions", bool)()  # version 0 made its sessions offline
     assert_same(load_hybrid(tmp_path, base_model())[0], contents(model))
     assert asked == []
     with pytest.raises(Exception, match="no network"):  # such a request would be seen

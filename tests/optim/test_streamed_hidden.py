@@ -5,11 +5,13 @@ import warnings
 
 import pytest
 import torch
+from conftest import needs_compiler
 from streamed_models import Around, Call, assert_same, contents, frozen, randn, trained
 from torch import nn
 from torch.nn import Parameter
 
 
+@needs_compiler
 def test_compiled_models_run_uncompiled():
     testing = pytest.importorskip("torch._dynamo.testing")
     torch._dynamo.reset()

@@ -67,6 +67,20 @@ class Recording:
             f"{self.path} was not closed and ends at step {self.stop}; later steps may be missing"
         )
 
+    def marginal_size(self) -> float | None:
+        """Mean size in bytes of the steps' records; None where there are fewer than two.
+
+        Without the fixed parts: the header, the first step, which says all that later ones leave
+        out, and events such as stamps.
+        """
+        starts = [self.first, *(record.end for record in self.records)]
+        sizes = [
+            record.end - start
+            for start, record in zip(starts, self.records, strict=False)
+            if record.parts and record.parts[0].coefficients
+        ]
+        return sum(sizes[1:]) / (len(sizes) - 1) if len(sizes) > 1 else None
+
     def names(self) -> list[str]:
         """All parameters, group by group."""
         return [name for group in self.header["groups"] for name in group["names"]]
