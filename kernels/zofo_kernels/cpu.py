@@ -146,8 +146,8 @@ def _run(
             rate = lr.to(compute)
             steps = (rate * coefficients.to(compute)).numpy()
             if weight_decay != 0:
-                decay = torch.tensor(weight_decay, dtype=compute, device="cpu")
-                decay = (rate * decay).reshape(1).numpy()
+                factor = torch.tensor(weight_decay, dtype=compute, device="cpu")
+                decay = (rate * factor).reshape(1).numpy()
         keys = shift_ends, shift_keys, scales, key_ends, update_keys
         launches.append((total, table, (*keys, steps, decay, stochastic)))
     _launch(launches)
