@@ -1,4 +1,4 @@
-"""perturbation="streamed": parts of a weight, such as one expert of a stack, are perturbed alone."""
+"""perturbation="streamed": parts of a weight, as one expert of a stack, are perturbed alone."""
 
 import pytest
 import torch
