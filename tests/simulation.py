@@ -281,17 +281,17 @@ class Simulation:
         finite = [math.isfinite(s) and math.isfinite(clean) for s in slopes]
         if self.raises and not all(finite):
             return FloatingPointError
-        self.skipped += not all(finite)
-        self.projected = [
+        projected = [
             [s / g.options["mu"] if ok else 0.0 for s, ok in zip(slopes, finite, strict=True)]
             for g in self.zo
         ]
-        new = torch.tensor(self.projected, dtype=torch.float64) / self.samples
+        new = torch.tensor(projected, dtype=torch.float64) / self.samples
         pending = self.pending or Pending()
         if pending.coefficients is None:
             pending.coefficients, pending.sizes = torch.zeros_like(new), torch.zeros_like(new)
         if pending.coefficients.shape != new.shape:
             return ValueError
+        self.skipped, self.projected = self.skipped + (not all(finite)), projected
         pending.coefficients = pending.coefficients + new
         pending.sizes = pending.sizes + new.abs()
         pending.count += 1

@@ -31,11 +31,8 @@ def is_gone(tensor: Tensor) -> bool:
 
 def _needed(tensor: Tensor) -> int:
     """Bytes of the storage up to the tensor's last element."""
-    before = int(tensor.storage_offset()) * tensor.itemsize
-    if tensor.is_contiguous():
-        return before + tensor.nbytes
     start, end = span(tensor)
-    return before + end - start
+    return end - start + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def has_memory(tensor: Tensor) -> bool:
