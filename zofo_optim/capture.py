@@ -52,6 +52,12 @@ def check_replayable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         )
 
 
+def counters(*size: int, device: torch.device | str, **options: Any) -> Tensor:
+    """int64 zeros that later steps write in place, in inference mode or out of it."""
+    with torch.inference_mode(False):
+        return torch.zeros(size, dtype=torch.int64, device=device, **options)
+
+
 class StepCounters:
     """The ZO groups' ``zo_step`` as tensors on the device, for ``capturable=True``.
 
@@ -88,7 +94,7 @@ class StepCounters:
                     )
                 kept = self._kept.get(position)
                 if kept is None or kept.device != device:
-                    kept = torch.zeros((), dtype=torch.int64, device=device)
+                    kept = counters(device=device)
                     self._kept[position] = kept
                 group.options["zo_step"] = kept.fill_(int(step))
 

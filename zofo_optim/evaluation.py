@@ -126,7 +126,7 @@ def scalar_loss(returned: Any) -> Tensor:
             raise TypeError(f"closure must return a real loss, got dtype {returned.dtype}")
         return returned
     if isinstance(returned, (bool, int, float, np.number, np.bool_)):
-        return torch.tensor(float(returned), dtype=torch.float64)
+        return torch.tensor(float(returned), dtype=torch.float64, device="cpu")
     raise TypeError(
         "closure must return the loss as a tensor or a number, got "
         f"{type(returned).__name__}; does it end in 'return loss'?"

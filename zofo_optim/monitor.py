@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .advice import Advice
+from .capture import counters
 from .listeners import Estimated, Listener
 from .rules import Update
 from .zo_groups import ZOGroup
@@ -65,10 +66,10 @@ class Monitor(Listener):
         device = flat.device
         if self._counts is None or self._mirror is None or self._counts.device != device:
             old = self._counts
-            self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+            self._counts = counters(3, device=device)
             if old is not None:
                 self._counts.copy_(old)
-            self._mirror = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._mirror = counters(3, device="cpu", pin_memory=device.type == "cuda")
         seen = torch.stack((skipped, flat, skipped)).to(torch.int64)
         self._counts.add_(seen)
         self._counts[1:].mul_(seen[1:])

@@ -9,7 +9,7 @@ applies shifts and update, rounds the result and encodes it. Threads get disjoin
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
@@ -18,6 +18,7 @@ from .cpu_random import (
     FAST,
     add_signs,
     bits_from_float,
+    compiled,
     float_from_bits,
     gaussian,
     philox,
@@ -45,14 +46,14 @@ def _pointer(typingctx, address):
     return types.voidptr(types.intp), generate
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _round_bf16(bits):
     """Nearest-even; bits of an fp32, returned as fp32 bits with the low half clear."""
     rounded = _U(bits + _U(0x7FFF) + ((bits >> _U(16)) & _U(1))) & _U(0xFFFF0000)
     return bits if (bits & _U(0x7FFFFFFF)) > _U(0x7F800000) else rounded
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _round_fp16(bits):
     """Nearest-even to fp16's grid; fp32 bits in, fp32 bits out."""
     sign, size = bits & _U(0x80000000), bits & _U(0x7FFFFFFF)
@@ -64,13 +65,13 @@ def _round_fp16(bits):
     return bits if size > _U(0x7F800000) else sign | result
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _round_up_bf16(bits, random):
     rounded = _U(bits + random) & _U(0xFFFF0000)
     return bits if (bits & _U(0x7FFFFFFF)) >= _U(0x7F800000) else rounded
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _round_up_fp16(bits, random):
     sign, size = bits & _U(0x80000000), bits & _U(0x7FFFFFFF)
     normal = _U(size + (random >> _U(3))) & _U(0xFFFFE000)
@@ -83,7 +84,7 @@ def _round_up_fp16(bits, random):
     return bits if size >= _U(0x7F800000) else sign | result
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _decode(code, memory, x, count):
     """Storage to fp32."""
     if code == BF16:
@@ -99,7 +100,7 @@ def _decode(code, memory, x, count):
             x[i] = float_from_bits(sign | (special if size >= _U(0x0F800000) else value))
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _encode(code, x, memory, count):
     """fp32 already on the storage grid, to storage."""
     if code == BF16:
@@ -119,7 +120,7 @@ def _encode(code, x, memory, count):
             memory[i] = np.uint16(sign | result)
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _round_nearest(code, x, count):
     if code == BF16:
         for i in range(count):
@@ -129,7 +130,7 @@ def _round_nearest(code, x, count):
             x[i] = float_from_bits(_round_fp16(bits_from_float(x[i])))
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _round_stochastic(code, x, halves, count):
     if code == BF16:
         for i in range(count):
@@ -141,7 +142,7 @@ def _round_stochastic(code, x, halves, count):
             x[i] = float_from_bits(_round_up_fp16(bits_from_float(x[i]), random))
 
 
-@njit(**FAST)
+@compiled(**FAST)
 def _noise(distribution, words, z, start, count, index, key0, key1):
     """Noise of elements from start on, into z; returns where start lies in z."""
     per_call = GAUSSIAN_PER_CALL if distribution == GAUSSIAN else RADEMACHER_PER_CALL
@@ -156,19 +157,19 @@ def _noise(distribution, words, z, start, count, index, key0, key1):
     return lead
 
 
-@njit(**FAST)
+@compiled(**FAST)
 def _add_scaled(x, scale, z, count):
     for i in range(count):
         x[i] += scale * z[i]
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _accumulate(total, step, z, count):
     for i in range(count):
         total[i] = total[i] + step * z[i]
 
 
-@njit(**EXACT)
+@compiled(**EXACT)
 def _subtract(x, total, decay, count):
     if decay == 0:
         for i in range(count):
@@ -178,7 +179,7 @@ def _subtract(x, total, decay, count):
             x[i] = x[i] - (total[i] + decay * x[i])
 
 
-@njit(**FAST)
+@compiled(**FAST)
 def _shift_by_signs(x, words, start, count, index, shifts, scales):
     """fp32 x += +-scale straight from the bits; start must be a multiple of 128."""
     scale = _F(scales[0])
@@ -192,7 +193,7 @@ def _shift_by_signs(x, words, start, count, index, shifts, scales):
         x[i] += -scale if bit else scale
 
 
-@njit(**FAST)
+@compiled(**FAST)
 def _process(
     code,
     memory,
@@ -268,7 +269,7 @@ def _workspace_overload(memory, buffer):
     return lambda memory, buffer: memory
 
 
-@njit(**FAST)
+@compiled(**FAST)
 def run_passes(
     example,
     code,

@@ -9,6 +9,9 @@ angle 3e-9 and 5e-8 absolute on [-pi/2, pi/2]).
 # mypy: ignore-errors
 from __future__ import annotations
 
+import functools
+import warnings
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -21,8 +24,30 @@ FAST = {
     "boundscheck": False,
     "error_model": "numpy",
     "fastmath": {"contract"},
-    "cache": True,
 }
+
+
+@functools.cache
+def _warn_uncached() -> None:
+    warnings.warn(
+        "zofo_kernels: numba finds no folder that it may write compiled kernels to, so every "
+        "process compiles them anew; set NUMBA_CACHE_DIR to a folder that can be written",
+        stacklevel=4,
+    )
+
+
+def compiled(**options):
+    """numba's ``njit``; machine code is kept on disk, where a folder for it can be written."""
+
+    def decorate(function):
+        try:
+            return njit(**options, cache=True)(function)
+        except RuntimeError:  # there is none
+            _warn_uncached()
+            return njit(**options)(function)
+
+    return decorate
+
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -87,7 +112,7 @@ store_signs = _sign_vector(add_to_memory=False)
 add_signs = _sign_vector(add_to_memory=True)
 
 
-@njit(**FAST)
+@compiled(**FAST)
 def philox(words, blocks, first_block, index, stream, key0, key1):
     """words[4 i : 4 i + 4] = Philox4x32-10 of counter first_block + i, for i < blocks."""
     for i in range(blocks):
@@ -106,7 +131,7 @@ def philox(words, blocks, first_block, index, stream, key0, key1):
         words[4 * i + 3] = np.uint32(c3)
 
 
-@njit(**FAST)
+@compiled(**FAST)
 def gaussian(words, count, z):
     """z[2 i], z[2 i + 1] = the two normals of words[i], for i < count."""
     for i in range(count):
@@ -144,7 +169,7 @@ def gaussian(words, count, z):
         z[2 * i + 1] = twice * c
 
 
-@njit(**FAST)
+@compiled(**FAST)
 def rademacher(words, count, z):
     """z[32 i : 32 i + 32] = +1 or -1 by the bits of words[i], for i < count."""
     for i in range(count):

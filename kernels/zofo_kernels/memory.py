@@ -31,8 +31,11 @@ def is_gone(tensor: Tensor) -> bool:
 
 def _needed(tensor: Tensor) -> int:
     """Bytes of the storage up to the tensor's last element."""
+    before = int(tensor.storage_offset()) * tensor.itemsize
+    if tensor.is_contiguous():
+        return before + tensor.nbytes
     start, end = span(tensor)
-    return end - start + int(tensor.storage_offset()) * tensor.element_size()
+    return before + end - start
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -1,12 +1,15 @@
 """Which backend serves a tensor, and passes under threads, forks and Ctrl-C."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +86,38 @@ def test_auto_takes_the_reference_elsewhere_without_a_warning():
         warnings.simplefilter("error")
         assert backend_for(META) is reference
         assert backend_for(torch.device("mps")) is reference
+
+
+NO_FOLDER = """
+import warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import zofo_kernels as kernels
+    w = torch.zeros(200)
+    along = kernels.Direction(1, 2, 0, "rademacher")
+    kernels.perturb_([w], along, 1.0)
+print(torch.equal(w, kernels.noise((200,), along, backend="reference")))
+print(kernels.backend_for(w.device).__name__)
+print(*[str(one.message) for one in caught if "numba" in str(one.message)], sep="\\n")
+"""
+
+
+def test_where_no_folder_can_be_written_numba_compiles_for_the_process(tmp_path):
+    """Where a folder should be, a file is: root may write to any folder."""
+    pytest.importorskip("numba")
+    package = Path(zofo_kernels.__file__).parent
+    skipped = shutil.ignore_patterns("__pycache__")
+    copied = shutil.copytree(package, tmp_path / package.name, ignore=skipped)
+    (copied / "__pycache__").touch()
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), os.devnull)
+    environment = {**os.environ, **nowhere, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_FOLDER], capture_output=True, text=True, env=environment
+    )
+    right, backend, *warned = done.stdout.splitlines()
+    assert (right, backend) == ("True", "zofo_kernels.cpu"), done.stderr
+    (warning,) = warned
+    assert "NUMBA_CACHE_DIR" in warning
 
 
 @pytest.mark.usefixtures("no_numba")

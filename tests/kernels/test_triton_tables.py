@@ -272,18 +272,18 @@ def test_a_table_is_built_again_where_a_tensor_has_changed(built, change):
     if change in (new_storage, new_dtype, new_size, emptied, to_double_and_back):
         content = old.clone()
     check_three_passes(kept)
-    assert len(built) == (4 if change is transposed else 2)  # tables of copies are not kept
+    assert len(built) == 2  # of the others, where one is strided: its copy needs no table
     check_three_passes(kept)
-    assert len(built) == (7 if change is transposed else 2)
+    assert len(built) == 2
     assert content is None or same_bits(old, content)  # nothing follows the old address
 
 
-def test_tables_of_copies_are_not_kept(built):
-    """A tensor that is not contiguous is read anew in each pass, and written back."""
+def test_strided_tensors_are_copied_in_each_pass(built):
+    """Read anew in each pass, and written back; the table of the others is kept."""
     dense, base = weights((24,), torch.float32), weights((6, 4), torch.bfloat16, 2)
     kept = Weights([dense, base.t()])
-    for passes in (3, 6, 9):
+    for _ in range(3):
         check_three_passes(kept)
-        assert len(built) == passes
+        assert len(built) == 1
         base.mul_(-2)
     check_three_passes(Weights([dense, base]))

@@ -95,3 +95,17 @@ def test_parameters_are_checked_once_however_many_groups(monkeypatch):
     del checked[:]
     optimizer.add_param_group({"params": [("last", torch.ones(4))]})
     assert len(checked) == 101
+
+
+@pytest.mark.parametrize("perturbation", ["in_place", "streamed"])
+def test_transposed_weights_train_as_contiguous_ones(perturbation):
+    results = []
+    for layout in (torch.Tensor.clone, lambda w: w.T.contiguous().T):
+        weight = layout(torch.linspace(-1, 1, 35).double().view(5, 7))
+        options = {"lr": 1e-2, "distribution": "rademacher", "perturbation": perturbation}
+        optimizer = HybridZOFO([weight], mode="zo", **options)
+        for _ in range(3):
+            optimizer.step(lambda w=weight: w.contiguous().square().sum())
+        results.append(weight.clone(memory_format=torch.contiguous_format))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.linspace(-1, 1, 35).double().view(5, 7))

@@ -73,6 +73,9 @@ _CONTENT = {
 }
 """Attributes that hold elements; others are metadata."""
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_NUMBERS = (torch.int64, torch.int32, torch.int16)
+_PARTS = _methods("__getitem__", "select", "narrow") | {torch.select, torch.narrow}
+"""Calls that may take a part of a parameter, such as one expert of a stack."""
 _ROW_COST = 4096
 """A row by itself costs the host as much as so many elements of a whole copy."""
 
@@ -89,6 +92,15 @@ def _takes(values: Iterable[Any], sources: Mapping[int, Source]) -> bool:
         elif kind is dict and _takes(value.values(), sources):
             return True
     return False
+
+
+def _takes_one_part(index: Any) -> bool:
+    """Whether indexing by this gives a view."""
+    if type(index) is tuple:
+        return all(map(_takes_one_part, index))
+    if isinstance(index, Tensor):  # torch reads it as a number
+        return type(index) is Tensor and index.dim() == 0 and index.dtype in _NUMBERS
+    return index is Ellipsis or isinstance(index, slice) or type(index) is int
 
 
 class Streaming(TorchFunctionMode):
@@ -139,6 +151,10 @@ class Streaming(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.embedding and self._few_rows(*args, **kwargs):
             return self._perturbed(sources[id(args[1])], rows=args[0])
+        if func in _PARTS and args and id(args[0]) in sources:
+            part = self._part(sources[id(args[0])], func, args[1:], kwargs)
+            if part is not None:
+                return part
         copies: dict[int, tuple[Tensor, int]] = {}
         result = func(
             *[self._replaced(value, copies) for value in args],
@@ -163,35 +179,56 @@ class Streaming(TorchFunctionMode):
             return {key: self._replaced(item, copies) for key, item in value.items()}
         return value
 
-    def _copy(self, source: Source) -> Tensor:
-        """The perturbed parameter as a plain tensor, in whatever mode the closure is."""
+    def _part(
+        self, source: Source, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """What the call takes, perturbed alone, where it is one run of the parameter's elements."""
+        if func is Tensor.__getitem__ and not _takes_one_part(*args):
+            return None
+        if in_functorch() or not source.parameter.is_contiguous():
+            return None
+        part = func(source.parameter.detach(), *args, **kwargs)
+        return self._copy(source, part) if part.is_contiguous() else None
+
+    def _copy(self, source: Source, part: Tensor | None = None) -> Tensor:
+        """The perturbed parameter, or part, as a plain tensor, in whatever mode the closure is."""
         inference = torch.is_inference_mode_enabled()
         if not in_functorch() and not inference:
-            return self._laid_out(source)
+            return self._laid_out(source, part)
         # functorch would wrap new tensors, and those of inference mode do not count writes
         with (
             without_functorch(),
             torch.inference_mode(False) if inference else nullcontext(),
         ):
-            return self._laid_out(source)
+            return self._laid_out(source, part)
 
-    def _laid_out(self, source: Source) -> Tensor:
-        parameter = source.parameter
-        if id(parameter) in self._displaced:
-            content = parameter.detach()
-        else:
-            content = self._perturbed(source)
-            if content.stride() == parameter.stride():
+    def _laid_out(self, source: Source, part: Tensor | None) -> Tensor:
+        content = wanted = source.parameter.detach() if part is None else part
+        if id(source.parameter) not in self._displaced:
+            content = self._perturbed(source, part)
+            if content.stride() == wanted.stride():
                 return content
-        size, stride = parameter.size(), parameter.stride()
+        size, stride = wanted.size(), wanted.stride()
         copy = torch.empty_strided(size, stride, dtype=content.dtype, device=content.device)
         return copy.copy_(content)
 
-    def _perturbed(self, source: Source, rows: Tensor | None = None) -> Tensor:
+    def _perturbed(
+        self, source: Source, part: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         parameter, index, _, group = source
+        offset = 0
+        if part is not None:
+            parameter, offset = part, int(part.storage_offset() - parameter.storage_offset())
         direction, scale = self._shifts[group]
-        backend = self._backends[parameter.device]
-        return perturbed(parameter, direction, scale, index=index, rows=rows, backend=backend)
+        return perturbed(
+            parameter,
+            direction,
+            scale,
+            index=index,
+            offset=offset,
+            rows=rows,
+            backend=self._backends[parameter.device],
+        )
 
     def _few_rows(
         self,
