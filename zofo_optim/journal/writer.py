@@ -70,6 +70,7 @@ class Journal(Listener):
     Example:
         >>> with Journal("run.zofo").attach(optimizer):
         ...     for batch in loader:
+        ...         optimizer.zero_grad()
         ...         optimizer.step(lambda: model(**batch).loss)
     """
 
