@@ -63,3 +63,42 @@ def test_another_order_is_refused_by_name(tmp_path):
     message = r"'0\.weight' at place 0, which is at another place here, where '2\.bias' is"
     with pytest.raises(JournalError, match=f"must have the names of .* journal has {message}"):
         Journal(tmp_path / "run", resume=True).attach(other)
+
+
+class CountedName(str):
+    """Counts how often names are compared."""
+
+    __slots__ = ()
+    compared = 0
+
+    def __eq__(self, other):
+        type(self).compared += 1
+        return str(self) == str(other)
+
+    __hash__ = str.__hash__
+
+
+class CountedModel(nn.ParameterList):
+    listed = 0
+
+    def named_parameters(self, *args, **kwargs):
+        self.listed += 1
+        return super().named_parameters(*args, **kwargs)
+
+
+@pytest.mark.parametrize("one_group_each", [True, False])
+def test_many_names_cost_no_square(one_group_each, tmp_path):
+    count = 300
+    model = CountedModel(nn.Parameter(torch.ones(2), False) for _ in range(count))
+    named = [(CountedName(f"w{i}"), p) for i, p in enumerate(model)]
+    parts = [[pair] for pair in named] if one_group_each else [named]
+
+    def optimizer():
+        return HybridZOFO([dict(params=part, mode="zo", lr=1e-2) for part in parts])
+
+    groups = optimizer(), optimizer()
+    CountedName.compared = model.listed = 0
+    Journal(tmp_path / "names").attach(groups[0]).close()
+    assert CountedName.compared < 20 * count
+    Journal(tmp_path / "model").attach(groups[1], model).close()
+    assert model.listed < 5

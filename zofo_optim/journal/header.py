@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,10 @@ def header_of(
     groups = optimizer.zo_groups()
     devices = {p.device for group in groups for p in group.params}
     backends = {backend_name(device, settings.backend) for device in devices}
-    names = [_names(group, model) for group in groups]
-    every = [name for of_group in names for name in of_group]
-    twice = sorted({name for name in every if every.count(name) > 1})
+    known = None if model is None else {id(p): name for name, p in model.named_parameters()}
+    names = [_names(group, known) for group in groups]
+    counts = Counter(name for of_group in names for name in of_group)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise ValueError(f"param_names must be different for all parameters, got twice: {twice}")
     return {
@@ -80,9 +82,9 @@ def header_of(
     }
 
 
-def _names(group: ZOGroup, model: nn.Module | None) -> list[str]:
-    if model is not None:
-        known = {id(p): name for name, p in model.named_parameters()}
+def _names(group: ZOGroup, known: dict[int, str] | None) -> list[str]:
+    """By ``known``, a model's names, where there is one."""
+    if known is not None:
         missing = [
             name for p, name in zip(group.params, group.names, strict=True) if id(p) not in known
         ]
