@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from zofo_kernels import interruptible
 from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_backward_to_modes
 
 from .capture import capturing, check_replayable
@@ -96,7 +97,7 @@ def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
     watch = _ClosureWatch(swallow=not gradients)
     recording = torch.is_grad_enabled()
     try:
-        with torch.set_grad_enabled(gradients), watch:
+        with torch.set_grad_enabled(gradients), watch, interruptible():
             returned = closure()
     finally:
         # Ctrl-C at the block's edges can skip their own undoing: a mode that stays on torch's
@@ -106,7 +107,8 @@ def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
     loss = scalar_loss(returned)
     backpropagated = watch.called
     if gradients and not watch.called and loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
+        with interruptible():
+            loss.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
     loss = loss.detach().reshape(())
     # a copy: the closure may return memory that its next run overwrites
@@ -126,7 +128,7 @@ def scalar_loss(returned: Any) -> Tensor:
             raise TypeError(f"closure must return a real loss, got dtype {returned.dtype}")
         return returned
     if isinstance(returned, (bool, int, float, np.number, np.bool_)):
-        return torch.tensor(float(returned), dtype=torch.float64)
+        return torch.tensor(float(returned), dtype=torch.float64, device="cpu")
     raise TypeError(
         "closure must return the loss as a tensor or a number, got "
         f"{type(returned).__name__}; does it end in 'return loss'?"

@@ -61,7 +61,7 @@ def first_order_options(
         elif option not in NEEDLESS and value:
             raise TypeError(f"{option}={value!r} is no option of fo_optimizer={name}")
     # A trial instance checks the values, with the class's own messages, and fills defaults.
-    trial = factory([torch.zeros(1, 1)], **options)
+    trial = factory([torch.zeros(1, 1, device="cpu")], **options)
     if not isinstance(trial, Optimizer):
         raise TypeError(f"fo_optimizer must make a torch Optimizer, got {type(trial).__name__}")
     closure = inspect.signature(type(trial).step).parameters.get("closure")

@@ -225,7 +225,7 @@ class GroupsAndState(Optimizer):
         if self._estimate is None:
             return None
         if self._estimate.coefficients is None:
-            return torch.empty(0, self._settings.num_samples)
+            return torch.empty(0, self._settings.num_samples, device="cpu")
         return self._estimate.coefficients
 
     def zo_groups(self) -> list[ZOGroup]:

@@ -68,7 +68,9 @@ class Monitor(Listener):
             self._counts = torch.zeros(3, dtype=torch.int64, device=device)
             if old is not None:
                 self._counts.copy_(old)
-            self._mirror = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._mirror = torch.zeros(
+                3, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
+            )
         seen = torch.stack((skipped, flat, skipped)).to(torch.int64)
         self._counts.add_(seen)
         self._counts[1:].mul_(seen[1:])

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zofo_kernels import uninterrupted
-
 from .capture import check_capture
 from .checks import check_mode, check_mu, check_seed, check_step_options
 from .estimate import Estimate
@@ -21,6 +19,7 @@ from .estimators import ESTIMATORS
 from .evaluation import Closure
 from .first_order import FirstOrder, first_order_options
 from .groups_and_state import GroupsAndState
+from .modes import undisturbed
 from .perturbation import Perturbation
 from .rules import RULES
 from .settings import Settings
@@ -158,16 +157,10 @@ class HybridZOFO(GroupsAndState):
                 changed.
         """
         returned = None
-        recording = torch.is_grad_enabled()
-        try:
-            torch.set_grad_enabled(False)
-            with self._at_rest() as perturbation:
-                if closure is not None:
-                    returned = self._add_estimate(closure, perturbation)
-                self._apply(perturbation)
-        finally:
-            with uninterrupted():  # torch.no_grad() may leave gradients off after a Ctrl-C
-                torch.set_grad_enabled(recording)
+        with undisturbed(), self._at_rest() as perturbation:
+            if closure is not None:
+                returned = self._add_estimate(closure, perturbation)
+            self._apply(perturbation)
         return returned
 
     def backward(self, closure: Closure) -> Any:
@@ -185,7 +178,7 @@ class HybridZOFO(GroupsAndState):
             FloatingPointError: ``nonfinite="raise"`` and a loss is not finite.
             RuntimeError: called from inside a closure.
         """
-        with self._at_rest() as perturbation:
+        with undisturbed(), self._at_rest() as perturbation:
             return self._add_estimate(closure, perturbation)
 
     def _at_rest(self) -> Perturbation:
@@ -246,16 +239,15 @@ class HybridZOFO(GroupsAndState):
         # what can fail for lack of memory comes before any weight changes
         rule = RULES[self._settings.zo_rule]
         updates = estimate.updates(groups, rule, self._settings.distribution)
-        with uninterrupted():
-            if estimate.first_order_is_healthy(self._fo.parameters()):
-                self._fo.step()
-            perturbation.update(updates)
-            if self._settings.capturable:
-                updates = [update.frozen() for update in updates]
-            for group in groups:
-                group.options["zo_step"] += 1
-            self._estimate = None
-            self._listeners.updated(updates)
+        if estimate.first_order_is_healthy(self._fo.parameters()):
+            self._fo.step()
+        perturbation.update(updates)
+        if self._settings.capturable:
+            updates = [update.frozen() for update in updates]
+        for group in groups:
+            group.options["zo_step"] += 1
+        self._estimate = None
+        self._listeners.updated(updates)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""

@@ -106,7 +106,7 @@ def replay_in_turn(
 def _numbers(program: Program, device: torch.device) -> Tensor:
     """Each pass's learning rate and then its coefficients, on the device."""
     numbers = [x for one in program.passes for x in (one.lr, *one.coefficients)]
-    return torch.tensor(numbers, dtype=widest_float(device)).to(device)
+    return torch.tensor(numbers, dtype=widest_float(device), device="cpu").to(device)
 
 
 def widest_float(device: torch.device) -> torch.dtype:

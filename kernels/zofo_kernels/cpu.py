@@ -119,8 +119,9 @@ def _build(regions: Sequence[Region]) -> list[_Table]:
 
 
 _NO_KEYS = _key_rows([])
-_NO_STEPS = {kind: torch.empty(0, dtype=kind).numpy() for kind in (torch.float32, torch.float64)}
-_NO_DECAY = {kind: torch.zeros(1, dtype=kind).numpy() for kind in (torch.float32, torch.float64)}
+_COMPUTE = {torch.float32: np.float32, torch.float64: np.float64}
+_NO_STEPS = {kind: np.empty(0, dtype=numpy_kind) for kind, numpy_kind in _COMPUTE.items()}
+_NO_DECAY = {kind: np.zeros(1, dtype=numpy_kind) for kind, numpy_kind in _COMPUTE.items()}
 _ONE, _NONE_OF_ONE = np.array([1]), np.array([0])
 
 
@@ -139,13 +140,14 @@ def _run(
     launches = []
     for dtype, total, table in _tables(regions):
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        scales = torch.tensor([s.scale for s in shifts], dtype=compute).numpy()
+        scales = torch.tensor([s.scale for s in shifts], dtype=compute, device="cpu").numpy()
         steps, decay = _NO_STEPS[compute], _NO_DECAY[compute]
         if coefficients is not None and lr is not None:
             rate = lr.to(compute)
             steps = (rate * coefficients.to(compute)).numpy()
             if weight_decay != 0:
-                decay = (rate * torch.tensor(weight_decay, dtype=compute)).reshape(1).numpy()
+                factor = torch.tensor(weight_decay, dtype=compute, device="cpu")
+                decay = (rate * factor).reshape(1).numpy()
         keys = shift_ends, shift_keys, scales, key_ends, update_keys
         launches.append((total, table, (*keys, steps, decay, stochastic)))
     _launch(launches)

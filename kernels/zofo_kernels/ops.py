@@ -4,6 +4,9 @@ All take a list of tensors as one flat vector: tensor ``i`` draws the noise of p
 ``indices[i]`` (default ``i``) from element ``offsets[i]`` (default 0) on. Tensors may have
 any of the dtypes float32, float64, bfloat16 and float16, any device and any strides; empty ones
 are skipped. ``Weights`` in place of the list saves the host's work on repeated passes.
+
+Weights are written in inference mode: only there may torch write all of them, those that require
+gradients and those that were made in inference mode.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def noise(
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    with torch.no_grad(), Weights([out], [index], [offset]).regions() as by_device:
+    with torch.inference_mode(), Weights([out], [index], [offset]).regions() as by_device:
         for where, regions in by_device.items():
             backend_for(where, backend).fill_noise(regions[0], direction)
     return out
@@ -98,7 +101,7 @@ def perturb_(
     if not shifts:
         return
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
+    with uninterrupted(), torch.inference_mode(), weights.regions() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
         for device, regions in by_device.items():
             engines[device].perturb(regions, shifts)
@@ -196,7 +199,7 @@ def update_(
     if recover is not None:
         check_shift("recover", recover)
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
+    with uninterrupted(), torch.inference_mode(), weights.regions() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
         given = coefficients.detach().resolve_neg()
         # all copies before any device's weights are written
@@ -244,7 +247,7 @@ def replay_(
     if not isinstance(program, Program):
         raise TypeError(f"program must be a zofo_kernels.Program, got {type(program).__name__}")
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
+    with uninterrupted(), torch.inference_mode(), weights.regions() as by_device:
         engines = {device: backend_for(device, backend) for device in by_device}
         for device, regions in by_device.items():
             engines[device].replay(regions, program, rounding == "stochastic")

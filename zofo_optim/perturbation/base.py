@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from zofo_kernels import Shift, uninterrupted, update_
 
 from ..advice import Advice
@@ -105,3 +107,8 @@ class Perturbation(ABC):
 
     def _shift(self, group: ZOGroup, sample: int, sign: int) -> Shift:
         return Shift(group.direction(sample, self._settings.distribution), sign * group.mu)
+
+
+def written(tensor: Tensor) -> tuple[int, int]:
+    """Changes when someone writes to the tensor; those of inference mode count no versions."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from ..evaluation import Evaluation
 from ..listeners import Listener
 from ..settings import Settings
 from ..zo_groups import ZOGroup, is_same
-from .base import Evaluate, Perturbation
+from .base import Evaluate, Perturbation, written
 from .streaming import Source, Streaming, uncompiled
 
 
@@ -35,12 +36,13 @@ class StreamedPerturbation(Perturbation):
         super().__init__(settings, listener, advice)
         self._shifts: list[Shift] = []
         self._mode: Streaming | None = None
-        self._kept: dict[int, Tensor] = {}  # contents of parameters that verification displaces
+        self._kept: dict[int, _Kept] = {}  # parameters that verification displaces
         self._weights: list[Weights] = []  # what the sources, and the verification, are of
         self._sources: dict[int, Source] = {}
         self._verified = False
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
+        self._put_back()
         super().over(groups)
         weights = [group.weights for group in groups]
         if not is_same(weights, self._weights):
@@ -149,7 +151,9 @@ class StreamedPerturbation(Perturbation):
     @contextmanager
     def _written(self, part: list[Source]) -> Iterator[None]:
         """These weights are perturbed in place; then restored to the bit."""
-        self._kept = {id(s.parameter): s.parameter.detach().clone() for s in part}
+        self._kept = {
+            id(s.parameter): _Kept(s.parameter, s.parameter.detach().clone()) for s in part
+        }
         try:
             for source in part:
                 direction, scale = self._shifts[source.group]
@@ -165,14 +169,30 @@ class StreamedPerturbation(Perturbation):
             self._put_back()
 
     def _put_back(self) -> None:
-        with uninterrupted(), torch.no_grad():
+        """Where a write fails, the others are done, and the next call tries it again."""
+        failed: BaseException | None = None
+        with uninterrupted(), torch.inference_mode():  # where torch may write all tensors
             if self._mode is not None:
                 self._mode.stop()
-            for where, content in self._kept.items():
-                parameter = self._sources[where].parameter
-                with torch.inference_mode(parameter.is_inference()):
-                    parameter.copy_(content)
-            self._kept = {}
+            for where, kept in list(self._kept.items()):
+                try:
+                    if kept.failed is None or kept.failed == written(kept.parameter):
+                        kept.parameter.copy_(kept.content)
+                    del self._kept[where]
+                except BaseException as error:
+                    failed = failed or error
+                    self._kept[where] = kept._replace(failed=written(kept.parameter))
+        if failed is not None:
+            raise failed
+
+
+class _Kept(NamedTuple):
+    """A parameter that verification displaces, and its content before."""
+
+    parameter: Tensor
+    content: Tensor
+    failed: tuple[int, int] | None = None
+    """Where putting it back failed: the parameter as it was then, see :func:`written`."""
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
