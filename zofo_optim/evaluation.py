@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from zofo_kernels import interruptible
-from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_backward_to_modes
 
-from .capture import capturing, check_replayable
+from .capture import capturing
+from .watch import ClosureWatch
 
 Closure = Callable[[], Any]
 
@@ -45,30 +44,6 @@ class GlobalRandomState:
         np.random.set_state(self._numpy)  # noqa: NPY002
 
 
-class _ClosureWatch(TorchFunctionMode):
-    """Notices, or swallows, the closure's own calls of backward; refuses what graphs cannot do."""
-
-    def __init__(self, swallow: bool) -> None:
-        super().__init__()
-        show_backward_to_modes()
-        self.swallow = swallow
-        self.called = False
-        self.captured = capturing()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.backward or func is torch.autograd.backward:
-            self.called = True
-            if self.swallow:
-                return None
-        if self.swallow and func is SET_GRAD_ENABLED and not in_functorch():
-            args = (False,)  # Lightning's closures turn gradients on, and would keep activations
-        if self.captured:
-            check_replayable(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
 class Evaluation(NamedTuple):
     """One run of the closure."""
 
@@ -78,9 +53,13 @@ class Evaluation(NamedTuple):
     """The same as a detached 0-dim tensor of at least fp32."""
     backpropagated: bool
     """Whether gradients were taken, by the closure or by us."""
+    inner: frozenset[int] = frozenset()
+    """Which of the closure's calls of backward its loss depends on; see :class:`ClosureWatch`."""
 
 
-def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
+def evaluate(
+    closure: Closure, *, gradients: bool, inner: frozenset[int] = frozenset()
+) -> Evaluation:
     """Run the closure once.
 
     Args:
@@ -88,32 +67,34 @@ def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
             ``backward`` itself, or leave that to us.
         gradients: True for the evaluation that leaves first-order gradients; False runs under
             ``no_grad`` with the closure's own backward calls swallowed.
+        inner: calls of backward to make although ``gradients`` is False, under ``enable_grad``,
+            as an evaluation with gradients found them.
 
     Raises:
         TypeError, ValueError: the closure did not return a real scalar.
     """
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
-    watch = _ClosureWatch(swallow=not gradients)
+    watch = ClosureWatch(swallow=not gradients, inner=inner)
     recording = torch.is_grad_enabled()
     try:
-        with torch.set_grad_enabled(gradients), watch, interruptible():
+        with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
             returned = closure()
+        loss = scalar_loss(returned)
+        calls, inner = watch.calls, watch.inner_calls(loss) if gradients else inner
     finally:
-        # Ctrl-C at the block's edges can skip their own undoing: a mode that stays on torch's
-        # stack must only pass calls on
-        watch.swallow = watch.captured = False
+        # Ctrl-C at the block's edges can skip their own undoing
+        watch.stop()
         torch.set_grad_enabled(recording)
-    loss = scalar_loss(returned)
-    backpropagated = watch.called
-    if gradients and not watch.called and loss.requires_grad:
+    backpropagated = calls > len(inner)
+    if gradients and not backpropagated and loss.requires_grad:
         with interruptible():
             loss.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
     loss = loss.detach().reshape(())
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-    return Evaluation(returned, loss, backpropagated)
+    return Evaluation(returned, loss, backpropagated, inner)
 
 
 def scalar_loss(returned: Any) -> Tensor:
@@ -162,7 +143,8 @@ class Runs:
         self._devices = None if devices is None else set(devices)
         self._before: GlobalRandomState | None = None
         self._after: GlobalRandomState | None = None
-        self._aside: list[tuple[Tensor, Tensor]] | None = None
+        self._aside: list[tuple[Tensor, Tensor | None]] | None = None
+        self._inner: frozenset[int] = frozenset()
 
     def __enter__(self) -> Runs:
         if self._devices is not None:
@@ -179,13 +161,15 @@ class Runs:
 
     def __call__(self, gradients: bool) -> Evaluation:
         """Run the closure once more; see :func:`evaluate`."""
-        if not gradients and self._aside is None:
+        if not gradients:
             self._set_gradients_aside()
         try:
             self._evaluator.running = "first" if self._after is None else "repeat"
             if self._before is not None and self._after is not None:
                 self._before.restore()
-            result = evaluate(self._closure, gradients=gradients)
+            inner = frozenset() if gradients else self._inner
+            result = evaluate(self._closure, gradients=gradients, inner=inner)
+            self._inner = result.inner
         finally:
             self._evaluator.running = None
         if self._devices is not None and self._after is None:
@@ -193,9 +177,11 @@ class Runs:
         return result
 
     def _set_gradients_aside(self) -> None:
-        self._aside = [(p, p.grad) for p in self._first_order if p.grad is not None]
-        for p, _ in self._aside:
-            p.grad = None
+        if self._aside is None:
+            self._aside = [(p, p.grad) for p in self._first_order]
+        for p in self._first_order:
+            if p.grad is not None:  # then, or left by the run before
+                p.grad = None
 
 
 class Evaluator:
