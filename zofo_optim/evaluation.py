@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zofo_kernels import interruptible
 
+from .buffers import Buffers
 from .capture import capturing
 from .watch import ClosureWatch
 
@@ -55,6 +56,8 @@ class Evaluation(NamedTuple):
     """Whether gradients were taken, by the closure or by us."""
     inner: frozenset[int] = frozenset()
     """Which of the closure's calls of backward its loss depends on; see :class:`ClosureWatch`."""
+    scaled: bool = False
+    """Whether the loss was scaled by a GradScaler."""
 
 
 def evaluate(
@@ -81,7 +84,8 @@ def evaluate(
         with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
             returned = closure()
         loss = scalar_loss(returned)
-        calls, inner = watch.calls, watch.inner_calls(loss) if gradients else inner
+        calls, scaled = watch.calls, watch.scaled(returned)
+        inner = watch.inner_calls(loss) if gradients else inner
     finally:
         # Ctrl-C at the block's edges can skip their own undoing
         watch.stop()
@@ -94,7 +98,7 @@ def evaluate(
     loss = loss.detach().reshape(())
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-    return Evaluation(returned, loss, backpropagated, inner)
+    return Evaluation(returned, loss, backpropagated, inner, scaled)
 
 
 def scalar_loss(returned: Any) -> Tensor:
@@ -119,9 +123,10 @@ def scalar_loss(returned: Any) -> Tensor:
 class Runs:
     """The runs of one closure that belong to one estimate; a context manager.
 
-    All runs draw the same random numbers. On leaving, the global generators are as after one run,
-    and first-order gradients are those of the run that took them: while others run, ``.grad`` is
-    set aside, so that nothing a closure does can change or clear it.
+    All runs draw the same random numbers and start from the same buffers. On leaving, generators
+    and buffers are as after one run, and first-order gradients are those of the run that took
+    them: while others run, ``.grad`` is set aside, so that nothing a closure does can change or
+    clear it.
 
     Args:
         evaluator: told which run is going on.
@@ -149,6 +154,7 @@ class Runs:
     def __enter__(self) -> Runs:
         if self._devices is not None:
             self._before = GlobalRandomState(self._devices)
+            self._evaluator.buffers.begin()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -158,6 +164,7 @@ class Runs:
         finally:
             if self._after is not None:
                 self._after.restore()
+                self._evaluator.buffers.end()
 
     def __call__(self, gradients: bool) -> Evaluation:
         """Run the closure once more; see :func:`evaluate`."""
@@ -167,6 +174,7 @@ class Runs:
             self._evaluator.running = "first" if self._after is None else "repeat"
             if self._before is not None and self._after is not None:
                 self._before.restore()
+                self._evaluator.buffers.rewind()
             inner = frozenset() if gradients else self._inner
             result = evaluate(self._closure, gradients=gradients, inner=inner)
             self._inner = result.inner
@@ -174,6 +182,7 @@ class Runs:
             self._evaluator.running = None
         if self._devices is not None and self._after is None:
             self._after = GlobalRandomState(self._devices)
+            self._evaluator.buffers.ran()
         return result
 
     def _set_gradients_aside(self) -> None:
@@ -190,6 +199,7 @@ class Evaluator:
     def __init__(self) -> None:
         self.running: str | None = None
         """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
+        self.buffers = Buffers()
 
     def runs(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .buffers import Buffers, module_of
 from .capture import check_capture
 from .checks import check_mode, check_mu, check_seed, check_step_options
 from .estimate import Estimate
@@ -43,8 +44,7 @@ class HybridZOFO(GroupsAndState):
     A closure is evaluated 1 (FO) + ``num_samples`` x 1 (one-sided) or 2 (two-sided) times a
     step, on the same batch and with the same random draws (dropout); the global random state
     is then as after one evaluation. It may call ``zero_grad()`` and ``loss.backward()`` itself,
-    or only return the loss. Buffers that it changes, such as batch-norm statistics, change with
-    every evaluation.
+    or only return the loss.
 
     Args:
         params: tensors, named tensors or groups; see :func:`hybrid_param_groups`.
@@ -71,6 +71,9 @@ class HybridZOFO(GroupsAndState):
             the weights and raises ``FloatingPointError``.
         seed: of the directions, in [0, 2**64).
         backend: "auto", "triton", "cpu" or "reference"; see ``zofo_kernels``.
+        restore_buffers: buffers that a closure changes, such as batch-norm statistics, change
+            once a step: those of the model that :func:`hybrid_param_groups` was given (True), of
+            the module given here, or none (False). Copied and unpickled optimizers restore none.
         capturable: keep the step counter on the device, so that a step captured in a CUDA graph
             takes new directions in every replay; also given to ``fo_optimizer`` where it has this
             option. Run a few steps before capturing, pass ``lr`` as a tensor if it is to change,
@@ -110,6 +113,7 @@ class HybridZOFO(GroupsAndState):
         nonfinite: str = "skip",
         seed: int = 0,
         backend: str = "auto",
+        restore_buffers: bool | torch.nn.Module = True,
         capturable: bool = False,
         fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         **fo_options: Any,
@@ -141,7 +145,9 @@ class HybridZOFO(GroupsAndState):
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
         first_order = FirstOrder(fo_optimizer, options)
+        buffers = Buffers(module_of(params, restore_buffers))
         super().__init__(params, settings, first_order, fo_defaults, zo_shared, zo_defaults)
+        self._evaluator.buffers = buffers
 
     # ---- a step: read from here down ----------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class ClosureWatch(TorchFunctionMode):
         show_backward_to_modes()
         self._made = inner
         self._roots: list[list[Any]] = []  # one list a call
+        self._scaled: Any = None
         self.swallow = swallow
         self.captured = capturing()
 
@@ -52,10 +54,14 @@ class ClosureWatch(TorchFunctionMode):
         root = [_node(loss)]
         return frozenset(k for k, roots in enumerate(self._roots) if not _meet(root, roots))
 
+    def scaled(self, returned: Any) -> bool:
+        """Whether the closure returned what a GradScaler's ``scale`` gave it last."""
+        return returned is not None and returned is self._scaled
+
     def stop(self) -> None:
         """Only pass calls on, should a Ctrl-C have kept the mode from being left."""
         self.swallow = self.captured = False
-        self._roots = []
+        self._roots, self._scaled = [], None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -68,6 +74,9 @@ class ClosureWatch(TorchFunctionMode):
             args = (False,)  # Lightning's closures turn gradients on, and would keep activations
         if self.captured:
             check_replayable(func, args, kwargs or {})
+        if func is Tensor.mul and _called_by_a_scaler():
+            self._scaled = func(*args, **(kwargs or {}))
+            return self._scaled
         return func(*args, **(kwargs or {}))
 
 
@@ -76,6 +85,12 @@ def _roots(tensors: Any = (), *unused: Any, **options: Any) -> list[Any]:
     tensors = options.get("self", tensors)
     single = isinstance(tensors, Tensor) or hasattr(tensors, "node")
     return [_node(t) for t in ([tensors] if single else tensors)]
+
+
+def _called_by_a_scaler() -> bool:
+    """Whether the torch call that a mode sees now was made by a GradScaler's module."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return str(caller).startswith("torch.") and str(caller).endswith("grad_scaler")
 
 
 def _node(tensor: Any) -> Any:

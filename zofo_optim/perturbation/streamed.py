@@ -17,15 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zofo_kernels import Shift, Weights, perturb_, uninterrupted
+from zofo_kernels import Shift, perturb_, uninterrupted
 
 from ..advice import Advice
-from ..estimators import Point
 from ..evaluation import Evaluation
 from ..listeners import Listener
 from ..settings import Settings
-from ..zo_groups import ZOGroup, is_same
-from .base import Evaluate, Perturbation, written
+from ..zo_groups import ZOGroup
+from .base import Evaluate, Perturbation, same, written
 from .streaming import Source, Streaming, uncompiled
 
 
@@ -37,24 +36,19 @@ class StreamedPerturbation(Perturbation):
         self._shifts: list[Shift] = []
         self._mode: Streaming | None = None
         self._kept: dict[int, _Kept] = {}  # parameters that verification displaces
-        self._weights: list[Weights] = []  # what the sources, and the verification, are of
         self._sources: dict[int, Source] = {}
-        self._verified = False
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         self._put_back()
         super().over(groups)
-        weights = [group.weights for group in groups]
-        if not is_same(weights, self._weights):
-            self._weights, self._verified = weights, False
-            self._sources = {
-                id(parameter): Source(parameter, index, name, position)
-                for position, group in enumerate(groups)
-                for parameter, index, name in zip(
-                    group.params, group.indices, group.names, strict=True
-                )
-            }
         return self
+
+    def _renew(self) -> None:
+        self._sources = {
+            id(parameter): Source(parameter, index, name, position)
+            for position, group in enumerate(self.groups)
+            for parameter, index, name in zip(group.params, group.indices, group.names, strict=True)
+        }
 
     def move(self, sample: int, sign: int) -> None:
         self._shifts = [self._shift(group, sample, sign) for group in self.groups]
@@ -62,12 +56,6 @@ class StreamedPerturbation(Perturbation):
     def restore(self) -> None:
         self._put_back()
         self._shifts = []
-
-    def _evaluate_here(self, point: Point, evaluate: Evaluate) -> Evaluation:
-        evaluation = self._run(evaluate, point.gradient)
-        if self._shifts:
-            self._verify_once(lambda: self._run(evaluate, False).loss, evaluation.loss)
-        return evaluation
 
     def _run(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
         if not self._sources:
@@ -82,39 +70,20 @@ class StreamedPerturbation(Perturbation):
 
     # ---- verification -----------------------------------------------------------------------
 
-    def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
-        """Once for every set of ZO parameters, at the first displaced point with a finite loss."""
-        if self._verified or not loss.isfinite():  # a loss that is not finite tells nothing
-            return
-        if not self.verify(evaluate, loss):
-            self._advice.once(
-                "repeat",
-                "closure gave two losses at the same point, so it cannot be verified that "
-                "perturbation='streamed' reaches every use of the zeroth-order parameters; it "
-                "must use the same batch whenever it is called",
-            )
-        self._verified = True
-
-    def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> bool:
-        """Compare with evaluations in which the weights themselves are perturbed, in parts.
+    def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
+        """Compare also with evaluations in which the weights themselves are perturbed, in parts.
 
         Parts are as large as the largest weight, whose content is kept aside: the weights are
         written, and then restored to the bit. Torch functions get copies of these too, so that
         the loss is the same to the bit unless something else reads the weights.
 
-        Args:
-            evaluate: evaluates the loss at the present point.
-            loss: the loss there.
-
-        Returns:
-            False where the loss does not repeat, so that nothing can be said.
-
         Raises:
             RuntimeError: the loss depends on a weight in a way that torch functions do not see;
                 names the parameters.
         """
-        if not _same(evaluate(), loss):
-            return False
+        again = super().verify(evaluate, loss)
+        if again is not None:  # then nothing can be said
+            return again
         missed = [
             name
             for part in _parts(list(self._sources.values()))
@@ -128,15 +97,21 @@ class StreamedPerturbation(Perturbation):
                 + ", ".join(missed)
                 + "; use perturbation='in_place'"
             )
-        return True
+        return None
+
+    def _of_two_losses(self, loss: Tensor, again: Tensor) -> str:
+        return (
+            f"{super()._of_two_losses(loss, again)}. Nor can it be verified that "
+            "perturbation='streamed' reaches every use of the zeroth-order parameters"
+        )
 
     def _unseen(
         self, part: list[Source], evaluate: Callable[[], Tensor], loss: Tensor
     ) -> list[str]:
         """Names of the parameters in ``part`` that streaming does not perturb everywhere."""
         with self._written(part):
-            same = _same(evaluate(), loss)
-        if same:
+            seen = same(evaluate(), loss)
+        if seen:
             return []
         if len(part) == 1:
             return [part[0].name]
@@ -193,10 +168,6 @@ class _Kept(NamedTuple):
     content: Tensor
     failed: tuple[int, int] | None = None
     """Where putting it back failed: the parameter as it was then, see :func:`written`."""
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(a, b) or (a.isnan() & b.isnan()).all())
 
 
 def _parts(sources: list[Source]) -> Iterator[list[Source]]:
