@@ -229,22 +229,26 @@ class Simulation:
         return [Point(0, 0)] * self.has_clean + displaced * bool(self.zo)
 
     def plan(self, bad=None):
-        """The same with the evaluations that verify streaming, at the first displaced point whose
-        loss is finite: not at ``bad``."""
+        """The same with the evaluations that verify, at the first displaced point whose loss is
+        finite: not at ``bad``. One repeats it, and streaming is verified in parts."""
         points = self.points()
         good = [point for point in points if point.sign and point != bad]
-        if good and not self.in_place and self.verified != [id(w) for w in self.weights]:
+        if good and self.verified != [id(w) for w in self.weights]:
             parts, used = 0, math.inf
             sizes = [w.size for w in self.weights]
             for size in sizes:  # one evaluation a run of weights no larger than the largest
                 parts, used = (parts, used) if used + size <= max(sizes) else (parts + 1, 0)
                 used += size
             place = points.index(good[0]) + 1
-            points[place:place] = [good[0]._replace(verifies=True)] * (1 + parts)
+            points[place:place] = [good[0]._replace(verifies=True)] * (
+                1 if self.in_place else 1 + parts
+            )
         return points
 
     def see(self, point):
         """Go there: the zeroth-order weights that a closure must see, and by how much not."""
+        if point.verifies and self.in_place:  # they are there
+            return self.seen
         found, index = [], 0
         for group in self.zo:
             for weight in group.weights:
@@ -255,6 +259,7 @@ class Simulation:
                     scale = point.sign * group.options["mu"]
                     found.append(weight.move(z, scale, self.noise_error, self.in_place))
                 index += 1
+        self.seen = found
         return found
 
     def _noise(self, group, weight, sample, index):

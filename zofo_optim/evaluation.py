@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_backward_to_modes
+from zofo_kernels import interruptible
 
-from .capture import capturing, check_replayable
+from .buffers import Buffers
+from .capture import capturing
+from .watch import ClosureWatch
 
 Closure = Callable[[], Any]
 
@@ -44,30 +45,6 @@ class GlobalRandomState:
         np.random.set_state(self._numpy)  # noqa: NPY002
 
 
-class _ClosureWatch(TorchFunctionMode):
-    """Notices, or swallows, the closure's own calls of backward; refuses what graphs cannot do."""
-
-    def __init__(self, swallow: bool) -> None:
-        super().__init__()
-        show_backward_to_modes()
-        self.swallow = swallow
-        self.called = False
-        self.captured = capturing()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.backward or func is torch.autograd.backward:
-            self.called = True
-            if self.swallow:
-                return None
-        if self.swallow and func is SET_GRAD_ENABLED and not in_functorch():
-            args = (False,)  # Lightning's closures turn gradients on, and would keep activations
-        if self.captured:
-            check_replayable(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
 class Evaluation(NamedTuple):
     """One run of the closure."""
 
@@ -77,9 +54,15 @@ class Evaluation(NamedTuple):
     """The same as a detached 0-dim tensor of at least fp32."""
     backpropagated: bool
     """Whether gradients were taken, by the closure or by us."""
+    inner: frozenset[int] = frozenset()
+    """Which of the closure's calls of backward its loss depends on; see :class:`ClosureWatch`."""
+    scaled: bool = False
+    """Whether the loss was scaled by a GradScaler."""
 
 
-def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
+def evaluate(
+    closure: Closure, *, gradients: bool, inner: frozenset[int] = frozenset()
+) -> Evaluation:
     """Run the closure once.
 
     Args:
@@ -87,31 +70,35 @@ def evaluate(closure: Closure, *, gradients: bool) -> Evaluation:
             ``backward`` itself, or leave that to us.
         gradients: True for the evaluation that leaves first-order gradients; False runs under
             ``no_grad`` with the closure's own backward calls swallowed.
+        inner: calls of backward to make although ``gradients`` is False, under ``enable_grad``,
+            as an evaluation with gradients found them.
 
     Raises:
         TypeError, ValueError: the closure did not return a real scalar.
     """
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
-    watch = _ClosureWatch(swallow=not gradients)
+    watch = ClosureWatch(swallow=not gradients, inner=inner)
     recording = torch.is_grad_enabled()
     try:
-        with torch.set_grad_enabled(gradients), watch:
+        with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
             returned = closure()
+        loss = scalar_loss(returned)
+        calls, scaled = watch.calls, watch.scaled(returned)
+        inner = watch.inner_calls(loss) if gradients else inner
     finally:
-        # Ctrl-C at the block's edges can skip their own undoing: a mode that stays on torch's
-        # stack must only pass calls on
-        watch.swallow = watch.captured = False
+        # Ctrl-C at the block's edges can skip their own undoing
+        watch.stop()
         torch.set_grad_enabled(recording)
-    loss = scalar_loss(returned)
-    backpropagated = watch.called
-    if gradients and not watch.called and loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
+    backpropagated = calls > len(inner)
+    if gradients and not backpropagated and loss.requires_grad:
+        with interruptible():
+            loss.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
     loss = loss.detach().reshape(())
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-    return Evaluation(returned, loss, backpropagated)
+    return Evaluation(returned, loss, backpropagated, inner, scaled)
 
 
 def scalar_loss(returned: Any) -> Tensor:
@@ -136,9 +123,10 @@ def scalar_loss(returned: Any) -> Tensor:
 class Runs:
     """The runs of one closure that belong to one estimate; a context manager.
 
-    All runs draw the same random numbers. On leaving, the global generators are as after one run,
-    and first-order gradients are those of the run that took them: while others run, ``.grad`` is
-    set aside, so that nothing a closure does can change or clear it.
+    All runs draw the same random numbers and start from the same buffers. On leaving, generators
+    and buffers are as after one run, and first-order gradients are those of the run that took
+    them: while others run, ``.grad`` is set aside, so that nothing a closure does can change or
+    clear it.
 
     Args:
         evaluator: told which run is going on.
@@ -160,11 +148,13 @@ class Runs:
         self._devices = None if devices is None else set(devices)
         self._before: GlobalRandomState | None = None
         self._after: GlobalRandomState | None = None
-        self._aside: list[tuple[Tensor, Tensor]] | None = None
+        self._aside: list[tuple[Tensor, Tensor | None]] | None = None
+        self._inner: frozenset[int] = frozenset()
 
     def __enter__(self) -> Runs:
         if self._devices is not None:
             self._before = GlobalRandomState(self._devices)
+            self._evaluator.buffers.begin()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -174,26 +164,33 @@ class Runs:
         finally:
             if self._after is not None:
                 self._after.restore()
+                self._evaluator.buffers.end()
 
     def __call__(self, gradients: bool) -> Evaluation:
         """Run the closure once more; see :func:`evaluate`."""
-        if not gradients and self._aside is None:
+        if not gradients:
             self._set_gradients_aside()
         try:
             self._evaluator.running = "first" if self._after is None else "repeat"
             if self._before is not None and self._after is not None:
                 self._before.restore()
-            result = evaluate(self._closure, gradients=gradients)
+                self._evaluator.buffers.rewind()
+            inner = frozenset() if gradients else self._inner
+            result = evaluate(self._closure, gradients=gradients, inner=inner)
+            self._inner = result.inner
         finally:
             self._evaluator.running = None
         if self._devices is not None and self._after is None:
             self._after = GlobalRandomState(self._devices)
+            self._evaluator.buffers.ran()
         return result
 
     def _set_gradients_aside(self) -> None:
-        self._aside = [(p, p.grad) for p in self._first_order if p.grad is not None]
-        for p, _ in self._aside:
-            p.grad = None
+        if self._aside is None:
+            self._aside = [(p, p.grad) for p in self._first_order]
+        for p in self._first_order:
+            if p.grad is not None:  # then, or left by the run before
+                p.grad = None
 
 
 class Evaluator:
@@ -202,6 +199,7 @@ class Evaluator:
     def __init__(self) -> None:
         self.running: str | None = None
         """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
+        self.buffers = Buffers()
 
     def runs(
         self,

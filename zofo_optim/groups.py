@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from zofo_kernels import check_weight
 
+from .buffers import ParamGroups
+
 _STANDS_IN = {
     "modules_to_save": "original_module",
     "ln_tuning_layers": "base_layer",
@@ -52,7 +54,8 @@ def hybrid_param_groups(
 
     Returns:
         Plain dictionaries with ``params``, ``param_names``, ``mode`` and the given options, ZO
-        first; a group without parameters is left out.
+        first; a group without parameters is left out. The list also holds the model, whose
+        buffers :class:`HybridZOFO` restores.
 
     Raises:
         TypeError: ``model`` is no module, or options are no mapping.
@@ -105,7 +108,7 @@ def hybrid_param_groups(
         )
     if verbose:
         print(_summary(groups, left_out))
-    return [
+    chosen_groups = [
         {
             "params": list(chosen.values()),
             "param_names": list(chosen),
@@ -115,6 +118,7 @@ def hybrid_param_groups(
         for mode, chosen in groups.items()
         if chosen
     ]
+    return ParamGroups(chosen_groups, model)
 
 
 def _options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:

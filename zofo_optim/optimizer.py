@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zofo_kernels import uninterrupted
-
+from .buffers import Buffers, module_of
 from .capture import check_capture
 from .checks import check_mode, check_mu, check_seed, check_step_options
 from .estimate import Estimate
@@ -21,6 +20,7 @@ from .estimators import ESTIMATORS
 from .evaluation import Closure
 from .first_order import FirstOrder, first_order_options
 from .groups_and_state import GroupsAndState
+from .modes import undisturbed
 from .perturbation import Perturbation
 from .rules import RULES
 from .settings import Settings
@@ -44,8 +44,7 @@ class HybridZOFO(GroupsAndState):
     A closure is evaluated 1 (FO) + ``num_samples`` x 1 (one-sided) or 2 (two-sided) times a
     step, on the same batch and with the same random draws (dropout); the global random state
     is then as after one evaluation. It may call ``zero_grad()`` and ``loss.backward()`` itself,
-    or only return the loss. Buffers that it changes, such as batch-norm statistics, change with
-    every evaluation.
+    or only return the loss.
 
     Args:
         params: tensors, named tensors or groups; see :func:`hybrid_param_groups`.
@@ -72,6 +71,9 @@ class HybridZOFO(GroupsAndState):
             the weights and raises ``FloatingPointError``.
         seed: of the directions, in [0, 2**64).
         backend: "auto", "triton", "cpu" or "reference"; see ``zofo_kernels``.
+        restore_buffers: buffers that a closure changes, such as batch-norm statistics, change
+            once a step: those of the model that :func:`hybrid_param_groups` was given (True), of
+            the module given here, or none (False). Copied and unpickled optimizers restore none.
         capturable: keep the step counter on the device, so that a step captured in a CUDA graph
             takes new directions in every replay; also given to ``fo_optimizer`` where it has this
             option. Run a few steps before capturing, pass ``lr`` as a tensor if it is to change,
@@ -111,6 +113,7 @@ class HybridZOFO(GroupsAndState):
         nonfinite: str = "skip",
         seed: int = 0,
         backend: str = "auto",
+        restore_buffers: bool | torch.nn.Module = True,
         capturable: bool = False,
         fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         **fo_options: Any,
@@ -142,7 +145,9 @@ class HybridZOFO(GroupsAndState):
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
         first_order = FirstOrder(fo_optimizer, options)
+        buffers = Buffers(module_of(params, restore_buffers))
         super().__init__(params, settings, first_order, fo_defaults, zo_shared, zo_defaults)
+        self._evaluator.buffers = buffers
 
     # ---- a step: read from here down ----------------------------------------------------------
 
@@ -158,16 +163,10 @@ class HybridZOFO(GroupsAndState):
                 changed.
         """
         returned = None
-        recording = torch.is_grad_enabled()
-        try:
-            torch.set_grad_enabled(False)
-            with self._at_rest() as perturbation:
-                if closure is not None:
-                    returned = self._add_estimate(closure, perturbation)
-                self._apply(perturbation)
-        finally:
-            with uninterrupted():  # torch.no_grad() may leave gradients off after a Ctrl-C
-                torch.set_grad_enabled(recording)
+        with undisturbed(), self._at_rest() as perturbation:
+            if closure is not None:
+                returned = self._add_estimate(closure, perturbation)
+            self._apply(perturbation)
         return returned
 
     def backward(self, closure: Closure) -> Any:
@@ -185,7 +184,7 @@ class HybridZOFO(GroupsAndState):
             FloatingPointError: ``nonfinite="raise"`` and a loss is not finite.
             RuntimeError: called from inside a closure.
         """
-        with self._at_rest() as perturbation:
+        with undisturbed(), self._at_rest() as perturbation:
             return self._add_estimate(closure, perturbation)
 
     def _at_rest(self) -> Perturbation:
@@ -246,16 +245,15 @@ class HybridZOFO(GroupsAndState):
         # what can fail for lack of memory comes before any weight changes
         rule = RULES[self._settings.zo_rule]
         updates = estimate.updates(groups, rule, self._settings.distribution)
-        with uninterrupted():
-            if estimate.first_order_is_healthy(self._fo.parameters()):
-                self._fo.step()
-            perturbation.update(updates)
-            if self._settings.capturable:
-                updates = [update.frozen() for update in updates]
-            for group in groups:
-                group.options["zo_step"] += 1
-            self._estimate = None
-            self._listeners.updated(updates)
+        if estimate.first_order_is_healthy(self._fo.parameters()):
+            self._fo.step()
+        perturbation.update(updates)
+        if self._settings.capturable:
+            updates = [update.frozen() for update in updates]
+        for group in groups:
+            group.options["zo_step"] += 1
+        self._estimate = None
+        self._listeners.updated(updates)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""

@@ -8,7 +8,7 @@ from .backend import Backend
 from .direction import NOISE_VERSION, Direction, Shift
 from .dispatch import BACKENDS, backend_for, unavailable_reason
 from .distributions import DISTRIBUTIONS, Distribution
-from .interrupt import uninterrupted
+from .interrupt import interruptible, uninterrupted
 from .ops import ROUNDINGS, noise, perturb_, perturbed, replay_, update_
 from .program import Pass, Program
 from .region import Region, Regions
@@ -31,6 +31,7 @@ __all__ = [
     "Weights",
     "backend_for",
     "check_weight",
+    "interruptible",
     "noise",
     "perturb_",
     "perturbed",

@@ -33,11 +33,7 @@ class _Strided(NamedTuple):
         return Region(copy.copy_(tensor), *place)
 
     def write_back(self, region: Region) -> None:
-        if self.tensor.is_inference() and not torch.is_inference_mode_enabled():
-            with torch.inference_mode():
-                self.tensor.copy_(region.tensor)
-        else:
-            self.tensor.copy_(region.tensor)
+        self.tensor.copy_(region.tensor)
 
 
 class Layout:

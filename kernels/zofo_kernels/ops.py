@@ -4,6 +4,9 @@ All take a list of tensors as one flat vector: tensor ``i`` draws the noise of p
 ``indices[i]`` (default ``i``) from element ``offsets[i]`` (default 0) on. Tensors may have
 any of the dtypes float32, float64, bfloat16 and float16, any device and any strides; empty ones
 are skipped. ``Weights`` in place of the list saves the host's work on repeated passes.
+
+Weights are written in inference mode: only there may torch write all of them, those that require
+gradients and those that were made in inference mode.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def noise(
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    with torch.no_grad():
+    with torch.inference_mode():
         for where, regions in Weights([out], [index], [offset]).layout().parts():
             backend_for(where, backend).fill_noise(regions[0], direction)
     return out
@@ -98,7 +101,7 @@ def perturb_(
     if not shifts:
         return
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted():
+    with uninterrupted(), torch.inference_mode():
         layout = weights.layout()
         engines = {device: backend_for(device, backend) for device in layout.devices}
         for device, regions in layout.parts():
@@ -197,7 +200,7 @@ def update_(
     if recover is not None:
         check_shift("recover", recover)
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted():
+    with uninterrupted(), torch.inference_mode():
         layout = weights.layout()
         engines = {device: backend_for(device, backend) for device in layout.devices}
         given = coefficients.detach().resolve_neg()
@@ -246,7 +249,7 @@ def replay_(
     if not isinstance(program, Program):
         raise TypeError(f"program must be a zofo_kernels.Program, got {type(program).__name__}")
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted():
+    with uninterrupted(), torch.inference_mode():
         layout = weights.layout()
         engines = {device: backend_for(device, backend) for device in layout.devices}
         for device, regions in layout.parts():

@@ -58,6 +58,7 @@ def test_every_recipe_is_tested():
         "transformers' Trainer",
         "TRL's SFTTrainer",
         "accelerate",
+        "fp16 with a GradScaler",
         "Lightning",
         "Objectives without gradients",
         "Another first-order optimizer",
@@ -112,8 +113,20 @@ def test_accelerate():
     assert_equal(names["model"], plain["model"])
 
 
+def test_grad_scaler():
+    names, before = run("fp16 with a GradScaler")
+    model = names["model"]
+    assert_base_and_adapter_changed(model, before)
+    weights = dict(model.named_parameters())
+    # a coefficient that were still scaled would move the base 65,536 times as far
+    assert max((weights[n] - p).abs().max() for n, p in before.items() if "lora_" not in n) < 1e-2
+
+
 def test_lightning(monkeypatch):
-    """As a plain loop, to the bit; three evaluations a step, one of them with gradients."""
+    """As a plain loop, to the bit; three evaluations a step, one of them with gradients.
+
+    The first step evaluates once more, to see whether the loss repeats.
+    """
     pytest.importorskip("lightning")
     monkeypatch.setenv("PL_TRAINER_ACCELERATOR", "cpu")
     monkeypatch.setenv("PL_TRAINER_ENABLE_PROGRESS_BAR", "False")
@@ -121,7 +134,7 @@ def test_lightning(monkeypatch):
     model = make_model()
     model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     names, before = run("Lightning", model=model)
-    assert calls == [True, False, False] * 4
+    assert calls == [True, False, False, False] + [True, False, False] * 3
     assert_base_and_adapter_changed(names["model"], before)
     plain = make_model()
     optimizer = HybridZOFO(

@@ -20,6 +20,8 @@ from zofo_kernels import (
     Shift,
     backend_for,
     dispatch,
+    interrupt,
+    interruptible,
     noise,
     perturb_,
     reference,
@@ -402,3 +404,117 @@ def test_uninterrupted_outside_the_main_thread():
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run).result() is before
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def raising():
+    """SIGTERM and SIGALRM have handlers that raise; those of before come back."""
+
+    def stop(number, frame):
+        raise Stop(number)
+
+    numbers = (signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    yield dict.fromkeys(numbers, stop)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_every_signal_with_a_handler_waits(raising, ctrl_c):
+    def run():
+        with uninterrupted():
+            for number in raising:
+                signal.raise_signal(number)
+                signal.raise_signal(number)
+            ctrl_c()
+            reached.append("end")
+
+    reached, handlers = [], {number: signal.getsignal(number) for number in signal.valid_signals()}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run()
+    assert reached == ["end"]
+    others, error = [], caught.value
+    while error := error.__context__:
+        others.append(error.args[0])
+    assert others == [signal.SIGALRM, signal.SIGTERM]  # each was handled, and once
+    assert {number: signal.getsignal(number) for number in signal.valid_signals()} == handlers
+
+
+def test_signals_come_through_where_code_of_others_runs(raising):
+    reached = []
+
+    def waiting():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("held back")
+            with interruptible():
+                reached.append("never")
+
+    def coming():
+        with interruptible():
+            assert signal.getsignal(signal.SIGTERM) is raising[signal.SIGTERM]
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("never")
+
+    def inner():
+        with interruptible(), uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("a block of its own")
+
+    with pytest.raises(Stop):
+        waiting()
+    with uninterrupted():
+        for run in (coming, inner):
+            with pytest.raises(Stop):
+                run()
+            assert signal.getsignal(signal.SIGTERM) is not raising[signal.SIGTERM]
+    assert reached == ["held back", "a block of its own"]
+    assert signal.getsignal(signal.SIGTERM) is raising[signal.SIGTERM]
+
+
+def test_a_handler_that_is_set_where_signals_come_through_stays(raising):
+    seen = []
+    with uninterrupted():
+        with interruptible():
+            signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == []
+    assert seen == [signal.SIGTERM]
+
+
+def test_a_signal_at_any_line_leaves_all_handlers(raising):
+    """While signals are being held back, and while they are released."""
+    passed = place = stopped = 0
+
+    def trace(frame, event, argument):
+        nonlocal passed
+        if frame.f_code.co_filename != interrupt.__file__:
+            return None
+        passed += event == "line"
+        if passed == place and event == "line":
+            signal.raise_signal(signal.SIGALRM)
+        return trace
+
+    before = sys.gettrace()
+    while passed >= place:
+        place, passed, reached = place + 1, 0, False
+        sys.settrace(trace)
+        try:
+            with uninterrupted():
+                signal.raise_signal(signal.SIGTERM)
+                reached = True
+        except Stop:
+            stopped += 1
+        finally:
+            sys.settrace(before)
+        assert {number: signal.getsignal(number) for number in raising} == raising, place
+        with uninterrupted():  # and the next block holds back
+            assert signal.getsignal(signal.SIGALRM) is not raising[signal.SIGALRM], place
+        assert {number: signal.getsignal(number) for number in raising} == raising, place
+    assert stopped == place
+    assert place > 100
+    assert reached

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from zofo_optim import HybridZOFO, capture, evaluation
+from zofo_optim import HybridZOFO, capture, evaluation, watch
 
 
 def problem(device="cpu", dropout=0.0):
@@ -111,7 +111,7 @@ def test_cannot_raise_for_non_finite_losses():
 @pytest.fixture
 def captured(monkeypatch):
     """Everything believes that a graph is being captured."""
-    for module in (capture, evaluation):
+    for module in (capture, evaluation, watch):
         monkeypatch.setattr(module, "capturing", lambda: True)
 
 
@@ -138,7 +138,7 @@ def test_capture_refuses_dropout(kind, monkeypatch):
         "functional": lambda: closure() + F.dropout(q, 0.1).sum() * 0,
         "attention": lambda: closure() + F.scaled_dot_product_attention(q, q, q, None, 0.1).sum(),
     }
-    for module in (capture, evaluation):
+    for module in (capture, evaluation, watch):
         monkeypatch.setattr(module, "capturing", lambda: True)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match=r"must not use .* while a CUDA graph is captured"):

@@ -25,7 +25,7 @@ ULPS = {  # allowed distance of a restored weight in [1, 2), over all moves of a
 
 
 def evaluations(mode, estimator, samples):
-    """How often a step evaluates its closure."""
+    """How often a step evaluates its closure; the first one does so once more, to compare."""
     if mode == "fo":
         return 1
     if estimator == "one_sided":

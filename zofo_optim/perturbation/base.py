@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
-from zofo_kernels import Shift, uninterrupted, update_
+import torch
+from torch import Tensor
+
+from zofo_kernels import Shift, Weights, uninterrupted, update_
 
 from ..advice import Advice
+from ..capture import capturing
 from ..estimators import Point
 from ..evaluation import Evaluation
 from ..listeners import Listener, Move
 from ..rules import Update
 from ..settings import Settings
-from ..zo_groups import Tables, ZOGroup
+from ..zo_groups import Tables, ZOGroup, is_same
 
 Evaluate = Callable[[bool], Evaluation]
 """Runs the closure once: with gradients, or without."""
@@ -43,6 +47,8 @@ class Perturbation(ABC):
         self._advice = advice
         self._tables = Tables()
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
+        self._weights: list[Weights] = []  # what the verification is of
+        self._verified = False
 
     def groups_of(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
         """The zeroth-order ones, with their tables of addresses kept from step to step."""
@@ -51,7 +57,14 @@ class Perturbation(ABC):
     def over(self, groups: list[ZOGroup]) -> Perturbation:
         """Work on these groups from now on."""
         self.groups = groups
+        weights = [group.weights for group in groups]
+        if not is_same(weights, self._weights):
+            self._weights, self._verified = weights, False
+            self._renew()
         return self
+
+    def _renew(self) -> None:  # noqa: B027  # not every perturbation keeps something of them
+        """The groups have other parameters than in the step before."""
 
     def __enter__(self) -> Perturbation:
         return self
@@ -67,16 +80,88 @@ class Perturbation(ABC):
     def visit(self, points: Sequence[Point], evaluate: Evaluate) -> list[Evaluation]:
         """Evaluate at each point in turn. The weights then stay at the last one."""
         found = []
+        # outside of a mode in which copies are made: it would see every look at a version
+        run = self._guarded(lambda gradient: self._run(evaluate, gradient))
         for point in points:
             if point.sign:
                 self.move(point.sample, point.sign)
             else:
                 self.restore()
-            found.append(self._evaluate_here(point, evaluate))
+            found.append(self._evaluate_here(point, run))
         return found
 
-    def _evaluate_here(self, point: Point, evaluate: Evaluate) -> Evaluation:
-        return evaluate(point.gradient)
+    def _evaluate_here(self, point: Point, run: Evaluate) -> Evaluation:
+        evaluation = run(point.gradient)
+        if point.sign and not self._verified and not capturing():
+            self._verify_once(lambda: run(False).loss, evaluation.loss)
+        return evaluation
+
+    def _run(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
+        """One evaluation where the weights are now."""
+        return evaluate(gradient)
+
+    def _guarded(self, evaluate: Evaluate) -> Evaluate:
+        """``evaluate``; raises where the closure writes to a weight, which no move takes back."""
+        # inference tensors count no versions
+        watched = [p for group in self.groups for p in group.params if not p.is_inference()]
+
+        def guarded(gradient: bool) -> Evaluation:
+            before = [p._version for p in watched]
+            evaluation = evaluate(gradient)
+            if [p._version for p in watched] != before:
+                counted = zip(watched, before, strict=True)
+                changed = {id(p) for p, version in counted if p._version != version}
+                names = [
+                    name
+                    for group in self.groups
+                    for p, name in zip(group.params, group.names, strict=True)
+                    if id(p) in changed
+                ]
+                raise RuntimeError(
+                    f"closure must not write to the zeroth-order parameter {names[0]!r}"
+                    + f" ({len(names)} in all: {', '.join(names)})" * (len(names) > 1)
+                    + ": the weights are perturbed while it runs, and what it writes would stay. "
+                    "Leave out what writes it, such as max_norm of an embedding or merging an "
+                    "adapter, or exclude the parameter from the zeroth-order groups"
+                )
+            return evaluation
+
+        return guarded
+
+    # ---- verification, once for every set of parameters ---------------------------------------
+
+    def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
+        """At the first displaced point with a finite loss; others tell nothing."""
+        if not loss.isfinite():
+            return
+        again = self.verify(evaluate, loss)
+        if again is not None:
+            self._advice.once("repeat", self._of_two_losses(loss, again))
+        self._verified = True
+
+    def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
+        """Evaluate once more at the present point, and compare.
+
+        Args:
+            evaluate: evaluates the loss at the present point.
+            loss: the loss there.
+
+        Returns:
+            The loss found now, where it is another one; None where it is the same to the bit.
+        """
+        again = evaluate()
+        return None if same(again, loss) else again
+
+    def _of_two_losses(self, loss: Tensor, again: Tensor) -> str:
+        """What is said of a closure that gave another loss at the same point."""
+        return (
+            f"closure gave two losses at the same point, {loss.item():.8g} and {again.item():.8g}: "
+            "their difference, divided by mu, is an error of the zeroth-order estimate. It must "
+            "use the same batch whenever it is called in a step, draw from the global generators "
+            "only, and change nothing that its loss depends on"
+        )
+
+    # ---- moves and the update -----------------------------------------------------------------
 
     @abstractmethod
     def move(self, sample: int, sign: int) -> None:
@@ -105,3 +190,13 @@ class Perturbation(ABC):
 
     def _shift(self, group: ZOGroup, sample: int, sign: int) -> Shift:
         return Shift(group.direction(sample, self._settings.distribution), sign * group.mu)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two losses are equal to the bit, or both NaN."""
+    return bool(torch.equal(a, b) or (a.isnan() & b.isnan()).all())
+
+
+def written(tensor: Tensor) -> tuple[int, int]:
+    """Changes when someone writes to the tensor; those of inference mode count no versions."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -12,7 +12,7 @@ from ..advice import Advice
 from ..listeners import Listener, Move
 from ..settings import Settings
 from ..zo_groups import ZOGroup
-from .base import Perturbation
+from .base import Perturbation, written
 
 
 class InPlacePerturbation(Perturbation):
@@ -108,14 +108,9 @@ class _Left(NamedTuple):
     @classmethod
     def of(cls, group: ZOGroup, shift: Shift) -> list[_Left]:
         return [
-            cls(p, index, shift, *_content(p))
+            cls(p, index, shift, *written(p))
             for p, index in zip(group.params, group.indices, strict=True)
         ]
 
     def is_untouched(self) -> bool:
-        return _content(self.tensor) == (self.address, self.version)
-
-
-def _content(tensor: Tensor) -> tuple[int, int]:
-    """Changes when someone else writes; inference tensors count no versions."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+        return written(self.tensor) == (self.address, self.version)

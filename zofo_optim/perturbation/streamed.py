@@ -12,19 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zofo_kernels import Shift, Weights, perturb_, uninterrupted
+from zofo_kernels import Shift, perturb_, uninterrupted
 
 from ..advice import Advice
-from ..estimators import Point
 from ..evaluation import Evaluation
 from ..listeners import Listener
 from ..settings import Settings
-from ..zo_groups import ZOGroup, is_same
-from .base import Evaluate, Perturbation
+from ..zo_groups import ZOGroup
+from .base import Evaluate, Perturbation, same, written
 from .streaming import Source, Streaming, uncompiled
 
 
@@ -35,24 +35,20 @@ class StreamedPerturbation(Perturbation):
         super().__init__(settings, listener, advice)
         self._shifts: list[Shift] = []
         self._mode: Streaming | None = None
-        self._kept: dict[int, Tensor] = {}  # contents of parameters that verification displaces
-        self._weights: list[Weights] = []  # what the sources, and the verification, are of
+        self._kept: dict[int, _Kept] = {}  # parameters that verification displaces
         self._sources: dict[int, Source] = {}
-        self._verified = False
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
+        self._put_back()
         super().over(groups)
-        weights = [group.weights for group in groups]
-        if not is_same(weights, self._weights):
-            self._weights, self._verified = weights, False
-            self._sources = {
-                id(parameter): Source(parameter, index, name, position)
-                for position, group in enumerate(groups)
-                for parameter, index, name in zip(
-                    group.params, group.indices, group.names, strict=True
-                )
-            }
         return self
+
+    def _renew(self) -> None:
+        self._sources = {
+            id(parameter): Source(parameter, index, name, position)
+            for position, group in enumerate(self.groups)
+            for parameter, index, name in zip(group.params, group.indices, group.names, strict=True)
+        }
 
     def move(self, sample: int, sign: int) -> None:
         self._shifts = [self._shift(group, sample, sign) for group in self.groups]
@@ -60,12 +56,6 @@ class StreamedPerturbation(Perturbation):
     def restore(self) -> None:
         self._put_back()
         self._shifts = []
-
-    def _evaluate_here(self, point: Point, evaluate: Evaluate) -> Evaluation:
-        evaluation = self._run(evaluate, point.gradient)
-        if self._shifts:
-            self._verify_once(lambda: self._run(evaluate, False).loss, evaluation.loss)
-        return evaluation
 
     def _run(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
         if not self._sources:
@@ -80,39 +70,20 @@ class StreamedPerturbation(Perturbation):
 
     # ---- verification -----------------------------------------------------------------------
 
-    def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
-        """Once for every set of ZO parameters, at the first displaced point with a finite loss."""
-        if self._verified or not loss.isfinite():  # a loss that is not finite tells nothing
-            return
-        if not self.verify(evaluate, loss):
-            self._advice.once(
-                "repeat",
-                "closure gave two losses at the same point, so it cannot be verified that "
-                "perturbation='streamed' reaches every use of the zeroth-order parameters; it "
-                "must use the same batch whenever it is called",
-            )
-        self._verified = True
-
-    def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> bool:
-        """Compare with evaluations in which the weights themselves are perturbed, in parts.
+    def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
+        """Compare also with evaluations in which the weights themselves are perturbed, in parts.
 
         Parts are as large as the largest weight, whose content is kept aside: the weights are
         written, and then restored to the bit. Torch functions get copies of these too, so that
         the loss is the same to the bit unless something else reads the weights.
 
-        Args:
-            evaluate: evaluates the loss at the present point.
-            loss: the loss there.
-
-        Returns:
-            False where the loss does not repeat, so that nothing can be said.
-
         Raises:
             RuntimeError: the loss depends on a weight in a way that torch functions do not see;
                 names the parameters.
         """
-        if not _same(evaluate(), loss):
-            return False
+        again = super().verify(evaluate, loss)
+        if again is not None:  # then nothing can be said
+            return again
         missed = [
             name
             for part in _parts(list(self._sources.values()))
@@ -126,15 +97,21 @@ class StreamedPerturbation(Perturbation):
                 + ", ".join(missed)
                 + "; use perturbation='in_place'"
             )
-        return True
+        return None
+
+    def _of_two_losses(self, loss: Tensor, again: Tensor) -> str:
+        return (
+            f"{super()._of_two_losses(loss, again)}. Nor can it be verified that "
+            "perturbation='streamed' reaches every use of the zeroth-order parameters"
+        )
 
     def _unseen(
         self, part: list[Source], evaluate: Callable[[], Tensor], loss: Tensor
     ) -> list[str]:
         """Names of the parameters in ``part`` that streaming does not perturb everywhere."""
         with self._written(part):
-            same = _same(evaluate(), loss)
-        if same:
+            seen = same(evaluate(), loss)
+        if seen:
             return []
         if len(part) == 1:
             return [part[0].name]
@@ -149,7 +126,9 @@ class StreamedPerturbation(Perturbation):
     @contextmanager
     def _written(self, part: list[Source]) -> Iterator[None]:
         """These weights are perturbed in place; then restored to the bit."""
-        self._kept = {id(s.parameter): s.parameter.detach().clone() for s in part}
+        self._kept = {
+            id(s.parameter): _Kept(s.parameter, s.parameter.detach().clone()) for s in part
+        }
         try:
             for source in part:
                 direction, scale = self._shifts[source.group]
@@ -165,18 +144,30 @@ class StreamedPerturbation(Perturbation):
             self._put_back()
 
     def _put_back(self) -> None:
-        with uninterrupted(), torch.no_grad():
+        """Where a write fails, the others are done, and the next call tries it again."""
+        failed: BaseException | None = None
+        with uninterrupted(), torch.inference_mode():  # where torch may write all tensors
             if self._mode is not None:
                 self._mode.stop()
-            for where, content in self._kept.items():
-                parameter = self._sources[where].parameter
-                with torch.inference_mode(parameter.is_inference()):
-                    parameter.copy_(content)
-            self._kept = {}
+            for where, kept in list(self._kept.items()):
+                try:
+                    if kept.failed is None or kept.failed == written(kept.parameter):
+                        kept.parameter.copy_(kept.content)
+                    del self._kept[where]
+                except BaseException as error:
+                    failed = failed or error
+                    self._kept[where] = kept._replace(failed=written(kept.parameter))
+        if failed is not None:
+            raise failed
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(a, b) or (a.isnan() & b.isnan()).all())
+class _Kept(NamedTuple):
+    """A parameter that verification displaces, and its content before."""
+
+    parameter: Tensor
+    content: Tensor
+    failed: tuple[int, int] | None = None
+    """Where putting it back failed: the parameter as it was then, see :func:`written`."""
 
 
 def _parts(sources: list[Source]) -> Iterator[list[Source]]:

@@ -1,0 +1,129 @@
+"""Buffers of a model, such as batch norm's statistics: a step changes them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """Parameter groups, and the model that they are of."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], model: nn.Module) -> None:
+        super().__init__(groups)
+        self.model = model
+
+
+class _Content(NamedTuple):
+    """What a module held by a name, and the elements then."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    elements: Tensor
+
+    def is_there(self) -> bool:
+        now = getattr(self.module, self.name)
+        return now is self.tensor and torch.equal(now, self.elements)
+
+    def put_back(self) -> None:
+        if getattr(self.module, self.name) is not self.tensor:  # replaced, not written
+            setattr(self.module, self.name, self.tensor)
+        self.tensor.copy_(self.elements)
+
+
+def module_of(params: Any, restore_buffers: bool | nn.Module) -> nn.Module | None:
+    """The module that an optimizer's argument ``restore_buffers`` speaks of.
+
+    Raises:
+        TypeError: it is neither a bool nor a module.
+    """
+    if isinstance(restore_buffers, nn.Module):
+        return restore_buffers
+    if not isinstance(restore_buffers, bool):
+        kind = type(restore_buffers).__name__
+        raise TypeError(f"restore_buffers must be a bool or a torch.nn.Module, got {kind}")
+    return params.model if restore_buffers and isinstance(params, ParamGroups) else None
+
+
+class Buffers:
+    """The buffers of a module that closures change, over the evaluations of one step after another.
+
+    All evaluations of a step start from the same buffers, and leave those that the first one left.
+    Which ones change is found in the first step, where all are copied; later a buffer that did not
+    change costs a comparison of its version.
+
+    Args:
+        module: whose buffers; None for no buffers.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        modules = [] if module is None else list(module.modules())
+        self._places = [
+            (owner, name)
+            for owner in modules
+            for name, _ in owner.named_buffers(recurse=False, remove_duplicate=False)
+        ]
+        self._changing = set(range(len(self._places)))  # all, until a run shows which
+        self._unknown = True
+        self._versions: list[tuple[int, int]] = []
+        self._before: dict[int, _Content] = {}
+        self._after: dict[int, _Content] = {}
+
+    def begin(self) -> None:
+        """Before a step's first evaluation."""
+        if not self._places:
+            return
+        self._after = {}
+        self._before = self._contents()
+        self._versions = self._now()
+
+    def ran(self) -> None:
+        """After the first evaluation: the others will start from, and leave, what is known now."""
+        if not self._places:
+            return
+        pairs = enumerate(zip(self._versions, self._now(), strict=True))
+        changed = {k for k, (then, now) in pairs if then != now}
+        if self._unknown:  # writes to .data count no versions
+            changed |= {k for k, content in self._before.items() if not content.is_there()}
+            self._changing, self._unknown = changed, False
+        self._changing |= changed
+        # one that has never changed before could not be copied in time: others start from now
+        self._after = self._contents()
+        self._before = {k: self._before.get(k, content) for k, content in self._after.items()}
+
+    def rewind(self) -> None:
+        """Before any other evaluation: as they were before the first."""
+        self._put_back(self._before)
+
+    def end(self) -> None:
+        """After the last: as they were after the first."""
+        self._put_back(self._after)
+        self._before, self._after = {}, {}
+
+    def _put_back(self, contents: dict[int, _Content]) -> None:
+        if contents:
+            with torch.inference_mode():  # where torch may write all tensors
+                for content in contents.values():
+                    content.put_back()
+
+    def _contents(self) -> dict[int, _Content]:
+        """Of those that change, where they are not None."""
+        found = {}
+        for place in self._changing:
+            module, name = self._places[place]
+            tensor = getattr(module, name, None)
+            if tensor is not None:
+                found[place] = _Content(module, name, tensor, tensor.detach().clone())
+        return found
+
+    def _now(self) -> list[tuple[int, int]]:
+        """Identity and version of each; those of inference mode count no versions."""
+        found = []
+        for module, name in self._places:
+            t = getattr(module, name, None)
+            found.append((id(t), 0 if t is None or t.is_inference() else t._version))
+        return found

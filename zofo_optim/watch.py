@@ -1,0 +1,121 @@
+"""Watching a closure as it runs: its calls of backward, and what a captured graph cannot do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_backward_to_modes
+
+from .capture import capturing, check_replayable
+
+
+class ClosureWatch(TorchFunctionMode):
+    """Notices, or swallows, the closure's own calls of backward; refuses what graphs cannot do.
+
+    A closure may call backward for two ends: to leave the gradients of its loss, which must happen
+    in one evaluation only, or to compute something that the loss depends on, as gradient penalties
+    do, which must happen in all. See :meth:`inner_calls`.
+
+    Args:
+        swallow: skip the calls of backward, and keep gradients off.
+        inner: positions of the calls that are not skipped; then gradients stay on.
+    """
+
+    def __init__(self, swallow: bool, inner: Collection[int] = ()) -> None:
+        super().__init__()
+        show_backward_to_modes()
+        self._made = inner
+        self._roots: list[list[Any]] = []  # one list a call
+        self._scaled: Any = None
+        self.swallow = swallow
+        self.captured = capturing()
+
+    @property
+    def calls(self) -> int:
+        """How often the closure has called backward."""
+        return len(self._roots)
+
+    def inner_calls(self, loss: Tensor) -> frozenset[int]:
+        """Positions of the calls that back-propagated something else than the closure's loss.
+
+        A call is one for the loss where the graph that it went through and the loss's share an
+        operation; leaves, which are parameters, may be shared by all. A scaled loss, or one of two
+        losses whose sum is returned, is so the closure's own. A loss without a graph tells
+        nothing: then all calls are taken to be for it.
+        """
+        if not loss.requires_grad:
+            return frozenset()
+        root = [_node(loss)]
+        return frozenset(k for k, roots in enumerate(self._roots) if not _meet(root, roots))
+
+    def scaled(self, returned: Any) -> bool:
+        """Whether the closure returned what a GradScaler's ``scale`` gave it last."""
+        return returned is not None and returned is self._scaled
+
+    def stop(self) -> None:
+        """Only pass calls on, should a Ctrl-C have kept the mode from being left."""
+        self.swallow = self.captured = False
+        self._roots, self._scaled = [], None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.backward or func is torch.autograd.backward:
+            self._roots.append(_roots(*args, **(kwargs or {})))
+            if self.swallow and self.calls - 1 not in self._made:
+                return None
+        if self.swallow and not self._made and func is SET_GRAD_ENABLED and not in_functorch():
+            args = (False,)  # Lightning's closures turn gradients on, and would keep activations
+        if self.captured:
+            check_replayable(func, args, kwargs or {})
+        if func is Tensor.mul and _called_by_a_scaler():
+            self._scaled = func(*args, **(kwargs or {}))
+            return self._scaled
+        return func(*args, **(kwargs or {}))
+
+
+def _roots(tensors: Any = (), *unused: Any, **options: Any) -> list[Any]:
+    """Where a call of ``Tensor.backward`` or ``torch.autograd.backward`` starts."""
+    tensors = options.get("self", tensors)
+    single = isinstance(tensors, Tensor) or hasattr(tensors, "node")
+    return [_node(t) for t in ([tensors] if single else tensors)]
+
+
+def _called_by_a_scaler() -> bool:
+    """Whether the torch call that a mode sees now was made by a GradScaler's module."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return str(caller).startswith("torch.") and str(caller).endswith("grad_scaler")
+
+
+def _node(tensor: Any) -> Any:
+    """The operation that made a tensor; the tensor itself where it is a leaf."""
+    if not isinstance(tensor, Tensor):
+        return tensor.node  # a torch.autograd.graph.GradientEdge
+    return tensor if tensor.grad_fn is None else tensor.grad_fn
+
+
+def _meet(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Whether two graphs share an operation; both are walked in turn, from their roots down."""
+    seen: tuple[dict[int, Any], dict[int, Any]] = {}, {}  # nodes that live keep their ids
+    fronts = [list(ours), list(theirs)]
+    while any(fronts):
+        for side, other in ((0, 1), (1, 0)):
+            below = []
+            for node in fronts[side]:
+                if id(node) in seen[other]:
+                    return True
+                if id(node) not in seen[side]:
+                    seen[side][id(node)] = node
+                    below += [n for n, _ in getattr(node, "next_functions", ()) if _operates(n)]
+            fronts[side] = below
+    return False
+
+
+def _operates(node: Any) -> bool:
+    return node is not None and type(node).__name__ != "AccumulateGrad"
