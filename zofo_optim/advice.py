@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import caller_level
+from .checks import STATEFUL, caller_level
 from .evaluation import Evaluation
 from .settings import Settings
 from .zo_groups import ZOGroup
@@ -27,8 +27,20 @@ class Advice:
             self._said.add(topic)
             warnings.warn(message, stacklevel=caller_level())
 
-    def about_gradients(self, groups: Sequence[ZOGroup], first_order: Sequence[Tensor]) -> None:
-        """Gradients that nothing uses, and frozen parameters that get none."""
+    def about_groups(
+        self,
+        groups: Sequence[ZOGroup],
+        first_order: Sequence[Tensor],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Momentum that no group has, gradients that nothing uses, parameters that get none."""
+        idle = [f"{name}={options[name]!r}" for name in STATEFUL if options.get(name)]
+        if idle and not first_order:
+            self.once(
+                "momentum",
+                f"{', '.join(idle)} does nothing, as zeroth-order groups keep no state and there "
+                "is no group with mode='fo'; leave it out",
+            )
         frozen = sum(not p.requires_grad for p in first_order)
         if frozen and not groups:
             self.once(

@@ -100,7 +100,8 @@ def hybrid_param_groups(
         raise ValueError("model must have at least one parameter to train, got none")
     if zo is not None and not groups["zo"]:
         raise ValueError(
-            f"zo must be left out where no parameter is zeroth-order, got {zo!r}; {_to_do(left_out)}"
+            f"zo must be left out where no parameter is zeroth-order, got {zo!r}; "
+            + _to_do(left_out)
         )
     if verbose:
         print(_summary(groups, left_out))

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from . import advice, state
 from .capture import StepCounters
 from .checks import check_group
+from .defaults import given as is_given
+from .defaults import value_of
 from .estimate import Estimate
 from .evaluation import Evaluator
 from .first_order import FirstOrder
@@ -31,8 +33,7 @@ class GroupsAndState(Optimizer):
         params: as for a torch optimizer.
         settings: of the optimizer as a whole.
         first_order: steps the FO groups.
-        fo_defaults: group options as ``first_order`` has them.
-        zo_shared: options that both modes have, as ZO groups take them.
+        zo_shared: options that both modes have, as ZO groups take them, given or default.
         zo_defaults: options of ZO groups only.
     """
 
@@ -41,7 +42,6 @@ class GroupsAndState(Optimizer):
         params: Any,
         settings: Settings,
         first_order: FirstOrder,
-        fo_defaults: dict[str, Any],
         zo_shared: dict[str, Any],
         zo_defaults: dict[str, Any],
     ) -> None:
@@ -52,7 +52,8 @@ class GroupsAndState(Optimizer):
         self._monitor = Monitor()
         self._advice = advice.Advice()
         self._start()
-        super().__init__(params, {**zo_shared, **fo_defaults, **zo_defaults})
+        shared = {name: value_of(value) for name, value in zo_shared.items()}
+        super().__init__(params, {**shared, **first_order.defaults, **zo_defaults})
 
     def _start(self) -> None:
         """What a fresh or unpickled optimizer makes anew; none of it is state."""
@@ -69,6 +70,7 @@ class GroupsAndState(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; as in torch, with ``mode``, ``mu`` and ``seed`` among its options.
 
+        Options that its mode does not have are refused, as is a ZO group without a learning rate.
         A new ZO group joins at the current step. Later ZO parameters get later noise indices.
 
         Raises:
@@ -81,10 +83,11 @@ class GroupsAndState(Optimizer):
             if param_group.get("mode", self.defaults["mode"]) == "zo":
                 self._listeners.group_adding(param_group)
                 for name, value in self._zo_shared.items():  # not what fo_optimizer made of them
-                    param_group.setdefault(name, value)
+                    param_group.setdefault(name, value_of(value))
         super().add_param_group(param_group)
         try:
-            check_group(param_group, given, self.defaults, self.zo_groups())
+            has_rate = is_given(self._zo_shared["lr"])
+            check_group(param_group, given, self._fo, self.zo_groups(), has_rate=has_rate)
             if param_group["mode"] == "fo":
                 self._fo.add(param_group, self.state)
         except BaseException:

@@ -16,6 +16,7 @@ from zofo_kernels import uninterrupted
 
 from .capture import check_capture
 from .checks import check_mode, check_mu, check_seed, check_step_options
+from .defaults import default, value_of
 from .estimate import Estimate
 from .estimators import ESTIMATORS
 from .evaluation import Closure
@@ -49,7 +50,8 @@ class HybridZOFO(GroupsAndState):
 
     Args:
         params: tensors, named tensors or groups; see :func:`hybrid_param_groups`.
-        lr: learning rate of groups that set none; number or one-element tensor.
+        lr: learning rate of groups that set none; number or one-element tensor. No default serves
+            ZO groups: theirs is given here or in the group.
         mode: "fo" or "zo", for groups that set none.
         momentum, dampening, nesterov: for FO groups, where ``fo_optimizer`` has them; left alone,
             its own defaults hold.
@@ -93,14 +95,14 @@ class HybridZOFO(GroupsAndState):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = default(1e-3),
         *,
         mode: str = "fo",
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        maximize: bool = False,
+        momentum: float = default(0),
+        dampening: float = default(0),
+        weight_decay: float = default(0),
+        nesterov: bool = default(False),
+        maximize: bool = default(False),
         mu: float = 1e-3,
         estimator: str = "two_sided",
         num_samples: int = 1,
@@ -111,7 +113,7 @@ class HybridZOFO(GroupsAndState):
         nonfinite: str = "skip",
         seed: int = 0,
         backend: str = "auto",
-        capturable: bool = False,
+        capturable: bool = default(False),
         fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         **fo_options: Any,
     ) -> None:
@@ -133,16 +135,16 @@ class HybridZOFO(GroupsAndState):
             rounding=rounding,
             nonfinite=nonfinite,
             backend=backend,
-            capturable=capturable,
+            capturable=value_of(capturable),
         )
         options, fo_defaults = first_order_options(fo_optimizer, shared, fo_options)
+        first_order = FirstOrder(fo_optimizer, options, fo_defaults)
         check_mode(mode)
         check_seed(seed)
         check_mu(mu)
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
-        first_order = FirstOrder(fo_optimizer, options)
-        super().__init__(params, settings, first_order, fo_defaults, zo_shared, zo_defaults)
+        super().__init__(params, settings, first_order, zo_shared, zo_defaults)
 
     # ---- a step: read from here down ----------------------------------------------------------
 
@@ -202,7 +204,7 @@ class HybridZOFO(GroupsAndState):
         """Evaluate at all points and add to the estimate; leaves the weights displaced."""
         groups, settings = perturbation.groups, self._settings
         first_order = [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
-        self._advice.about_gradients(groups, first_order)
+        self._advice.about_groups(groups, first_order, self._fo.options)
         estimator = ESTIMATORS[settings.estimator]
         samples = settings.num_samples if groups else 0
         points = estimator.points(samples, first_order=bool(first_order))

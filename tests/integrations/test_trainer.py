@@ -201,7 +201,7 @@ def test_saved_weights_load_into_base_and_peft_models(tmp_path):
 
 def test_weights_that_cannot_be_loaded(tmp_path):
     model = lora()
-    optimizer = HybridZOFO(hybrid_param_groups(model, verbose=False))
+    optimizer = HybridZOFO(hybrid_param_groups(model, verbose=False), lr=1e-3)
     with pytest.raises(FileNotFoundError, match=r"zo_weights\.safetensors"):
         load_base_weights(model, tmp_path)
     save_base_weights(optimizer, model, tmp_path)
@@ -462,7 +462,9 @@ def test_trainers_that_buffer_batches_are_refused(tmp_path):
 
 def test_base_weights_are_not_rounded(tmp_path):
     model = lora()
-    save_base_weights(HybridZOFO(hybrid_param_groups(model, verbose=False)), model, tmp_path)
+    save_base_weights(
+        HybridZOFO(hybrid_param_groups(model, verbose=False), lr=1e-3), model, tmp_path
+    )
     with pytest.raises(ValueError, match=r"holds the torch.float32 weights"):
         load_base_weights(base_model().bfloat16(), tmp_path)
     load_base_weights(base_model().double(), tmp_path)
