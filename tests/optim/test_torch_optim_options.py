@@ -81,7 +81,7 @@ def test_construction_errors_are_those_of_torch(case, mode):
     with pytest.raises(error, match=message):
         torch.optim.SGD(params, **options)
     with pytest.raises(error, match=message):
-        HybridZOFO(params, mode=mode, **options)
+        HybridZOFO(params, **{"lr": 1e-3, **options}, mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["fo", "zo"])
@@ -89,7 +89,7 @@ def test_duplicate_parameters_warn_once(mode):
     p = Parameter(torch.randn(1, 1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        HybridZOFO([p, p], mode=mode)
+        HybridZOFO([p, p], 1e-3, mode=mode)
     assert len(caught) == 1
     assert "a parameter group with duplicate parameters" in str(caught[0].message)
 
@@ -134,7 +134,7 @@ OWN_ERRORS = [
 )
 def test_own_options_are_checked(options, error, message):
     with pytest.raises(error, match=message):
-        HybridZOFO([Parameter(torch.ones(2))], **{"mode": "zo", **options})
+        HybridZOFO([Parameter(torch.ones(2))], **{"mode": "zo", "lr": 1e-3, **options})
 
 
 @pytest.mark.parametrize("value", [0, -1e-3, float("nan"), "1e-3"])
