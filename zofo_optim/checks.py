@@ -22,7 +22,7 @@ MODES = ("zo", "fo")
 ZO_OPTIONS = ("lr", "mu", "weight_decay", "maximize", "seed")
 STATEFUL = ("momentum", "dampening", "nesterov")
 OFF_BY_ZERO = (*STATEFUL, "weight_decay", "maximize", "capturable")
-"""Options that a group which lacks them may set to 0, as it then does what they say."""
+"""Options that a group may set to 0 though it lacks them, as it then does what they say."""
 NOTES = (
     *("params", "param_names", "mode"),
     *("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"),  # schedulers'
@@ -92,6 +92,7 @@ def check_option_names(mode: Any, given: Mapping[str, Any], first_order: FirstOr
     if "zo_step" in given:  # a group that was in an optimizer, with all that it has there
         return
     known = ZO_OPTIONS if mode == "zo" else tuple(first_order.defaults)
+    may_be_off = {*OFF_BY_ZERO, *first_order.defaults}  # as where torch's SGD had the group before
     settings = {field.name for field in dataclasses.fields(Settings)}
     for name, value in given.items():
         if name in known or name in NOTES:
@@ -101,7 +102,7 @@ def check_option_names(mode: Any, given: Mapping[str, Any], first_order: FirstOr
                 f"{name} must be given to HybridZOFO, for all groups, "
                 f"got {value!r} in a parameter group"
             )
-        if name in OFF_BY_ZERO and not isinstance(value, Tensor) and not value:
+        if name in may_be_off and not isinstance(value, Tensor) and not value:
             continue
         if name in STATEFUL and mode == "zo":
             raise ValueError(
