@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_backward_to_modes
 
+from . import parallel
 from .capture import capturing, check_replayable
 
 Closure = Callable[[], Any]
@@ -183,7 +185,8 @@ class Runs:
             self._evaluator.running = "first" if self._after is None else "repeat"
             if self._before is not None and self._after is not None:
                 self._before.restore()
-            result = evaluate(self._closure, gradients=gradients)
+            with self._evaluator.first_of_all(self._devices is not None):
+                result = evaluate(self._closure, gradients=gradients)
         finally:
             self._evaluator.running = None
         if self._devices is not None and self._after is None:
@@ -202,6 +205,17 @@ class Evaluator:
     def __init__(self) -> None:
         self.running: str | None = None
         """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
+        self._checked = False
+
+    @contextmanager
+    def first_of_all(self, zeroth_order: bool) -> Generator[None, None, None]:
+        """Around each run; the first with ZO groups must not call a model of several processes."""
+        if self._checked or not zeroth_order:
+            yield
+            return
+        with parallel.refused():
+            yield
+        self._checked = True
 
     def runs(
         self,
