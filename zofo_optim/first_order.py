@@ -100,6 +100,14 @@ class FirstOrder:
             shared = {"state": state, "param_groups": self._inner.param_groups}
             self._inner.__setstate__(shared)  # type: ignore[attr-defined]
 
+    def follow(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+        """Share what the optimizer has now: its user may have replaced either, or a group."""
+        if self._inner is None:
+            self.rebuild(groups, state)
+        else:
+            self._inner.param_groups = [group for group in groups if group["mode"] == "fo"]
+            self._inner.state = state  # type: ignore[assignment]
+
     def add(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
         """Add one group; the dictionary itself is shared."""
         with warnings.catch_warnings():  # ours has warned already

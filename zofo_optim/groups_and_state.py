@@ -128,8 +128,10 @@ class GroupsAndState(Optimizer):
         return {**super().__getstate__(), **kept, "_moves": self._perturbation.moves}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
+        state_ = dict(state_)
         moves = state_.pop("_moves", None)
-        state.check_same_modes(self.__dict__.get("param_groups"), state_["param_groups"])
+        loaded = state_.get("param_groups", ())  # torch's need no groups either
+        state.check_same_modes(self.__dict__.get("param_groups"), loaded)
         super().__setstate__(state_)
         state.fill_defaults(self.param_groups, self.defaults)
         if moves is not None:  # unpickled, not loaded
@@ -142,10 +144,12 @@ class GroupsAndState(Optimizer):
 
     def train(self) -> None:
         """Switch ``fo_optimizer`` to training, if it has modes, as schedule-free optimizers do."""
+        self._fo.follow(self.param_groups, self.state)
         self._fo.switch("train")
 
     def eval(self) -> None:
         """Switch ``fo_optimizer`` to evaluation, if it has modes."""
+        self._fo.follow(self.param_groups, self.state)
         self._fo.switch("eval")
 
     # ---- what can be read -----------------------------------------------------------------------

@@ -248,6 +248,7 @@ class HybridZOFO(GroupsAndState):
         # what can fail for lack of memory comes before any weight changes
         rule = RULES[self._settings.zo_rule]
         updates = estimate.updates(groups, rule, self._settings.distribution)
+        self._fo.follow(self.param_groups, self.state)
         with uninterrupted():
             if estimate.first_order_is_healthy(self._fo.parameters()):
                 self._fo.step()
