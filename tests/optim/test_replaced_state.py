@@ -127,8 +127,9 @@ IDIOMS = [
 
 
 def numbers(job):
-    """State by position; parameters are other objects."""
-    order = {p: i for i, p in enumerate(job.y)}
+    """State by position, of the groups that are there; parameters are other objects."""
+    present = {p for group in job.groups for p in group["params"]}
+    order = {p: i for i, p in enumerate(job.y) if p in present}
     return {order[p]: s for p, s in job.optimizer.state.items() if p in order}
 
 
