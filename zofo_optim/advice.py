@@ -14,6 +14,13 @@ from .evaluation import Evaluation
 from .settings import Settings
 from .zo_groups import ZOGroup
 
+NO_ESTIMATE = (
+    "step() needs a closure that returns the loss: call step(closure), or backward(closure) before "
+    "step(). Where a trainer calls step() for you, let it pass its training step as the closure: "
+    "for transformers' Trainer use zofo_optim.trainer.HybridTrainer, or HybridTrainerMixin for its "
+    "subclasses; in Lightning's manual optimization call self.optimizers().step(closure)"
+)
+
 
 class Advice:
     """Remembers what it has said."""

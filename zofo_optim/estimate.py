@@ -14,6 +14,13 @@ from .rules import Rule, Update
 from .zo_groups import ZOGroup
 
 
+@dataclass
+class Accumulation:
+    """Holds what accumulates. Wrappers that imitate the optimizer's class share this object."""
+
+    estimate: Estimate | None = None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Sums over the accumulated micro-batches; every tensor stays on the loss's device.

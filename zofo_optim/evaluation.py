@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_back
 
 from . import parallel
 from .capture import capturing, check_replayable
+from .frameworks import may_skip
 
 Closure = Callable[[], Any]
 
@@ -68,6 +70,10 @@ class _ClosureWatch(TorchFunctionMode):
         if self.captured:
             check_replayable(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+class NoLossError(TypeError):
+    """The closure returned None."""
 
 
 class Evaluation(NamedTuple):
@@ -129,7 +135,8 @@ def scalar_loss(returned: Any) -> Tensor:
         return returned
     if isinstance(returned, (bool, int, float, np.number, np.bool_)):
         return torch.tensor(float(returned), dtype=torch.float64)
-    raise TypeError(
+    error = NoLossError if returned is None else TypeError
+    raise error(
         "closure must return the loss as a tensor or a number, got "
         f"{type(returned).__name__}; does it end in 'return loss'?"
     )
@@ -169,13 +176,20 @@ class Runs:
             self._before = GlobalRandomState(self._devices)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        """Restore; and end quietly where the first run says to skip the batch."""
         try:
             for p, grad in self._aside or ():
                 p.grad = grad
         finally:
             if self._after is not None:
                 self._after.restore()
+        return isinstance(error, NoLossError) and self._after is None and may_skip(self._closure)
 
     def __call__(self, gradients: bool) -> Evaluation:
         """Run the closure once more; see :func:`evaluate`."""

@@ -13,7 +13,7 @@ from .capture import StepCounters
 from .checks import check_group
 from .defaults import given as is_given
 from .defaults import value_of
-from .estimate import Estimate
+from .estimate import Accumulation, Estimate
 from .evaluation import Evaluator
 from .first_order import FirstOrder
 from .listeners import Listener, Listeners, Move
@@ -48,7 +48,7 @@ class GroupsAndState(Optimizer):
         self._settings = settings
         self._fo = first_order
         self._zo_shared = zo_shared
-        self._estimate: Estimate | None = None
+        self._accumulation = Accumulation()
         self._monitor = Monitor()
         self._advice = advice.Advice()
         self._start()
@@ -64,6 +64,14 @@ class GroupsAndState(Optimizer):
         self._perturbation = PERTURBATIONS[self._settings.perturbation](
             self._settings, self._listeners, self._advice
         )
+
+    @property
+    def _estimate(self) -> Estimate | None:
+        return self._accumulation.estimate
+
+    @_estimate.setter
+    def _estimate(self, estimate: Estimate | None) -> None:
+        self._accumulation.estimate = estimate
 
     # ---- groups ---------------------------------------------------------------------------------
 
@@ -123,7 +131,7 @@ class GroupsAndState(Optimizer):
         self._listeners.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_zo_shared", "_fo", "_estimate", "_monitor", "_advice")
+        own = ("_settings", "_zo_shared", "_fo", "_accumulation", "_monitor", "_advice")
         kept = {name: self.__dict__[name] for name in own}
         return {**super().__getstate__(), **kept, "_moves": self._perturbation.moves}
 
@@ -137,6 +145,7 @@ class GroupsAndState(Optimizer):
         if moves is not None:  # unpickled, not loaded
             self._start()
             self._perturbation.moves = moves
+            self._accumulation = Accumulation(self._estimate)  # a shallow copy has its own
         self._fo.rebuild(self.param_groups, self.state)
 
     def __repr__(self) -> str:

@@ -13,14 +13,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zofo_kernels import uninterrupted
+from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
+from .advice import NO_ESTIMATE
 from .capture import check_capture
 from .checks import check_mode, check_mu, check_seed, check_step_options
 from .defaults import default, value_of
 from .estimate import Estimate
 from .estimators import ESTIMATORS
-from .evaluation import Closure
+from .evaluation import Closure, Evaluation
 from .first_order import FirstOrder, first_order_options
+from .frameworks import unless_empty
 from .groups_and_state import GroupsAndState
 from .perturbation import Perturbation
 from .rules import RULES
@@ -117,15 +120,8 @@ class HybridZOFO(GroupsAndState):
         fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         **fo_options: Any,
     ) -> None:
-        shared = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
+        shared = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+        shared.update(nesterov=nesterov, maximize=maximize, capturable=capturable)
         settings = Settings(
             estimator=estimator,
             num_samples=num_samples,
@@ -137,8 +133,8 @@ class HybridZOFO(GroupsAndState):
             backend=backend,
             capturable=value_of(capturable),
         )
-        options, fo_defaults = first_order_options(fo_optimizer, shared, fo_options)
-        first_order = FirstOrder(fo_optimizer, options, fo_defaults)
+        options = first_order_options(fo_optimizer, shared, fo_options)
+        first_order = FirstOrder(fo_optimizer, *options)
         check_mode(mode)
         check_seed(seed)
         check_mu(mu)
@@ -148,11 +144,12 @@ class HybridZOFO(GroupsAndState):
 
     # ---- a step: read from here down ----------------------------------------------------------
 
+    @uncompiled
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """``backward(closure)``, then update all groups; without closure, only the update.
 
         Returns:
-            As :meth:`backward`; None without closure.
+            As :meth:`backward`; None without closure, or where Lightning skips the batch.
 
         Raises:
             RuntimeError: no closure, and no ``backward(closure)`` since the last step.
@@ -162,16 +159,19 @@ class HybridZOFO(GroupsAndState):
         returned = None
         recording = torch.is_grad_enabled()
         try:
+            closure = unless_empty(closure)
             torch.set_grad_enabled(False)
             with self._at_rest() as perturbation:
                 if closure is not None:
                     returned = self._add_estimate(closure, perturbation)
-                self._apply(perturbation)
+                if self._estimate is not None or closure is None:
+                    self._apply(perturbation)
         finally:
             with uninterrupted():  # torch.no_grad() may leave gradients off after a Ctrl-C
                 torch.set_grad_enabled(recording)
         return returned
 
+    @uncompiled
     def backward(self, closure: Closure) -> Any:
         """Evaluate the closure, leave gradients in ``.grad`` and coefficients in the optimizer.
 
@@ -210,8 +210,11 @@ class HybridZOFO(GroupsAndState):
         points = estimator.points(samples, first_order=bool(first_order))
 
         devices = {p.device for g in self.param_groups for p in g["params"]}
+        evaluations: list[Evaluation] = []
         with self._evaluator.runs(closure, first_order, devices if groups else None) as evaluate:
             evaluations = perturbation.visit(self._replicas.mine(points), evaluate)
+        if not evaluations:  # the closure skips the batch
+            return None
         self._advice.about_losses(evaluations, groups, first_order)
         has_clean = points[0].sign == 0
         if not groups:
@@ -240,29 +243,31 @@ class HybridZOFO(GroupsAndState):
     def _apply(self, perturbation: Perturbation) -> None:
         """The FO step first: if it raises, the perturbation still restores the ZO weights."""
         estimate, groups = self._estimate, perturbation.groups
-        if estimate is None:
-            raise RuntimeError(
-                "step() needs a closure that returns the loss: call step(closure), or "
-                "backward(closure) before step()"
-            )
-        # what can fail for lack of memory comes before any weight changes
-        rule = RULES[self._settings.zo_rule]
-        updates = estimate.updates(groups, rule, self._settings.distribution)
         self._fo.follow(self.param_groups, self.state)
+        if making_optimizer_state():
+            self._fo.step()  # by zero gradients; the estimate waits
+            return
+        if estimate is None:
+            raise RuntimeError(NO_ESTIMATE)
+        # what can fail for lack of memory comes before any weight changes
+        settings = self._settings
+        updates = estimate.updates(groups, RULES[settings.zo_rule], settings.distribution)
         with uninterrupted():
             if estimate.first_order_is_healthy(self._fo.parameters()):
                 self._fo.step()
             perturbation.update(updates)
-            if self._settings.capturable:
+            if settings.capturable:
                 updates = [update.frozen() for update in updates]
             for group in groups:
                 group.options["zo_step"] += 1
             self._estimate = None
             self._listeners.updated(updates)
 
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""
         if self._evaluator.running == "repeat":
             return
-        self._estimate = None
+        if not making_optimizer_state():
+            self._estimate = None
         super().zero_grad(set_to_none)
