@@ -8,7 +8,7 @@ Each kernel is compiled for the architecture and disassembled; the count is of a
 its code, up to the padding, over the elements that one thread handles. A pass is bound by memory
 where the GPU can issue that many instructions in the time that an element's bytes take: on an
 H200 about 31 for 4 bytes at 4.3 TB/s (132 multiprocessors, 4 instructions of 32 threads a
-cycle, 1.98 GHz).
+cycle, 1.98 GHz). The share of threads is what the registers let a multiprocessor hold at once.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def compile_for(kernel: Kernel, architecture: int) -> bytes:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name == "n"
+        if (signature[name].startswith("*") or name == "n")
+        and not kernel.function.params[i].do_not_specialize_on_alignment
     }
     source = ASTSource(
         kernel.function, signature=signature, constexprs=kernel.constants, attrs=attributes
@@ -211,6 +212,16 @@ def opcodes(listing: str) -> list[str]:
     return found
 
 
+def occupancy(registers: int, warps: int) -> float:
+    """Share of a multiprocessor's 2,048 threads that its 65,536 registers serve (sm_80, sm_90).
+
+    Registers are given to whole blocks, in eights a thread.
+    """
+    threads = 32 * warps
+    blocks = 65536 // (-(-registers // 8) * 8 * threads)
+    return min(1.0, blocks * threads / 2048)
+
+
 def measure(kernel: Kernel, architecture: int) -> dict[str, Any]:
     """Compile, disassemble, count."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -228,6 +239,7 @@ def measure(kernel: Kernel, architecture: int) -> dict[str, Any]:
         "instructions_per_element": round(len(codes) / (kernel.elements / (32 * kernel.warps)), 2),
         "spill_bytes": resources["STACK"] + resources["LOCAL"] + 4 * spilled,
         "registers": resources["REG"],
+        "occupancy": round(occupancy(resources["REG"], kernel.warps), 2),
     }
 
 
@@ -246,9 +258,9 @@ def exceeded(row: dict[str, Any]) -> bool:
 
 def show(rows: list[dict[str, Any]], architecture: int) -> None:
     print(f"Instructions an element, sm_{architecture}, Triton {triton.__version__}\n")
-    head = ("kernel", "dtype", "distribution", "rounding", "count", "budget", "regs", "spills")
-    line = "{:28}{:10}{:13}{:12}{:>7}{:>8}{:>6}{:>8}"
-    print(line.format(*head))
+    head = ("kernel", "dtype", "distribution", "rounding", "count", "budget", "regs", "threads")
+    line = "{:28}{:10}{:13}{:12}{:>7}{:>8}{:>6}{:>8}{:>8}"
+    print(line.format(*head, "spills"))
     for row in rows:
         print(
             line.format(
@@ -259,6 +271,7 @@ def show(rows: list[dict[str, Any]], architecture: int) -> None:
                 f"{row['instructions_per_element']:.1f}",
                 budget(row) or "",
                 row["registers"],
+                f"{row['occupancy']:.0%}",
                 row["spill_bytes"],
             )
         )

@@ -1,4 +1,4 @@
-"""How far a run is: a progress bar on a terminal, about ten plain lines elsewhere."""
+"""How far a run is: its name and a bar on a terminal, about ten plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class ProgressLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started, self._first = time.perf_counter(), state.global_step
+        if self._console.is_terminal:  # above the bar, which fills 80 columns
+            self._console.print(self._name, highlight=False)
         self._progress = Progress(
-            TextColumn("{task.description}"),
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  dev {task.fields[dev]}"),
+            TextColumn("time left"),
             TimeRemainingColumn(),
-            TextColumn("left"),
             console=self._console,
             disable=not self._console.is_terminal,
         )

@@ -49,7 +49,7 @@ class Advice:
                 "is no group with mode='fo'; leave it out",
             )
         frozen = sum(not p.requires_grad for p in first_order)
-        if frozen and not groups:
+        if 0 < frozen < len(first_order) and not groups:
             self.once(
                 "frozen",
                 f"{frozen} of {len(first_order)} first-order parameters have requires_grad=False "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .names import match_names, without_layers
+from .names import match_names, unwrapped, without_layers
 from .optimizer import HybridZOFO
 
 FILE = "zo_weights.safetensors"
@@ -28,7 +28,8 @@ def save_base_weights(
 
     Args:
         optimizer: whose zeroth-order groups are saved.
-        model: names the parameters; peft's additions to the base model's names are left out.
+        model: names the parameters; what peft, torch.compile, DataParallel, DDP and averaging add
+            to the base model's names is left out.
         folder: where to write; made where it is missing.
 
     Returns:
@@ -36,7 +37,7 @@ def save_base_weights(
 
     Raises:
         TypeError: ``model`` and ``optimizer`` are swapped, or of other types.
-        ValueError: the model lacks a parameter of the optimizer.
+        ValueError: the model lacks a parameter of the optimizer, or two would have one name.
         ImportError: safetensors is not installed.
     """
     check_arguments(model, optimizer, "save_base_weights(optimizer, model, folder)")
@@ -58,6 +59,7 @@ def check_arguments(model: object, optimizer: object, call: str) -> None:
 
 def base_weights(optimizer: HybridZOFO, model: nn.Module) -> dict[str, Tensor]:
     """What :func:`save_base_weights` writes, by the base model's names; see there."""
+    model = unwrapped(model)
     of_peft = getattr(model, "get_base_model", None)
     base: nn.Module = of_peft() if callable(of_peft) else model
     names = {id(p): without_layers(name) for name, p in base.named_parameters()}
@@ -66,12 +68,19 @@ def base_weights(optimizer: HybridZOFO, model: nn.Module) -> dict[str, Tensor]:
         for p, given in zip(group.params, group.names, strict=True):
             if id(p) not in names:
                 raise ValueError(f"model must hold all zeroth-order parameters, not so {given!r}")
+            if names[id(p)] in tensors:
+                raise ValueError(
+                    f"model must have one weight of the name {names[id(p)]!r}, peft's and torch's "
+                    f"parts of names left out, got a second one, {given!r}"
+                )
             tensors[names[id(p)]] = p.detach().contiguous()
     return tensors
 
 
 def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read what :func:`save_base_weights` wrote into a model, with or without an adapter.
+
+    Weights are found by name, also within torch.compile, DataParallel, DDP or an averaged model.
 
     Where the adapter's initialisation changes the base model (PiSSA, OLoRA), load the adapter
     first, then these weights into the peft model.

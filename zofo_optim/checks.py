@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zofo_kernels import check_weight
+from zofo_kernels.memory import first_shared, has_memory
 
 from .first_order import FirstOrder
 from .settings import Settings
@@ -57,6 +57,13 @@ def check_seed(seed: Any) -> None:
 def check_mu(mu: Any) -> None:
     if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0.0 < mu < math.inf:
         raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
+
+
+def check_zo_defaults(mode: Any, seed: Any, mu: Any) -> None:
+    """Of groups that set none; also without ZO groups, as one may be added later."""
+    check_mode(mode)
+    check_seed(seed)
+    check_mu(mu)
 
 
 def check_step_options(group: Mapping[str, Any]) -> None:
@@ -129,37 +136,44 @@ def check_group(
     group: Mapping[str, Any],
     given: Mapping[str, Any],
     first_order: FirstOrder,
-    zo_groups: Sequence[ZOGroup],
     *,
     has_rate: bool,
 ) -> None:
-    """A group that is being added.
+    """The options of a group that is being added.
 
     Args:
         group: with its defaults.
         given: what it set itself.
         first_order: steps the FO groups.
-        zo_groups: all, with this one where it is one.
         has_rate: whether the optimizer was given a learning rate for all groups.
     """
     check_option_names(group["mode"], given, first_order)
     if group["mode"] == "zo":
         check_zo_options(group)
-        check_zo_parameters(zo_groups)
         if not has_rate:
             check_rate_is_given(given)
 
 
-def check_zo_parameters(groups: Sequence[ZOGroup]) -> None:
-    """Every ZO parameter can be perturbed, and none shares its memory with another."""
-    owners: dict[tuple[torch.device, int], str] = {}
-    for group in groups:
-        for parameter, name in zip(group.params, group.names, strict=True):
-            check_weight(parameter, f"zeroth-order parameter {name!r}")
-            where = (parameter.device, parameter.data_ptr())
-            if parameter.numel() and where in owners:
-                raise ValueError(
-                    f"zeroth-order parameters {owners[where]!r} and {name!r} share memory and "
-                    "would be perturbed twice; pass one of them"
-                )
-            owners[where] = name
+def check_zo_parameters(groups: Sequence[ZOGroup], first_order: Iterable[Tensor]) -> None:
+    """Every ZO parameter can be perturbed, and none shares memory with a parameter of any mode."""
+    parameters = [p for group in groups for p in group.params]
+    names = [name for group in groups for name in group.names]
+    for parameter, name in zip(parameters, names, strict=True):
+        check_weight(parameter, f"zeroth-order parameter {name!r}")
+    # of a wrapper, such as a DTensor, the memory is not known
+    others = [p for p in first_order if has_memory(p)] if groups else []
+    shared = first_shared(parameters, others)
+    if shared is None:
+        return
+    first, second = shared
+    if second < len(parameters):
+        raise ValueError(
+            f"zeroth-order parameters {names[first]!r} and {names[second]!r} share memory and "
+            "would be perturbed twice; pass one of them"
+        )
+    other = others[second - len(parameters)]
+    raise ValueError(
+        f"zeroth-order parameter {names[first]!r} shares memory with a first-order parameter of "
+        f"shape {tuple(other.shape)}, which would be moved under the first-order gradient; pass "
+        "one of them, or make one a copy"
+    )

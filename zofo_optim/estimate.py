@@ -66,9 +66,8 @@ class Estimate:
             finite = finite & clean
         if nonfinite == "raise" and not finite.all():
             raise FloatingPointError(
-                "closure must return finite losses (nonfinite='raise'), got clean loss "
-                f"{losses[0].item() if has_clean else None} and differences "
-                f"{differences.tolist()}"
+                f"closure must return finite losses (nonfinite='raise'), got {losses.tolist()}"
+                + (", the unperturbed one first" if has_clean else ", all perturbed")
             )
         slopes = torch.where(finite, slopes, 0.0)
         loss = losses[0] if has_clean else losses.mean()

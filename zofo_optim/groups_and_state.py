@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import advice, state
 from .capture import StepCounters
-from .checks import check_group
+from .checks import check_group, check_zo_parameters
 from .defaults import given as is_given
 from .defaults import value_of
 from .estimate import Accumulation, Estimate
@@ -49,11 +50,14 @@ class GroupsAndState(Optimizer):
         self._fo = first_order
         self._zo_shared = zo_shared
         self._accumulation = Accumulation()
-        self._monitor = Monitor()
         self._advice = advice.Advice()
+        self._monitor = Monitor(self._advice)
         self._start()
         shared = {name: value_of(value) for name, value in zo_shared.items()}
+        self._constructing = True
         super().__init__(params, {**shared, **first_order.defaults, **zo_defaults})
+        self._constructing = False
+        self._check_parameters()
 
     def _start(self) -> None:
         """What a fresh or unpickled optimizer makes anew; none of it is state."""
@@ -64,6 +68,8 @@ class GroupsAndState(Optimizer):
         self._perturbation = PERTURBATIONS[self._settings.perturbation](
             self._settings, self._listeners, self._advice
         )
+
+    _constructing = False  # also in optimizers that were unpickled
 
     @property
     def _estimate(self) -> Estimate | None:
@@ -95,15 +101,22 @@ class GroupsAndState(Optimizer):
         super().add_param_group(param_group)
         try:
             has_rate = is_given(self._zo_shared["lr"])
-            check_group(param_group, given, self._fo, self.zo_groups(), has_rate=has_rate)
+            check_group(param_group, given, self._fo, has_rate=has_rate)
+            if not self._constructing:
+                self._check_parameters()
             if param_group["mode"] == "fo":
                 self._fo.add(param_group, self.state)
         except BaseException:
             self.param_groups.pop()
             raise
-        earlier = [g for g in self.param_groups[:-1] if g["mode"] == "zo"]
-        if earlier and "zo_step" not in given:
-            param_group["zo_step"] = int(earlier[0]["zo_step"])
+        if "zo_step" not in given:
+            first = next((g for g in self.param_groups if g["mode"] == "zo"), param_group)
+            param_group["zo_step"] = int(first["zo_step"])
+
+    def _check_parameters(self) -> None:
+        """Of all groups at once, since any two parameters may share memory."""
+        groups = (g["params"] for g in self.param_groups if g["mode"] == "fo")
+        check_zo_parameters(self.zo_groups(), chain.from_iterable(groups))
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -122,7 +135,8 @@ class GroupsAndState(Optimizer):
         other directions.
 
         Raises:
-            ValueError: the groups' number, sizes or modes differ.
+            ValueError: the groups' number, sizes or modes differ; or both have names of parameters,
+                and these are in another order.
         """
         super().load_state_dict(state_dict)
         # what was accumulated belongs to the directions of the step that is left
@@ -140,6 +154,7 @@ class GroupsAndState(Optimizer):
         moves = state_.pop("_moves", None)
         loaded = state_.get("param_groups", ())  # torch's need no groups either
         state.check_same_modes(self.__dict__.get("param_groups"), loaded)
+        state.check_same_names(self.__dict__.get("param_groups"), loaded)
         super().__setstate__(state_)
         state.fill_defaults(self.param_groups, self.defaults)
         if moves is not None:  # unpickled, not loaded

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import caller_level
+from .advice import Advice
 from .listeners import Estimated, Listener
 from .rules import Update
 from .zo_groups import ZOGroup
 
 FLAT_STEPS = 5
-"""Steps in a row with bit-identical losses before a warning."""
+"""Estimates in a row with bit-identical losses before a warning."""
+SKIPPED_STEPS = 20
+"""Estimates in a row that were skipped before a warning."""
 
 
 class Monitor(Listener):
@@ -25,10 +26,10 @@ class Monitor(Listener):
     Losses and slopes are kept of the last estimate, and summed over the micro-batches of a step.
     """
 
-    def __init__(self) -> None:
-        self._counts: Tensor | None = None  # int64 (2,): skipped estimates, flat ones in a row
+    def __init__(self, advice: Advice) -> None:
+        self._advice = advice
+        self._counts: Tensor | None = None  # int64 (3,): skipped, flat in a row, skipped in a row
         self._mirror: Tensor | None = None  # the same on the host, possibly a step late
-        self._warned = False
         self._forget()
 
     def _forget(self) -> None:
@@ -40,7 +41,7 @@ class Monitor(Listener):
         self._updates: Sequence[Update] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_counts", "_mirror", "_warned")
+        kept = ("_advice", "_counts", "_mirror")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -59,16 +60,18 @@ class Monitor(Listener):
         self._total = _sum(before[0], loss), _sum(before[1], slopes)
 
     def estimated(self, estimated: Estimated) -> None:
-        flat = (estimated.losses == estimated.losses[0]).all()
+        flat = (estimated.losses == estimated.losses[0]).all() & estimated.finite
+        skipped = ~estimated.finite
         device = flat.device
         if self._counts is None or self._mirror is None or self._counts.device != device:
             old = self._counts
-            self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+            self._counts = torch.zeros(3, dtype=torch.int64, device=device)
             if old is not None:
                 self._counts.copy_(old)
-            self._mirror = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._counts[0] += (~estimated.finite).to(torch.int64)
-        self._counts[1] = (self._counts[1] + 1) * flat.to(torch.int64)
+            self._mirror = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+        seen = torch.stack((skipped, flat, skipped)).to(torch.int64)
+        self._counts.add_(seen)
+        self._counts[1:].mul_(seen[1:])
         self._mirror.copy_(self._counts, non_blocking=True)
 
     def updated(self, updates: Sequence[Update]) -> None:
@@ -77,18 +80,27 @@ class Monitor(Listener):
     def state_loaded(self) -> None:
         self._forget()  # they are of the path that was left
 
-    def warn_if_flat(self, names: Callable[[], list[str]]) -> None:
-        """Warn, once, that perturbing the parameters ``names()`` does not change the loss."""
-        if self._warned or self._mirror is None or int(self._mirror[1]) < FLAT_STEPS:
+    def warn(self, names: Callable[[], list[str]]) -> None:
+        """Warn, once each, of steps in a row that can teach the parameters ``names()`` nothing."""
+        if self._mirror is None or not self._mirror[1:].any():
             return
-        self._warned = True
-        warnings.warn(
-            f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: the "
-            "zeroth-order parameters do not reach the loss (an unused module, a closure that "
-            "does not run the model, a constant loss, or FSDP2 without "
-            "fully_shard(model, reshard_after_forward=True)). Parameters: " + ", ".join(names()),
-            stacklevel=caller_level(),
-        )
+        _, flat, skipped = self._mirror.tolist()
+        if flat >= FLAT_STEPS:
+            self._advice.once(
+                "flat",
+                f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: the "
+                "zeroth-order parameters do not reach the loss (an unused module, a closure that "
+                "does not run the model, a constant loss, or FSDP2 without "
+                "fully_shard(model, reshard_after_forward=True)), or mu is too small for the "
+                "spacing of the weights or of a 16-bit loss. Parameters: " + ", ".join(names()),
+            )
+        if skipped >= SKIPPED_STEPS:
+            self._advice.once(
+                "never finite",
+                f"no loss was finite for {SKIPPED_STEPS} steps, so nothing is learned: training "
+                "has diverged (the learning rate of a zeroth-order group is usually 1e-7 to "
+                "1e-4), a batch is broken, or a 16-bit forward pass overflows",
+            )
 
     def report(self, groups: Sequence[ZOGroup]) -> str:
         """See :meth:`HybridZOFO.report`."""

@@ -1,43 +1,98 @@
-"""A parameter's names: in a model, and in the same model wrapped by peft."""
+"""A parameter's names: in a model, and in the same model within wrappers, peft's among them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
-_WRAPPERS = ("", "base_model.model.", "base_model.")  # none, tuners, prompt learning
-_LAYERS = (".base_layer.", ".original_module.")
+import torch
+from torch import nn
+
+_PARALLEL = ("", "module.", "module.module.")
+"""Data parallelism and averaged models (``swa_utils.AveragedModel``), also one in the other."""
+_PEFT = ("", "base_model.model.", "base_model.")  # none, tuners, prompt learning
+_WRAPPERS = tuple(outer + inner for outer in _PARALLEL for inner in _PEFT)
+_LAYERS = ("base_layer", "original_module")
+"""What peft puts around a layer."""
+_ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts that torch adds, around a model or a module of it: compiled, sharded, checkpointed."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within torch.compile, DataParallel, DDP or ``AveragedModel``."""
+    outer = (
+        nn.DataParallel,
+        nn.parallel.DistributedDataParallel,
+        torch.optim.swa_utils.AveragedModel,
+    )
+    children = dict(model.named_children())
+    inner = children.get("module" if isinstance(model, outer) else "_orig_mod")
+    return model if inner is None else unwrapped(inner)
 
 
 def without_layers(name: str) -> str:
-    """A base parameter's name without the layers that peft puts around it."""
-    for layer in _LAYERS:
-        name = name.replace(layer, ".")
-    return name
+    """A base parameter's name without the layers that peft and torch put around it."""
+    first, *inside = [part for part in name.split(".") if part not in _ANYWHERE] or [""]
+    return ".".join([first, *(part for part in inside[:-1] if part not in _LAYERS), *inside[-1:]])
 
 
 def _stripped(names: Iterable[str], wrapper: str) -> dict[str, str]:
-    """Names by what is left of them without the wrapper and without layers."""
-    return {
-        without_layers(name).removeprefix(wrapper): name
-        for name in names
-        if name.startswith(wrapper)
-    }
+    """Names by what is left of them without the wrapper; those within it alone."""
+    return {name.removeprefix(wrapper): name for name in names if name.startswith(wrapper)}
 
 
-def match_names(names: Iterable[str], available: Iterable[str]) -> dict[str, str]:
-    """For each name its like in ``available``, with or without peft's parts, if there is one.
+def _without_head(forms: Mapping[str, str]) -> dict[str, str]:
+    """Names by what is left of them without a first part that most have; none where none is.
+
+    That part is the model's name for what is below its head ("bert", "transformer"); a model that
+    was saved without a head has the rest alone.
+    """
+    firsts = Counter(form.partition(".")[0] for form in forms)
+    part, count = firsts.most_common(1)[0] if firsts else ("", 0)
+    found = {form.removeprefix(f"{part}."): name for form, name in forms.items()}
+    return found if 2 * count > len(forms) == len(found) else {}
+
+
+def match_names(
+    names: Iterable[str], available: Iterable[str], heads: bool = False
+) -> dict[str, str]:
+    """For each name its like in ``available``, with or without wrappers' parts, if there is one.
 
     No two names get the same one: wrappers are taken off all names alike, in the way that finds
-    the most.
+    the most. With ``heads``, a model with a head and the one without it match too: what a caller
+    finds that way, it must check, as one part less of a name says less.
     """
     names, available = list(names), list(available)
     there = set(available)
     best = {name: name for name in names if name in there}
+    if len(best) == len(set(names)):
+        return best
+    bare = {without_layers(name): name for name in names}
+    bare_there = {without_layers(name): name for name in available}
     for ours in _WRAPPERS:
-        sources = _stripped(names, ours)
-        for theirs in _WRAPPERS:
-            targets = _stripped(available, theirs)
-            found = {name: targets[form] for form, name in sources.items() if form in targets}
-            if len(found) > len(best):
-                best = found
+        sources = _stripped(bare, ours)
+        for theirs in _WRAPPERS if sources else ():
+            targets = _stripped(bare_there, theirs)
+            pairs = [(sources, targets)]
+            if heads and len(sources) == len(bare) and targets:
+                pairs += [(_without_head(sources), targets), (sources, _without_head(targets))]
+            for a, b in pairs:
+                found = {bare[name]: bare_there[b[form]] for form, name in a.items() if form in b}
+                if len(found) > len(best):
+                    best = found
     return best
+
+
+def difference(ours: Sequence[str], theirs: Sequence[str], renamed: bool = False) -> str | None:
+    """Where two lists of names differ, wrappers aside, for a message; None where they do not.
+
+    With ``renamed``, a name that is not among ours is another name of what is at its place.
+    """
+    if list(ours) == list(theirs):
+        return None
+    where = match_names(theirs, ours)
+    for position, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        if where.get(other, mine if renamed else None) != mine:
+            elsewhere = "at another place" if other in where else "not"
+            return f"{other!r} at place {position}, which is {elsewhere} here, where {mine!r} is"
+    return None if len(ours) == len(theirs) else f"{len(theirs)} names, not {len(ours)}"

@@ -17,7 +17,7 @@ from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from .advice import NO_ESTIMATE
 from .capture import check_capture
-from .checks import check_mode, check_mu, check_seed, check_step_options
+from .checks import check_step_options, check_zo_defaults
 from .defaults import default, value_of
 from .estimate import Estimate
 from .estimators import ESTIMATORS
@@ -135,9 +135,7 @@ class HybridZOFO(GroupsAndState):
         )
         options = first_order_options(fo_optimizer, shared, fo_options)
         first_order = FirstOrder(fo_optimizer, *options)
-        check_mode(mode)
-        check_seed(seed)
-        check_mu(mu)
+        check_zo_defaults(mode, seed, mu)
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
         super().__init__(params, settings, first_order, zo_shared, zo_defaults)
@@ -208,7 +206,6 @@ class HybridZOFO(GroupsAndState):
         estimator = ESTIMATORS[settings.estimator]
         samples = settings.num_samples if groups else 0
         points = estimator.points(samples, first_order=bool(first_order))
-
         devices = {p.device for g in self.param_groups for p in g["params"]}
         evaluations: list[Evaluation] = []
         with self._evaluator.runs(closure, first_order, devices if groups else None) as evaluate:
@@ -233,7 +230,7 @@ class HybridZOFO(GroupsAndState):
         accumulated = estimate if self._estimate is None else self._estimate + estimate
         self._monitor.add(estimated.loss, estimated.slopes, self._estimate is not None)
         self._listeners.estimated(estimated)
-        self._monitor.warn_if_flat(lambda: [name for group in groups for name in group.names])
+        self._monitor.warn(lambda: [name for group in groups for name in group.names])
         self._estimate = accumulated
         if has_clean:
             return evaluations[0].returned

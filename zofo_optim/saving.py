@@ -21,6 +21,7 @@ from .base_weights import (
     write_tensors,
 )
 from .journal import Journal, JournalError, replay
+from .names import match_names, unwrapped
 from .optimizer import HybridZOFO
 
 SUMMARY = "hybrid.json"
@@ -71,7 +72,7 @@ def save_hybrid(
         )
     if journal is not None and all(known is not journal for known in optimizer.listeners):
         raise ValueError(f"journal must be attached to optimizer, got one of {journal.path}")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     first_order, learns = _first_order(model, optimizer)
     of_base = base_weights(optimizer, model)
     path = Path(folder)
@@ -206,14 +207,6 @@ def _check_files(path: Path, summary: dict[str, Any]) -> None:
             )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, whose names and peft's methods are those of a model that is loaded."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    children = dict(model.named_children())
-    inner = children.get("module" if isinstance(model, parallel) else "_orig_mod")
-    return model if inner is None else _unwrapped(inner)
-
-
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """Without numpy's scalars (a learning rate from a table): torch.load refuses them."""
     for group in state["param_groups"]:
@@ -250,23 +243,24 @@ def _dtypes(model: nn.Module, learns: dict[str, str]) -> set[str]:
     """Give first-order parameters the dtypes that they had (peft loads 16-bit ones as fp32).
 
     Returns:
-        Their names.
+        Their names in the model.
 
     Raises:
         ValueError: the model lacks some.
     """
     parameters = dict(model.named_parameters())
-    missing = [name for name in learns if name not in parameters]
+    where = match_names(learns, parameters)
+    missing = [name for name in learns if name not in where]
     if missing:
         raise ValueError(
             f"base must have the first-order parameters that were saved, but has none of "
             f"{missing[:3]}"
         )
     for name, dtype in learns.items():
-        wanted = getattr(torch, dtype)
-        if parameters[name].dtype != wanted:
-            parameters[name].data = parameters[name].data.to(wanted)
-    return set(learns)
+        p, wanted = parameters[where[name]], getattr(torch, dtype)
+        if p.dtype != wanted:
+            p.data = p.data.to(wanted)
+    return set(where.values())
 
 
 def _first_order(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .estimate import Estimate
 from .listeners import Move
+from .names import difference
 from .settings import Settings
 
 
@@ -57,6 +58,29 @@ def check_same_modes(
                 f"state_dict must have the same modes, got mode={mode!r} for parameter group "
                 f"{position}, which has mode={ours['mode']!r}"
             )
+
+
+def check_same_names(
+    current: Sequence[dict[str, Any]] | None, loaded: Sequence[dict[str, Any]]
+) -> None:
+    """Raise ValueError where a state dict has the parameters of our names in another order.
+
+    State and directions go by a parameter's place. As in torch, names that are not ours are taken;
+    where no more than a wrapper's part differs, ours stay.
+    """
+    for position, (ours, theirs) in enumerate(zip(current or (), loaded, strict=False)):
+        names, others = ours.get("param_names"), theirs.get("param_names")
+        if names is None or others is None:
+            continue
+        found = difference(names, others, renamed=True)
+        if found is not None:
+            raise ValueError(
+                f"state_dict must have the parameters of group {position} in the same order, but "
+                f"has {found}; construct the groups as they were when it was saved, or take "
+                "'param_names' out of its groups to load it by place"
+            )
+        if difference(names, others) is None:
+            theirs["param_names"] = names
 
 
 def fill_defaults(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:

@@ -67,11 +67,6 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
-def has_internal_overlap(tensor: Tensor) -> bool:
-    """Whether elements surely share memory, as those of an expanded tensor do."""
-    return torch._debug_has_internal_overlap(tensor) == 1
-
-
 def increment_versions(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that the tensors were written, as torch's in-place operations do."""
     try:

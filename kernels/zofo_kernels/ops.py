@@ -52,8 +52,8 @@ def noise(
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    with torch.no_grad(), Weights([out], [index], [offset]).regions() as by_device:
-        for where, regions in by_device.items():
+    with torch.no_grad():
+        for where, regions in Weights([out], [index], [offset]).layout().parts():
             backend_for(where, backend).fill_noise(regions[0], direction)
     return out
 
@@ -98,9 +98,10 @@ def perturb_(
     if not shifts:
         return
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
-        engines = {device: backend_for(device, backend) for device in by_device}
-        for device, regions in by_device.items():
+    with torch.no_grad(), uninterrupted():
+        layout = weights.layout()
+        engines = {device: backend_for(device, backend) for device in layout.devices}
+        for device, regions in layout.parts():
             engines[device].perturb(regions, shifts)
         weights.mark_changed()
 
@@ -196,15 +197,16 @@ def update_(
     if recover is not None:
         check_shift("recover", recover)
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
-        engines = {device: backend_for(device, backend) for device in by_device}
+    with torch.no_grad(), uninterrupted():
+        layout = weights.layout()
+        engines = {device: backend_for(device, backend) for device in layout.devices}
         given = coefficients.detach().resolve_neg()
         # all copies before any device's weights are written
         numbers = {
             device: (given.to(device, non_blocking=True), _on_device(lr, device))
-            for device in by_device
+            for device in layout.devices
         }
-        for device, regions in by_device.items():
+        for device, regions in layout.parts():
             engines[device].update(
                 regions,
                 directions,
@@ -244,9 +246,10 @@ def replay_(
     if not isinstance(program, Program):
         raise TypeError(f"program must be a zofo_kernels.Program, got {type(program).__name__}")
     weights = as_weights(tensors, indices, offsets)
-    with torch.no_grad(), uninterrupted(), weights.regions() as by_device:
-        engines = {device: backend_for(device, backend) for device in by_device}
-        for device, regions in by_device.items():
+    with torch.no_grad(), uninterrupted():
+        layout = weights.layout()
+        engines = {device: backend_for(device, backend) for device in layout.devices}
+        for device, regions in layout.parts():
             engines[device].replay(regions, program, rounding == "stochastic")
         weights.mark_changed()
 

@@ -8,6 +8,8 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
+from .memory import check_storage, is_gone
+
 Run = tuple[int, int, int]
 """Elements that follow one another both in a region's memory and in the full parameter.
 
@@ -117,6 +119,8 @@ class Regions(Sequence[Region]):
                     f"regions[{position}] must be contiguous and not empty, got shape "
                     f"{tuple(tensor.shape)} with strides {tensor.stride()}"
                 )
+            if is_gone(tensor):
+                check_storage(tensor, f"regions[{position}]")
             end = offset + extent("regions", position, tensor.numel(), length, stride)
             if not (0 <= parameter < 1 << 32 and 0 <= offset < end <= 1 << 63):
                 raise ValueError(

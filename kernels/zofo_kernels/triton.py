@@ -36,7 +36,8 @@ INTERPRETED = not isinstance(kernels.pass_kernel, triton.JITFunction)
 
 VECTORS = 512
 """Vectors of 8 elements a program. With 4 warps a thread has 32 elements, 64 bytes of bf16 in
-flight, and few enough registers for full occupancy."""
+flight. Registers then let a multiprocessor (sm_90) hold all of its threads where bf16 is perturbed
+in place, and 44 to 75 % in its other passes in place: ``benchmarks/sass.py`` counts them."""
 WARPS = 4
 
 _DTYPES = {
@@ -70,16 +71,17 @@ class _Launch(NamedTuple):
     only: list[int] | None = None
 
 
-def _rows(region: Region, source: Tensor) -> Iterator[tuple[bool, list[int]]]:
+def _rows(region: Region, source: Tensor, multiple: int) -> Iterator[tuple[bool, list[int]]]:
     """The region's rows of the kernels' table, with whether each is aligned.
 
-    A run that is aligned but for its last elements gives two rows.
+    A run that is aligned but for its last elements gives two rows. ``multiple`` is what the offset
+    of an aligned one divides by.
     """
     width = region.tensor.element_size()
     base = region.tensor.data_ptr(), source.data_ptr()
     for start, size, offset in region.runs():
         addresses = [address + start * width for address in base]
-        aligned = all(address % 16 == 0 for address in addresses) and offset % 128 == 0
+        aligned = all(address % 16 == 0 for address in addresses) and offset % multiple == 0
         body = size // 8 * 8 if aligned else 0
         for yes, low, high in ((True, 0, body), (False, body, size)):
             if low < high:
@@ -99,19 +101,22 @@ def _items(rows: NDArray[np.int64], aligned: bool) -> NDArray[np.int64]:
     return items
 
 
-def _launches(regions: Sequence[Region], sources: Sequence[Tensor] | None) -> list[_Launch]:
-    """The launches of a pass; those of :class:`Regions` in place are made once."""
+def _launches(
+    regions: Sequence[Region], sources: Sequence[Tensor] | None, multiple: int
+) -> list[_Launch]:
+    """The launches of a pass; those of :class:`Regions` in place are made once a multiple."""
     if type(regions) is Regions and sources is None:
-        return _kept_launches(regions)
+        return _kept_launches(regions, multiple)
     if len(regions) == 1 and len(regions[0].runs()) == 1:
         source = regions[0].tensor if sources is None else sources[0]
-        return [_single(regions[0], aligned, row) for aligned, row in _rows(regions[0], source)]
-    return _build(regions, sources)
+        rows = _rows(regions[0], source, multiple)
+        return [_single(regions[0], aligned, row) for aligned, row in rows]
+    return _build(regions, sources, multiple)
 
 
 @kept
-def _kept_launches(regions: Regions) -> list[_Launch]:
-    return _build(regions, None)
+def _kept_launches(regions: Regions, multiple: int) -> list[_Launch]:
+    return _build(regions, None, multiple)
 
 
 def _single(region: Region, aligned: bool, row: list[int]) -> _Launch:
@@ -121,7 +126,9 @@ def _single(region: Region, aligned: bool, row: list[int]) -> _Launch:
     return _Launch(region.tensor.dtype, aligned, programs, region.tensor, region.tensor, row)
 
 
-def _build(regions: Sequence[Region], sources: Sequence[Tensor] | None) -> list[_Launch]:
+def _build(
+    regions: Sequence[Region], sources: Sequence[Tensor] | None, multiple: int
+) -> list[_Launch]:
     device = regions[0].tensor.device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -130,20 +137,18 @@ def _build(regions: Sequence[Region], sources: Sequence[Tensor] | None) -> list[
         )
     groups: dict[tuple[torch.dtype, bool], list[list[int]]] = {}
     for region, source in zip(regions, sources or [r.tensor for r in regions], strict=True):
-        for aligned, row in _rows(region, source):
+        for aligned, row in _rows(region, source, multiple):
             groups.setdefault((region.tensor.dtype, aligned), []).append(row)
     made = []
     for (dtype, aligned), rows in groups.items():
         table = np.array(rows, dtype=np.int64)
         items = _items(table, aligned)
-        room = table.size + table.size % 2  # both start at 16 bytes: no second specialisation
-        buffer = torch.empty(room + items.size, dtype=torch.int64)
+        buffer = torch.from_numpy(np.concatenate([table.ravel(), items]))
         if device.type == "cuda":
             buffer = buffer.pin_memory()
-        buffer[: table.size] = torch.from_numpy(table).flatten()
-        buffer[room:] = torch.from_numpy(items)
         buffer = buffer.to(device, non_blocking=True)
-        made.append(_Launch(dtype, aligned, items.size, buffer[: table.size], buffer[room:]))
+        parts = buffer[: table.size], buffer[table.size :]
+        made.append(_Launch(dtype, aligned, items.size, *parts))
     return made
 
 
@@ -217,9 +222,12 @@ def _run(
     sources: Sequence[Tensor] | None = None,
 ) -> None:
     """One pass: at most two shifts, or at most one and the update."""
-    launches = _launches(regions, sources)
     along = [*(shift.direction for shift in shifts), *directions]
-    kinds = [BY_NAME[direction.distribution].code for direction in along]
+    distributions = [BY_NAME[direction.distribution] for direction in along]
+    kinds = [distribution.code for distribution in distributions]
+    # whole Philox calls: no direction is drawn in smaller steps than rounding bits are
+    multiple = max(distribution.elements_per_call for distribution in distributions)
+    launches = _launches(regions, sources, multiple)
     scales = [_bits(shift.scale) for shift in shifts] + [0, 0]
     on_device = len(directions) > 1 or any(isinstance(d.step, Tensor) for d in along)
     words = [0, 0, 0, 0]

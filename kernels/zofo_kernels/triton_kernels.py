@@ -27,7 +27,10 @@ COLUMNS = tl.constexpr(5)
 """Of the table, int64: address, elements, offset, parameter, address of the source."""
 
 
-@triton.jit(do_not_specialize=["seed", "step", "sample", "kind", "count"])
+@triton.jit(
+    do_not_specialize=["seed", "step", "sample", "kind", "count"],
+    do_not_specialize_on_alignment=["keys", "device_step"],
+)
 def keys_kernel(
     keys,
     seed: tl.uint64,
@@ -203,9 +206,11 @@ def _stored_stochastic(value, bits, STORAGE: tl.constexpr, PAIRS: tl.constexpr):
 
 _BY_VALUE = ["a0", "a1", "b0", "b1", "scale_a", "scale_b", "weight_decay", "samples"]
 _BY_VALUE += ["only_address", "only_size", "only_offset", "only_parameter", "only_source"]
+_POINTERS = ["table", "items", "keys", "coefficients", "rate"]
+"""Single numbers are read through them: with their alignment nothing gets faster."""
 
 
-@triton.jit(do_not_specialize=_BY_VALUE)
+@triton.jit(do_not_specialize=_BY_VALUE, do_not_specialize_on_alignment=_POINTERS)
 def pass_kernel(
     table,
     items,
@@ -256,7 +261,8 @@ def pass_kernel(
         SAME: b, or the update, is along the direction of a.
         SEVERAL: the update has several directions (or keys only known on the device).
         SOURCE: read the weights from where they are written, elsewhere, or not at all (zeros).
-        ALIGNED: addresses divide by 16, sizes by 8 and offsets by 128.
+        ALIGNED: addresses divide by 16, sizes by 8, and offsets by the elements of a Philox call:
+            8, or 128 where there are signs.
     """
     COMPUTE: tl.constexpr = tl.float64 if STORAGE == tl.float64 else tl.float32
     PAIRS: tl.constexpr = ALIGNED and STORAGE.primitive_bitwidth == 16
@@ -331,9 +337,10 @@ def pass_kernel(
             for s in range(samples):
                 k0, k1 = _key(keys, s + AFTER_A, b0, b1, True)
                 step = lr * tl.load(coefficients + s).to(COMPUTE)
+                # not "noise": shift a's may be of another type, and a loop's names keep theirs
                 if UPDATE != MIXED:
-                    noise = _noise(first, parameter, k0, k1, one, UPDATE, PAIRS, VECTORS, NATIVE)
-                    delta += _term(step, noise, UPDATE)
+                    drawn = _noise(first, parameter, k0, k1, one, UPDATE, PAIRS, VECTORS, NATIVE)
+                    delta += _term(step, drawn, UPDATE)
                 elif tl.load(keys + 4 * (s + AFTER_A) + 2) == GAUSSIAN:
                     z = _noise(first, parameter, k0, k1, one, GAUSSIAN, PAIRS, VECTORS, NATIVE)
                     delta += _term(step, z, GAUSSIAN)

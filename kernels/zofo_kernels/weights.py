@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._torch_compat import has_internal_overlap, increment_versions, is_wrapper_subclass
-from .region import Region, Regions, extent
+from ._torch_compat import increment_versions, is_wrapper_subclass
+from .layout import Layout
+from .memory import check_storage, first_shared, overlaps_itself
+from .region import Region, extent
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -20,7 +20,8 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
 
     Raises:
         TypeError: not a dense tensor of a floating dtype that the kernels know.
-        ValueError: a meta tensor, or one whose elements share memory (an expanded tensor).
+        ValueError: a meta tensor, one whose storage is gone, or one whose elements share memory,
+            as those of an expanded tensor do.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -40,8 +41,9 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
         )
     if tensor.is_meta:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")
-    if not tensor.is_contiguous() and has_internal_overlap(tensor):
-        raise ValueError(f"{name} must not share memory among its elements (expanded tensor)")
+    check_storage(tensor, name)
+    if not tensor.is_contiguous() and overlaps_itself(tensor):
+        raise ValueError(f"{name} must not share memory among its elements (expanded tensor?)")
 
 
 def _check_list(
@@ -105,18 +107,6 @@ def _check_rectangles(
     return chosen, extents
 
 
-Span = tuple[int, int, int]
-"""Address of a contiguous tensor's first byte, that past its last, and its position in the list."""
-
-
-def _check_apart(spans: list[Span]) -> None:
-    """Raise ValueError where contiguous tensors on one device share memory."""
-    for (_, end, place), (start, _, next_place) in pairwise(sorted(spans)):
-        if start < end:
-            first, second = sorted((place, next_place))
-            raise ValueError(f"tensors[{second}] must not share memory with tensors[{first}]")
-
-
 class Weights:
     """A list of tensors to perturb and update many times, with their places in the noise.
 
@@ -154,35 +144,26 @@ class Weights:
         self._rectangles, extents = _check_rectangles(rectangles, sizes)
         self.indices, self.offsets = check_places(indices, offsets, extents)
         self._seen: list[tuple[object, ...]] | None = None
-        self._regions: dict[torch.device, Regions] = {}
+        self._layout = Layout([])
 
-    @contextmanager
-    def regions(self) -> Iterator[dict[torch.device, Regions]]:
-        """The regions by device, for one pass.
-
-        Copies stand for tensors that are not contiguous, and are written back at the end.
-        """
-        now = None if self._seen is None else self._signature()
-        if now is not None and now == self._seen:
-            yield self._regions
-            return
-        self._seen = None
-        regions, copies = self._lay_out()
-        if not copies:  # copies would not follow their tensors
-            self._regions, self._seen = regions, self._signature()
-        yield regions
-        for tensor, dense in copies:
-            tensor.copy_(dense)
+    def layout(self) -> Layout:
+        """The regions, checked; those of the pass before where no tensor's memory has changed."""
+        if self._seen is None or self._signature() != self._seen:
+            self._seen = None
+            self._layout = self._lay_out()
+            self._seen = self._signature()
+        return self._layout
 
     def _signature(self) -> list[tuple[object, ...]]:
-        """What must not change for addresses to hold."""
-        return [(t.data_ptr(), t.dtype, t.numel(), t.is_contiguous()) for t in self.tensors]
+        """What must not change for addresses to hold; a storage that is freed moves, too."""
+        return [
+            (t.data_ptr(), t.dtype, t.numel(), t.is_contiguous() or (t.shape, t.stride()))
+            for t in self.tensors
+        ]
 
-    def _lay_out(self) -> tuple[dict[torch.device, Regions], list[tuple[Tensor, Tensor]]]:
-        by_device: dict[torch.device, list[Region]] = {}
+    def _lay_out(self) -> Layout:
+        regions: list[Region] = []
         seen: set[int] = set()
-        spans: dict[torch.device, list[Span]] = {}
-        copies: list[tuple[Tensor, Tensor]] = []
         every = zip(self.tensors, self.indices, self.offsets, self._rectangles, strict=True)
         for position, (tensor, index, offset, rectangle) in enumerate(every):
             check_weight(tensor, f"tensors[{position}]")
@@ -191,20 +172,11 @@ class Weights:
             if id(tensor) in seen:
                 raise ValueError(f"tensors[{position}] must not be in the list twice")
             seen.add(id(tensor))
-            if not tensor.is_contiguous() or tensor.is_neg():
-                tensor = tensor.detach()
-                dense = tensor.resolve_neg().contiguous()
-                copies.append((tensor, dense))
-                tensor = dense
-            else:
-                start = tensor.data_ptr()
-                span = start, start + tensor.nbytes, position
-                spans.setdefault(tensor.device, []).append(span)
-            region = Region(tensor, index, offset, *rectangle)
-            by_device.setdefault(tensor.device, []).append(region)
-        for on_device in spans.values():
-            _check_apart(on_device)
-        return {device: Regions(regions) for device, regions in by_device.items()}, copies
+            regions.append(Region(tensor, index, offset, *rectangle))
+        if shared := first_shared(self.tensors):
+            first, second = shared
+            raise ValueError(f"tensors[{second}] must not share memory with tensors[{first}]")
+        return Layout(regions)
 
     def mark_changed(self) -> None:
         """Tell autograd that the data changed, as torch's own in-place operations do."""

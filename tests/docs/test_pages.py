@@ -46,6 +46,23 @@ def test_no_block_escapes():
                 assert block.language in LANGUAGES, f"{section.file}:{block.line}"
 
 
+def test_loops_clear_gradients():
+    """Or a reader who copies one trains on sums of them; zeroth order alone has none."""
+    modules = [pytest.importorskip(name) for name in modules_with_examples()]
+    shown = [(name, code) for m in modules for name, code, _ in docstring_examples(m)]
+    shown += [
+        (section.name, block.code)
+        for path in pages()
+        for section in sections(path)
+        for block in section.blocks
+    ]
+    steps = ("for ", "optimizer.step(lambda")
+    loops = [(name, code) for name, code in shown if all(part in code for part in steps)]
+    assert len(loops) > 5
+    for name, code in loops:
+        assert "zero_grad()" in code or 'mode="zo"' in code, name
+
+
 @pytest.mark.parametrize("name", modules_with_examples())
 def test_docstring_examples(name):
     """They see the names of their module, as in doctest, those of the pages, and a fine-tune."""

@@ -124,8 +124,8 @@ def test_steps_that_are_missing(path):
         (dict(distribution="rademacher"), "distribution='gaussian'.*'rademacher'"),
         (dict(rounding="nearest"), "rounding='stochastic'"),
         (dict(perturbation="streamed"), "perturbation='in_place'"),
-        (dict(dtype=torch.bfloat16), "dtypes are"),
-        (dict(adapter=False), "names are"),
+        (dict(dtype=torch.bfloat16), "must have the dtype of .* float32, got bfloat16"),
+        (dict(adapter=False), "journal has 4 names, not 6"),
     ],
 )
 def test_another_optimizer(options, message, path):

@@ -41,12 +41,12 @@ def perturb(w, direction, rounding, backend):
 
 
 def perturb_copy(w, direction, rounding, backend):
-    with torch.no_grad(), w.regions() as by_device:
-        regions = by_device[CPU]
-        sources = [region.tensor.clone() for region in regions]
-        for region in regions:
-            region.tensor.fill_(math.nan)
-        backend_for(CPU, backend).perturb_copy(regions, sources, Shift(direction, 0.25))
+    with torch.no_grad():
+        for device, regions in w.layout().parts():
+            sources = [region.tensor.clone() for region in regions]
+            for region in regions:
+                region.tensor.fill_(math.nan)
+            backend_for(device, backend).perturb_copy(regions, sources, Shift(direction, 0.25))
 
 
 def update(w, direction, rounding, backend):
@@ -74,10 +74,11 @@ def replay(w, direction, rounding, backend):
 
 
 def fill_noise(w, direction, rounding, backend):
-    with torch.no_grad(), w.regions() as by_device:
-        for region in by_device[CPU]:
-            region.tensor.fill_(math.nan)
-            backend_for(CPU, backend).fill_noise(region, direction)
+    with torch.no_grad():
+        for device, regions in w.layout().parts():
+            for region in regions:
+                region.tensor.fill_(math.nan)
+                backend_for(device, backend).fill_noise(region, direction)
 
 
 ROUNDINGS_OF_EACH = {perturb: 2, perturb_copy: 1, update: 2, replay: 4, fill_noise: 1}

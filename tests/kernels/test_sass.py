@@ -72,6 +72,16 @@ def test_nothing_spills(rows):
     assert {r["spill_bytes"] for r in ours} == {0}
 
 
+def test_share_of_threads_that_registers_serve(rows):
+    """What is said beside the tile's size."""
+    ours = [r for r in rows if r["kernel"] not in ("tl.randn4x perturb", "copy")]
+    for one in ours:
+        held = one["occupancy"]
+        assert held == 1 if one["kernel"] == "perturb" else held >= 0.4
+        blocks = round(held * 16)  # of 128 threads
+        assert blocks * 128 * one["registers"] <= 65536
+
+
 def test_stock_generator_is_listed(rows):
     stock = row(rows, "tl.randn4x perturb", "gaussian")
     assert stock["instructions_per_element"] > 60
@@ -103,9 +113,17 @@ for dtype, distribution in itertools.product(sass.DTYPES, sass.KINDS):
     rounding = "stochastic" if "16" in dtype else "nearest"
     compiled(dtype, distribution, rounding, ALIGNED=False)
     compiled(dtype, distribution, rounding, SEVERAL=True, SAME=False, KEYS_ON_DEVICE=True)
-mixed = dict(UPDATE=2, SEVERAL=True, SAME=False, KEYS_ON_DEVICE=True, KIND_A=-1)
+BOTH = sass.kernels.MIXED.value
+mixed = dict(UPDATE=BOTH, SEVERAL=True, SAME=False, KEYS_ON_DEVICE=True, KIND_A=-1)
 compiled("float16", "gaussian", "stochastic", **mixed)
 compiled("float16", "gaussian", "stochastic", **mixed, ALIGNED=False)
+# recover along one distribution, update along one or several of the other, or of both
+cases = [(0, 1, True), (1, 0, True), (0, 1, False), (1, 0, False), (0, BOTH, True), (1, BOTH, True)]
+for recover, update, several in cases:
+    kinds = dict(KIND_A=recover, UPDATE=update, SEVERAL=several, SAME=False, KEYS_ON_DEVICE=True)
+    compiled("bfloat16", "gaussian", "stochastic", **kinds)
+    compiled("float32", "gaussian", "nearest", **kinds, ALIGNED=False)
+    compiled("float64", "gaussian", "nearest", **kinds)
 other = dict(KIND_A=0, KIND_B=1, UPDATE=-1, DECAY=False, SAME=False, KEYS_ON_DEVICE=True)
 compiled("bfloat16", "gaussian", "nearest", **other)
 compiled("float32", "gaussian", "nearest", **other, SOURCE=1, ALIGNED=False)
@@ -120,6 +138,28 @@ def test_every_path_compiles():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert "all compiled" in done.stdout, done.stderr[-2000:]
+
+
+ALIGNMENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import sass
+
+for kernel in (sass.kernels.pass_kernel, sass.kernels.keys_kernel):
+    for param in kernel.params:
+        if not param.is_constexpr and not param.do_not_specialize:
+            assert param.do_not_specialize_on_alignment, param.name
+            print(param.name)
+"""
+
+
+def test_alignment_makes_no_variants():
+    """Of pointers to numbers that are read one by one; weights' addresses are numbers."""
+    command = [sys.executable, "-c", ALIGNMENT, str(SCRIPT.parent)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    names = ["table", "items", "keys", "coefficients", "rate", "keys", "device_step"]
+    assert done.stdout.split() == names, done.stderr[-2000:]
 
 
 def test_exceeded_budgets_are_found(monkeypatch):

@@ -18,6 +18,7 @@ from arranged import (
     RUNS,
     TENSORS,
     Arranged,
+    agree,
     alike,
     interpreted_kernels,
     of_each,
@@ -210,6 +211,24 @@ def test_updates_along_many_signs_are_the_formula(element_noise, samples, recove
     place = {"indices": [index], "offsets": [offset]}
     update_([w], directions, coefficients, lr, recover=shift, **place, **HERE)
     assert same_bits(w, expected)
+
+
+@pytest.mark.parametrize("offset", [2**33, 2**33 + 8, 5])
+@pytest.mark.parametrize("samples", [1, 2, 5])
+@pytest.mark.parametrize(("back", "along"), [(GAUSSIAN, RADEMACHER), (RADEMACHER, GAUSSIAN)])
+def test_updates_recover_along_another_distribution(back, along, samples, offset):
+    directions = [along._replace(sample=s) for s in range(samples)]
+    coefficients, shift = weights((samples,), torch.float32, 5, 1.0), Shift(back, 0.25)
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for backend in ("triton", "reference"):
+            w = [weights((203,), dtype), weights((24,), dtype, 1)]
+            place = {"offsets": [offset, 8], "backend": backend}
+            update_(w, directions, coefficients, 0.1, recover=shift, **place)
+            results.append(w)
+        for ours, wanted in zip(*results, strict=True):
+            assert agree(ours, wanted, GAUSSIAN, roundings=2 + samples)
+            assert not torch.equal(ours, weights(tuple(ours.shape), dtype))
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,22 @@ def test_no_warning_while_the_loss_moves():
         run(toy.optimizer("hybrid"), toy, 20)
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_warns_once_of_losses_that_are_never_finite(estimator, loss):
+    """And then does not say that the parameters do not reach the loss."""
+    x = Parameter(torch.ones(3))
+    optimizer = HybridZOFO([x], mode="zo", lr=1e-3, estimator=estimator)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(optimizer, lambda: x.sum() * loss, 19)
+        run(optimizer, x.sum, 1)
+        assert not caught
+        run(optimizer, lambda: x.sum() * loss, 25)
+    (message,) = told(caught)
+    assert "no loss was finite for 20 steps" in message
+
+
 def test_warns_once_of_a_loss_without_a_graph():
     toy = Toy()
     optimizer = toy.optimizer("hybrid")

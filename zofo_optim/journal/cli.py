@@ -6,17 +6,22 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .converted import Converted
 from .errors import JournalError
-from .match import match
-from .player import apply, check_start, choose, verify_end
+from .match import match, some
+from .player import Words, apply, check_start, choose, different, verify_end
 from .reader import Recording, read
+
+_WORDS = Words(stop="--stop", to_a_step="--stop STEP", partial="--partial", weights="--base")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,11 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            options.run(options)
     except (JournalError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _say(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning as a line: nobody looks for its place in the code."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,37 +105,44 @@ def _verify(options: argparse.Namespace) -> None:
     recording = read(options.journal)
     print(recording.fault or f"{recording.path}: all {len(recording.steps)} steps are sound")
     if options.base:
-        for file, tensors, keys in _files(recording, Checkpoint(options.base)):
-            check_start(recording, 0, _chosen(recording, file, tensors, keys))
+        checkpoint = _opened(recording, options.base, "--base")
+        for file, tensors, keys in _files(recording, checkpoint):
+            check_start(recording, 0, _chosen(recording, file, tensors, keys), _WORDS)
         print(f"{options.base}: every parameter is as at the journal's start")
     if options.result:
         count = len(recording.steps)
         if recording.fingerprints(count) is None:
             raise JournalError(f"{recording.path} has no fingerprints of its last weights")
-        for file, tensors, keys in _files(recording, Checkpoint(options.result)):
-            if not verify_end(recording, count, _chosen(recording, file, tensors, keys), "auto"):
-                raise JournalError(f"{file} has not the weights that were trained")
+        checkpoint = _opened(recording, options.result, "--result")
+        for file, tensors, keys in _files(recording, checkpoint):
+            wrong = different(recording, count, _chosen(recording, file, tensors, keys))
+            if wrong:
+                raise JournalError(
+                    f"--result {file} has not the weights that were trained: {some(wrong)} differ"
+                )
         print(f"{options.result}: every parameter is as at the journal's end")
     if recording.fault:
         raise JournalError("the journal is not whole")
 
 
 def _replay(options: argparse.Namespace) -> None:
+    device = _device(options.device)
     recording = read(options.journal)
-    span = choose(recording, None, options.stop, options.partial)
-    checkpoint, out = Checkpoint(options.base), Path(options.out)
+    span = choose(recording, None, options.stop, options.partial, _WORDS)
+    out = Path(options.out)
+    checkpoint = _opened(recording, options.base, "--base")
     checkpoint.refuse_existing(out)
     for file, tensors, keys in _files(recording, checkpoint):  # all, before any is replayed
-        check_start(recording, 0, _chosen(recording, file, tensors, keys))
-    checkpoint.copy_rest(out)
+        check_start(recording, 0, _chosen(recording, file, tensors, keys), _WORDS)
     verified: set[bool | None] = set()
-    for file, tensors, keys in _files(recording, checkpoint):
-        chosen = _chosen(recording, file, tensors, keys)
-        chosen = {name: tensor.to(options.device) for name, tensor in chosen.items()}
-        apply(recording, span, chosen, progress=_Progress(file.name))
-        verified.add(verify_end(recording, span.high, chosen, "auto"))
-        tensors.update({keys[name]: tensor.cpu() for name, tensor in chosen.items()})
-        checkpoint.write(out, file, tensors)
+    with checkpoint.beside(out) as fresh:
+        for file, tensors, keys in _files(recording, checkpoint):
+            chosen = _chosen(recording, file, tensors, keys)
+            chosen = {name: tensor.to(device) for name, tensor in chosen.items()}
+            apply(recording, span, chosen, progress=_Progress(file.name))
+            verified.add(verify_end(recording, span.high, chosen, "auto"))
+            tensors.update({keys[name]: tensor.cpu() for name, tensor in chosen.items()})
+            checkpoint.write(fresh, file, tensors)
     if False in verified:
         said = "not bit-identical to those trained"
     else:
@@ -131,12 +150,43 @@ def _replay(options: argparse.Namespace) -> None:
     print(f"{out}: weights of step {span.stop}, {said}")
 
 
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # not compiled with CUDA: an assertion
+        reason = str(error).partition("\n")[0]
+        raise JournalError(
+            f"--device must be a device torch can use here, got {name!r}: {reason}"
+        ) from None
+
+
+def _opened(recording: Recording, path: str, option: str) -> Checkpoint:
+    """The weights of an option, by the names that the journal's parameters have.
+
+    As the files have them, or else as transformers makes a model of the files.
+    """
+    plain = Checkpoint(path, option)
+    try:
+        match(recording, plain.names(), str(plain))
+    except JournalError as error:
+        try:
+            converted = Converted(Path(path), option)
+            match(recording, converted.names(), str(plain))
+        except (JournalError, OSError, ValueError, RuntimeError):
+            raise JournalError(
+                f"{error}. A head that a published model lacks begins at random: save the model "
+                f"as it is before training, by save_pretrained, and give that as {option}"
+            ) from None
+        return converted
+    return plain
+
+
 _File = tuple[Path, dict[str, Tensor], dict[str, str]]
 
 
 def _files(recording: Recording, checkpoint: Checkpoint) -> Iterator[_File]:
     """Each file with its tensors, and the keys of the journal's parameters in it, by name."""
-    where = match(recording, checkpoint.names(), str(checkpoint.path))
+    where = match(recording, checkpoint.names(), str(checkpoint))
     for file, tensors in checkpoint.tensors():
         yield file, tensors, {name: key for name, key in where.items() if key in tensors}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from zofo_kernels import NOISE_VERSION
 
+from ..names import difference
 from ..optimizer import HybridZOFO
 from ..zo_groups import ZOGroup
 from .errors import JournalError
@@ -101,10 +103,49 @@ def check_same(recording: Recording, header: dict[str, Any]) -> None:
                 f"{recording.path} was made with {key}={theirs[key]!r}, the optimizer has "
                 f"{ours[key]!r}"
             )
-    for key in ("names", "shapes", "dtypes", "indices"):
-        wanted, found = ([group[key] for group in h["groups"]] for h in (theirs, ours))
-        if wanted != found:
+    if len(ours["groups"]) != len(theirs["groups"]):
+        raise JournalError(
+            f"{recording.path} is of {len(theirs['groups'])} zeroth-order groups, the optimizer "
+            f"has {len(ours['groups'])}"
+        )
+    for position, (mine, other) in enumerate(zip(ours["groups"], theirs["groups"], strict=True)):
+        found = difference(mine["names"], other["names"])
+        if found is not None:
             raise JournalError(
-                f"{recording.path} is of other zeroth-order parameters: {key} are {wanted} there, "
-                f"{found} in the optimizer"
+                f"zeroth-order group {position} must have the names of {recording.path} in the "
+                f"same order, as the noise of a parameter goes by its place, but the journal has "
+                f"{found}"
             )
+        for key, what in (("shapes", "shape"), ("dtypes", "dtype"), ("indices", "noise index")):
+            for name, here, there in zip(mine["names"], mine[key], other[key], strict=True):
+                if here != there:
+                    raise JournalError(
+                        f"parameter {name!r} must have the {what} of {recording.path}, "
+                        f"{there}, got {here}"
+                    )
+
+
+class Kinds:
+    """The shapes and dtypes with which a journal's parameters began; a record is of no others."""
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        groups = header["groups"]
+        self._names = [name for group in groups for name in group["names"]]
+        self._wanted = [
+            (torch.Size(shape), getattr(torch, dtype))
+            for group in groups
+            for shape, dtype in zip(group["shapes"], group["dtypes"], strict=True)
+        ]
+
+    def change(self, groups: Sequence[ZOGroup]) -> str | None:
+        """What has changed since, for a message; called in every step, so it must be quick."""
+        found = [(p.shape, p.dtype) for group in groups for p in group.params]
+        if found == self._wanted:
+            return None
+        for name, wanted, got in zip(self._names, self._wanted, found, strict=False):
+            if wanted != got:
+                return (
+                    f"parameter {name!r} had shape {tuple(wanted[0])} and dtype {wanted[1]}, and "
+                    f"has shape {tuple(got[0])} and dtype {got[1]} now"
+                )
+        return f"there were {len(self._wanted)} zeroth-order parameters, and are {len(found)} now"

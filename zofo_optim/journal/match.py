@@ -12,13 +12,13 @@ from .reader import Recording
 
 
 def match(recording: Recording, available: Iterable[str], where: str) -> dict[str, str]:
-    """For each parameter of the journal its name in ``available``, with or without peft's parts.
+    """For each parameter of the journal its name in ``available``; see :func:`match_names`.
 
     Raises:
         JournalError: some have none.
     """
     names = recording.names()
-    found = match_names(names, available)
+    found = match_names(names, available, heads=True)
     missing = [name for name in names if name not in found]
     if missing:
         raise JournalError(

@@ -101,7 +101,25 @@ def replay(
     return Replayed(span.start, span.stop, verified)
 
 
-def choose(recording: Recording, start: int | None, stop: int | None, partial: bool) -> Span:
+class Words(NamedTuple):
+    """What messages call the arguments."""
+
+    stop: str = "stop"
+    to_a_step: str = "stop=<step>"
+    partial: str = "partial=True"
+    weights: str = "model"
+
+
+PYTHON = Words()
+
+
+def choose(
+    recording: Recording,
+    start: int | None,
+    stop: int | None,
+    partial: bool,
+    words: Words = PYTHON,
+) -> Span:
     """The records to apply; see :func:`replay` for what it raises."""
     version = recording.header["noise_version"]
     if version != NOISE_VERSION:
@@ -119,14 +137,21 @@ def choose(recording: Recording, start: int | None, stop: int | None, partial: b
     if stop is not None and stop > last and partial:
         end = last
     if not first <= begin <= end <= last:
+        which = (
+            f"{words.stop} must be"
+            if start is None
+            else f"start and {words.stop} must be in order and"
+        )
+        got = f"{end}" if start is None else f"{begin} and {end}"
         raise JournalError(
-            f"start and stop must be in order and within the journal's sound steps {first} to "
-            f"{last}, got {begin} and {end}" + (f"; {recording.fault}" if recording.fault else "")
+            f"{which} within the journal's sound steps {first} to {last}, got {got}"
+            + (f"; {recording.fault}" if recording.fault else "")
         )
     if recording.fault and (stop is None or stop > last):
         if not partial:
             raise JournalError(
-                f"{recording.fault}. Pass partial=True to go to step {last}, or stop=<step>"
+                f"{recording.fault}. Pass {words.partial} to go to step {last}, or "
+                f"{words.to_a_step}"
             )
         warnings.warn(f"{recording.fault}; replaying up to step {last}", stacklevel=caller_level())
     low = sum(parts[0].step < begin for parts in steps)
@@ -134,16 +159,18 @@ def choose(recording: Recording, start: int | None, stop: int | None, partial: b
     return Span(low, high, begin, end, steps[low:high])
 
 
-def check_start(recording: Recording, low: int, found: Mapping[str, Tensor]) -> None:
+def check_start(
+    recording: Recording, low: int, found: Mapping[str, Tensor], words: Words = PYTHON
+) -> None:
     """These weights, some or all, are as the journal says before its record ``low``.
 
     Raises:
         JournalError: they are not; names the parameters.
     """
-    wrong = _different(recording, low, found)
+    wrong = different(recording, low, found)
     if wrong:
         raise JournalError(
-            f"model must have the weights that {recording.path} starts from, but "
+            f"{words.weights} must have the weights that {recording.path} starts from, but "
             f"{len(wrong)} of {len(found)} zeroth-order parameters differ: {some(wrong)}; is it "
             "the same base model and revision, in the same dtype? The journal's metadata: "
             f"{recording.header['metadata']}"
@@ -158,7 +185,7 @@ def verify_end(
     Raises:
         JournalError: they differ though they must not.
     """
-    wrong = _different(recording, high, found)
+    wrong = different(recording, high, found)
     if not wrong:
         return None if wrong is None else True
     if recording.header["distribution"] == "rademacher":
@@ -176,7 +203,7 @@ def verify_end(
     return False
 
 
-def _different(recording: Recording, count: int, found: Mapping[str, Tensor]) -> list[str] | None:
+def different(recording: Recording, count: int, found: Mapping[str, Tensor]) -> list[str] | None:
     """Names whose fingerprints differ after ``count`` records; None where it has none."""
     known = recording.fingerprints(count)
     if known is None:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import caller_level
-from ..listeners import Listener, Move
+from ..listeners import Estimated, Listener, Move
 from ..optimizer import HybridZOFO
 from ..rules import Update
 from ..zo_groups import ZOGroup
 from .errors import JournalError
 from .fingerprint import fingerprints
 from .format import Chain, Part, decode_records, encode_header, precise
-from .header import check_recordable, check_same, header_of
+from .header import Kinds, check_recordable, check_same, header_of
 from .match import some
 from .reader import Recording, read
 
@@ -50,7 +50,9 @@ class Journal(Listener):
     outlives the process; every ``fsync_every`` steps it is made to outlive the machine. With
     first-order groups, save these (the adapter) and ``optimizer.state_dict()`` as usual; the
     base model need not be saved. Close it at the end, or use it in a ``with`` block: a journal
-    that was not closed may lack steps, and is replayed only with ``partial=True``.
+    that was not closed may lack steps, and is replayed only with ``partial=True``. Where a
+    zeroth-order parameter gets another shape or dtype, the next step or stamp raises JournalError,
+    and the journal is over.
 
     Args:
         path: the file; it must not exist, unless ``resume=True``.
@@ -68,6 +70,7 @@ class Journal(Listener):
     Example:
         >>> with Journal("run.zofo").attach(optimizer):
         ...     for batch in loader:
+        ...         optimizer.zero_grad()
         ...         optimizer.step(lambda: model(**batch).loss)
     """
 
@@ -91,6 +94,7 @@ class Journal(Listener):
         self._file: Any = None
         self._chain: Chain
         self._header: dict[str, Any] = {}
+        self._kinds: Kinds
         self._buffer = bytearray()
         self._waiting: deque[_Waiting] = deque()
         self._moves: list[Move] = []  # since the last update or record
@@ -137,6 +141,7 @@ class Journal(Listener):
             self._go_on(optimizer, header)
         else:
             self._begin(optimizer, header)
+        self._kinds = Kinds(header)
         self._optimizer = optimizer
         return optimizer.add_listener(self)
 
@@ -257,6 +262,24 @@ class Journal(Listener):
     def moved(self, move: Move) -> None:
         self._moves.append(move)
 
+    def estimated(self, estimated: Estimated) -> None:
+        self._end_if_changed()  # before the update
+
+    def _end_if_changed(self) -> None:
+        """Raise JournalError where a parameter has another shape or dtype: the journal is over."""
+        optimizer = self._require_attached()
+        change = self._kinds.change(optimizer.zo_groups())
+        if change is None:
+            return
+        self._store()
+        self._detach()
+        raise JournalError(
+            "zeroth-order parameters must keep their shape and dtype while a journal is attached, "
+            f"but {change}. {self.path} is not closed and ends at step "
+            f"{self._chain.last[0].next_step}, which replay(..., partial=True) reaches; call "
+            "close() before such a change, and begin another journal after it"
+        )
+
     def adding(self, optimizer: HybridZOFO) -> None:
         if self._optimizer is not optimizer:
             raise RuntimeError("a journal must be added by its attach(optimizer), which begins it")
@@ -272,6 +295,7 @@ class Journal(Listener):
         )
 
     def updated(self, updates: Sequence[Update]) -> None:
+        self._end_if_changed()
         paths = [_path(self._moves, position) for position in range(len(updates))]
         self._moves.clear()
         self._told = False
@@ -339,8 +363,16 @@ class Journal(Listener):
             raise
 
     def flush(self) -> None:
-        """Write all steps so far, durably. Waits for the device."""
-        self._require_attached()
+        """Write all steps so far, durably. Waits for the device.
+
+        Raises:
+            RuntimeError: not attached.
+            JournalError: a parameter has another shape or dtype than before.
+        """
+        self._end_if_changed()
+        self._store()
+
+    def _store(self) -> None:
         self._encode(wait=True)
         self._write()
         self._sync()
@@ -354,6 +386,7 @@ class Journal(Listener):
 
         Raises:
             RuntimeError: not attached, or called while a closure is evaluated.
+            JournalError: a parameter has another shape or dtype than before.
         """
         self._mark(closed=False)
 
@@ -362,6 +395,9 @@ class Journal(Listener):
 
         Args:
             stamp: see :meth:`stamp`. Does nothing where the journal is not attached.
+
+        Raises:
+            RuntimeError, JournalError: as :meth:`stamp`.
         """
         if self._optimizer is None:
             return
@@ -372,6 +408,7 @@ class Journal(Listener):
         optimizer = self._require_attached()
         if optimizer.evaluating:
             raise RuntimeError("a journal must not be stamped or closed inside a closure")
+        self._end_if_changed()
         self._encode(wait=True)
         event: dict[str, Any] = {"closed": True} if closed else {}
         groups = optimizer.zo_groups()
@@ -418,8 +455,13 @@ class Journal(Listener):
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object = None, *error: object) -> None:
+        try:
+            self.close()
+        except JournalError as failed:
+            if kind is None:
+                raise
+            warnings.warn(str(failed), stacklevel=caller_level())  # what came first is raised
 
 
 def _path(moves: Sequence[Move], position: int) -> tuple[tuple[int, float], ...]:
