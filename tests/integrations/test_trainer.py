@@ -250,6 +250,17 @@ def test_an_optimizer_of_ones_own(tmp_path):
         trainer(tmp_path, model, zo=None, optimizers=(sgd, None))
 
 
+def test_the_trainer_of_transformers_itself(tmp_path):
+    """It passes no closure to the optimizer: the error says what does."""
+    model = lora()
+    groups = hybrid_param_groups(model, zo=dict(lr=1e-3), verbose=False)
+    plain = transformers.Trainer(
+        model, arguments(tmp_path), train_dataset=DATA, optimizers=(HybridZOFO(groups), None)
+    )
+    with pytest.raises(RuntimeError, match=r"use zofo_optim\.trainer\.HybridTrainer"):
+        plain.train()
+
+
 def test_a_skipped_step_leaves_no_coefficients(tmp_path, monkeypatch):
     """As where a GradScaler finds infinite gradients: the next step starts anew."""
     done = trainer(tmp_path, options=dict(max_steps=2))
