@@ -66,13 +66,23 @@ def check_zo_defaults(mode: Any, seed: Any, mu: Any) -> None:
     check_mu(mu)
 
 
+def rounds_to_zero(group: Mapping[str, Any]) -> bool:
+    """Whether a rate below 0 is a rounding error, as schedules leave them that end at 0.
+
+    Schedulers keep the rate that they began with as ``initial_lr``. Such a rate counts as 0.
+    """
+    initial = group.get("initial_lr", 1e-6)
+    size = abs(initial) if isinstance(initial, (int, float)) else 1e-6
+    return bool(-1e-6 * size <= group["lr"] < 0.0)
+
+
 def check_step_options(group: Mapping[str, Any]) -> None:
     """Options of a ZO group that a user may change between steps; waits for no device."""
     lr, decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    elif not 0.0 <= lr < math.inf:
+    elif not (0.0 <= lr < math.inf or rounds_to_zero(group)):
         raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
     check_mu(group["mu"])
     if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
@@ -83,7 +93,7 @@ def check_zo_options(group: Mapping[str, Any]) -> None:
     """Options of a ZO group that is being added; may wait for the device."""
     check_step_options(group)
     lr = group["lr"]
-    if isinstance(lr, Tensor) and not 0.0 <= float(lr) < math.inf:
+    if not 0.0 <= float(lr) < math.inf and "initial_lr" not in group:
         raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
     check_seed(group["seed"])
 

@@ -113,7 +113,7 @@ class Estimate:
             lr = lr.detach().reshape(()).to(self.usable.device, non_blocking=True)
             return torch.where(self.usable, lr, torch.zeros_like(lr))
         dtype = torch.float32 if self.usable.device.type == "mps" else torch.float64
-        return self.usable.to(dtype) * lr
+        return self.usable.to(dtype) * max(lr, 0.0)  # schedules that end at 0 may round below it
 
     def first_order_is_healthy(self, parameters: Iterable[Tensor]) -> bool:
         """False where the FO step must be skipped, as a clean loss was not finite.
