@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import caller_level
+from .checks import STATEFUL, caller_level
 from .evaluation import Evaluation
 from .settings import Settings
 from .zo_groups import ZOGroup
+
+NO_ESTIMATE = (
+    "step() needs a closure that returns the loss: call step(closure), or backward(closure) before "
+    "step(). Where a trainer calls step() for you, let it pass its training step as the closure: "
+    "for transformers' Trainer use zofo_optim.trainer.HybridTrainer, or HybridTrainerMixin for its "
+    "subclasses; in Lightning's manual optimization call self.optimizers().step(closure)"
+)
 
 
 class Advice:
@@ -27,8 +34,20 @@ class Advice:
             self._said.add(topic)
             warnings.warn(message, stacklevel=caller_level())
 
-    def about_gradients(self, groups: Sequence[ZOGroup], first_order: Sequence[Tensor]) -> None:
-        """Gradients that nothing uses, and frozen parameters that get none."""
+    def about_groups(
+        self,
+        groups: Sequence[ZOGroup],
+        first_order: Sequence[Tensor],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Momentum that no group has, gradients that nothing uses, parameters that get none."""
+        idle = [f"{name}={options[name]!r}" for name in STATEFUL if options.get(name)]
+        if idle and not first_order:
+            self.once(
+                "momentum",
+                f"{', '.join(idle)} does nothing, as zeroth-order groups keep no state and there "
+                "is no group with mode='fo'; leave it out",
+            )
         frozen = sum(not p.requires_grad for p in first_order)
         if 0 < frozen < len(first_order) and not groups:
             self.once(

@@ -14,10 +14,21 @@ from torch import Tensor
 from zofo_kernels import check_weight
 from zofo_kernels.memory import first_shared, has_memory
 
+from .first_order import FirstOrder
 from .settings import Settings
 from .zo_groups import ZOGroup
 
 MODES = ("zo", "fo")
+ZO_OPTIONS = ("lr", "mu", "weight_decay", "maximize", "seed")
+STATEFUL = ("momentum", "dampening", "nesterov")
+OFF_BY_ZERO = (*STATEFUL, "weight_decay", "maximize", "capturable")
+"""Options that a group may set to 0 though it lacks them, as it then does what they say."""
+NOTES = (
+    *("params", "param_names", "mode"),
+    *("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"),  # schedulers'
+    *("name", "group_name", "lr_scale"),  # read by loggers and schedulers of other libraries
+)
+"""What any group may hold beside options."""
 INSIDE = ("zofo_optim", "torch")
 """Packages whose frames a warning skips."""
 
@@ -48,49 +59,109 @@ def check_mu(mu: Any) -> None:
         raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
 
 
+def check_zo_defaults(mode: Any, seed: Any, mu: Any) -> None:
+    """Of groups that set none; also without ZO groups, as one may be added later."""
+    check_mode(mode)
+    check_seed(seed)
+    check_mu(mu)
+
+
+def rounds_to_zero(group: Mapping[str, Any]) -> bool:
+    """Whether a rate below 0 is a rounding error, as schedules leave them that end at 0.
+
+    Schedulers keep the rate that they began with as ``initial_lr``. Such a rate counts as 0.
+    """
+    initial = group.get("initial_lr", 1e-6)
+    size = abs(initial) if isinstance(initial, (int, float)) else 1e-6
+    return bool(-1e-6 * size <= group["lr"] < 0.0)
+
+
 def check_step_options(group: Mapping[str, Any]) -> None:
     """Options of a ZO group that a user may change between steps; waits for no device."""
     lr, decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    elif not 0.0 <= lr < math.inf:
+    elif not (0.0 <= lr < math.inf or rounds_to_zero(group)):
         raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
     check_mu(group["mu"])
     if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {decay!r} (must be finite and >= 0)")
 
 
-def check_zo_options(
-    group: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
-    """Options of a ZO group; ``given`` are those that the group itself set."""
+def check_zo_options(group: Mapping[str, Any]) -> None:
+    """Options of a ZO group that is being added; may wait for the device."""
     check_step_options(group)
     lr = group["lr"]
-    if isinstance(lr, Tensor) and not 0.0 <= float(lr) < math.inf:
+    if not 0.0 <= float(lr) < math.inf and "initial_lr" not in group:
         raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
-    for option in ("momentum", "dampening", "nesterov"):
-        if given.get(option) and given[option] != defaults.get(option):
-            raise ValueError(
-                f"{option} must not be set in a group with mode='zo', which keeps no state, "
-                f"got {given[option]!r}"
-            )
     check_seed(group["seed"])
 
 
-def check_group(
-    group: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
-    """The options of a group that is being added; ``given`` are those that it set itself."""
-    check_mode(group["mode"])
-    for field in dataclasses.fields(Settings):
-        if field.name in given and field.name != "capturable":
+def check_option_names(mode: Any, given: Mapping[str, Any], first_order: FirstOrder) -> None:
+    """Options that a group sets itself: those that its mode has, and no others.
+
+    Raises:
+        TypeError: an option that groups of this mode do not have.
+        ValueError: an option of the optimizer as a whole, momentum of a ZO group, or another mode.
+    """
+    check_mode(mode)
+    if "zo_step" in given:  # a group that was in an optimizer, with all that it has there
+        return
+    known = ZO_OPTIONS if mode == "zo" else tuple(first_order.defaults)
+    may_be_off = {*OFF_BY_ZERO, *first_order.defaults}  # as where torch's SGD had the group before
+    settings = {field.name for field in dataclasses.fields(Settings)}
+    for name, value in given.items():
+        if name in known or name in NOTES:
+            continue
+        if name in settings and name != "capturable":
             raise ValueError(
-                f"{field.name} must be given to HybridZOFO, for all groups, "
-                f"got {given[field.name]!r} in a parameter group"
+                f"{name} must be given to HybridZOFO, for all groups, "
+                f"got {value!r} in a parameter group"
             )
+        if name in may_be_off and not isinstance(value, Tensor) and not value:
+            continue
+        if name in STATEFUL and mode == "zo":
+            raise ValueError(
+                f"{name} must not be set in a group with mode='zo', which keeps no state, "
+                f"got {value!r}"
+            )
+        of = "" if mode == "zo" else f" and fo_optimizer={first_order.name}"
+        raise TypeError(
+            f"{name!r} is no option of a group with mode={mode!r}{of}, got {value!r}; there are "
+            + ", ".join(known)
+        )
+
+
+def check_rate_is_given(group: Mapping[str, Any]) -> None:
+    """For ZO groups, which no default serves: at 1e-3 a language model diverges."""
+    if "lr" not in group:
+        raise ValueError(
+            "lr must be given for a group with mode='zo', in the group or to HybridZOFO; for "
+            "language models start at 1e-6, and see the page on choosing settings"
+        )
+
+
+def check_group(
+    group: Mapping[str, Any],
+    given: Mapping[str, Any],
+    first_order: FirstOrder,
+    *,
+    has_rate: bool,
+) -> None:
+    """The options of a group that is being added.
+
+    Args:
+        group: with its defaults.
+        given: what it set itself.
+        first_order: steps the FO groups.
+        has_rate: whether the optimizer was given a learning rate for all groups.
+    """
+    check_option_names(group["mode"], given, first_order)
     if group["mode"] == "zo":
-        check_zo_options(group, given, defaults)
+        check_zo_options(group)
+        if not has_rate:
+            check_rate_is_given(given)
 
 
 def check_zo_parameters(groups: Sequence[ZOGroup], first_order: Iterable[Tensor]) -> None:

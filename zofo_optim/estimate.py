@@ -14,6 +14,13 @@ from .rules import Rule, Update
 from .zo_groups import ZOGroup
 
 
+@dataclass
+class Accumulation:
+    """Holds what accumulates. Wrappers that imitate the optimizer's class share this object."""
+
+    estimate: Estimate | None = None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Sums over the accumulated micro-batches; every tensor stays on the loss's device.
@@ -106,7 +113,7 @@ class Estimate:
             lr = lr.detach().reshape(()).to(self.usable.device, non_blocking=True)
             return torch.where(self.usable, lr, torch.zeros_like(lr))
         dtype = torch.float32 if self.usable.device.type == "mps" else torch.float64
-        return self.usable.to(dtype) * lr
+        return self.usable.to(dtype) * max(lr, 0.0)  # schedules that end at 0 may round below it
 
     def first_order_is_healthy(self, parameters: Iterable[Tensor]) -> bool:
         """False where the FO step must be skipped, as a clean loss was not finite.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from zofo_kernels import interruptible
 
+from . import parallel
 from .buffers import Buffers
 from .capture import capturing
+from .frameworks import may_skip
 from .watch import ClosureWatch
 
 Closure = Callable[[], Any]
@@ -43,6 +47,10 @@ class GlobalRandomState:
             torch.get_device_module(device).set_rng_state(state, device)
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
+
+
+class NoLossError(TypeError):
+    """The closure returned None."""
 
 
 class Evaluation(NamedTuple):
@@ -114,7 +122,8 @@ def scalar_loss(returned: Any) -> Tensor:
         return returned
     if isinstance(returned, (bool, int, float, np.number, np.bool_)):
         return torch.tensor(float(returned), dtype=torch.float64, device="cpu")
-    raise TypeError(
+    error = NoLossError if returned is None else TypeError
+    raise error(
         "closure must return the loss as a tensor or a number, got "
         f"{type(returned).__name__}; does it end in 'return loss'?"
     )
@@ -157,7 +166,13 @@ class Runs:
             self._evaluator.buffers.begin()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        """Restore; and end quietly where the first run says to skip the batch."""
         try:
             for p, grad in self._aside or ():
                 p.grad = grad
@@ -165,6 +180,7 @@ class Runs:
             if self._after is not None:
                 self._after.restore()
                 self._evaluator.buffers.end()
+        return isinstance(error, NoLossError) and self._after is None and may_skip(self._closure)
 
     def __call__(self, gradients: bool) -> Evaluation:
         """Run the closure once more; see :func:`evaluate`."""
@@ -176,7 +192,8 @@ class Runs:
                 self._before.restore()
                 self._evaluator.buffers.rewind()
             inner = frozenset() if gradients else self._inner
-            result = evaluate(self._closure, gradients=gradients, inner=inner)
+            with self._evaluator.first_of_all(self._devices is not None):
+                result = evaluate(self._closure, gradients=gradients, inner=inner)
             self._inner = result.inner
         finally:
             self._evaluator.running = None
@@ -200,6 +217,17 @@ class Evaluator:
         self.running: str | None = None
         """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
         self.buffers = Buffers()
+        self._checked = False
+
+    @contextmanager
+    def first_of_all(self, zeroth_order: bool) -> Generator[None, None, None]:
+        """Around each run; the first with ZO groups must not call a model of several processes."""
+        if self._checked or not zeroth_order:
+            yield
+            return
+        with parallel.refused():
+            yield
+        self._checked = True
 
     def runs(
         self,

@@ -13,15 +13,8 @@ from torch.optim import Optimizer
 
 from zofo_kernels._torch_compat import unhooked_step
 
-OWN_DEFAULTS = {
-    "lr": 1e-3,
-    "momentum": 0,
-    "dampening": 0,
-    "weight_decay": 0,
-    "nesterov": False,
-    "maximize": False,
-    "capturable": False,
-}
+from .defaults import given, value_of
+
 NEEDLESS = ("lr", "maximize", "weight_decay", "capturable")
 """Options that a class may lack."""
 CLASS_DECIDES = ("momentum", "dampening", "nesterov")
@@ -35,7 +28,8 @@ def first_order_options(
 
     Args:
         factory: the optimizer class.
-        shared: our own arguments (lr, momentum, ...); passed on where the class has them.
+        shared: our own arguments (lr, momentum, ...), or what they are by default; passed on
+            where the class has them.
         further: options of the class only.
 
     Raises:
@@ -53,12 +47,11 @@ def first_order_options(
             raise TypeError(f"{option!r} is no option of HybridZOFO or of fo_optimizer={name}")
     bound = getattr(factory, "keywords", {})  # of a functools.partial
     for option, value in shared.items():
-        ours = isinstance(value, int | float) and value == OWN_DEFAULTS[option]
-        if ours and (option in bound or option in CLASS_DECIDES):
+        if not given(value) and (option in bound or option in CLASS_DECIDES):
             continue
-        if option in accepted or (anything and (option == "lr" or not ours)):
-            options[option] = value
-        elif option not in NEEDLESS and value:
+        if option in accepted or (anything and (option == "lr" or given(value))):
+            options[option] = value_of(value)
+        elif option not in NEEDLESS and value_of(value):
             raise TypeError(f"{option}={value!r} is no option of fo_optimizer={name}")
     # A trial instance checks the values, with the class's own messages, and fills defaults.
     trial = factory([torch.zeros(1, 1, device="cpu")], **options)
@@ -71,11 +64,23 @@ def first_order_options(
 
 
 class FirstOrder:
-    """Steps the groups with ``mode="fo"``; holds nothing that a state dict would miss."""
+    """Steps the groups with ``mode="fo"``; holds nothing that a state dict would miss.
 
-    def __init__(self, factory: Callable[..., Optimizer], options: dict[str, Any]) -> None:
+    Args:
+        factory: the optimizer class.
+        options: for its constructor.
+        defaults: what it makes of them: the options that its groups have.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[..., Optimizer],
+        options: dict[str, Any],
+        defaults: dict[str, Any],
+    ) -> None:
+        self.defaults = defaults
         self._factory = factory
-        self._options = options
+        self.options = options
         self._inner: Optimizer | None = None
 
     @property
@@ -95,12 +100,20 @@ class FirstOrder:
             shared = {"state": state, "param_groups": self._inner.param_groups}
             self._inner.__setstate__(shared)  # type: ignore[attr-defined]
 
+    def follow(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+        """Share what the optimizer has now: its user may have replaced either, or a group."""
+        if self._inner is None:
+            self.rebuild(groups, state)
+        else:
+            self._inner.param_groups = [group for group in groups if group["mode"] == "fo"]
+            self._inner.state = state  # type: ignore[assignment]
+
     def add(self, group: dict[str, Any], state: dict[Tensor, Any]) -> None:
         """Add one group; the dictionary itself is shared."""
         with warnings.catch_warnings():  # ours has warned already
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
             if self._inner is None:
-                self._inner = self._factory([group], **self._options)
+                self._inner = self._factory([group], **self.options)
             else:
                 self._inner.add_param_group(group)
         self._share(self._inner, state)

@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from zofo_kernels import check_weight
+from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from .buffers import ParamGroups
+from .parallel import check_unshared
 
 _STANDS_IN = {
     "modules_to_save": "original_module",
@@ -39,7 +41,8 @@ def hybrid_param_groups(
     Tied weights count once. Left out of the ZO group, since they do not reach the loss, are not
     the base model's or cannot be perturbed: frozen originals that an adapter replaces
     (``modules_to_save``, LayerNorm tuning, FRoD), an adapter's own frozen weights, and tensors
-    that are not float32, float64, bfloat16 or float16.
+    of integers and booleans. Frozen weights that could learn but cannot be moved here, such as
+    quantised and sharded ones, raise unless they are excluded.
 
     Args:
         model: any module; call this after peft has wrapped it.
@@ -61,7 +64,8 @@ def hybrid_param_groups(
         TypeError: ``model`` is no module, or options are no mapping.
         ValueError: an option may not be set here, a pattern matches no frozen parameter, no
             parameter is left, ``zo`` is given and there is no zeroth-order parameter, or base
-            weights are quantised by bitsandbytes or partitioned by DeepSpeed and not excluded.
+            weights are quantised, sharded, partitioned, sparse or complex and not excluded.
+        RuntimeError: the model has zeroth-order parameters, and several processes share it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -83,10 +87,10 @@ def hybrid_param_groups(
             reason = "unused"
         elif not excluded and (not wanted or included) and (packed := _packed(parameter)):
             raise ValueError(f"model must not have {packed}; {names[0]!r} is one")
-        elif not _perturbable(parameter):
-            reason = str(parameter.dtype).removeprefix("torch.")
         elif excluded or (wanted and not included):
             reason = "excluded"
+        elif not _could_learn(parameter):
+            reason = str(parameter.dtype).removeprefix("torch.")
         else:
             groups["zo"][names[0]] = parameter
             continue
@@ -106,6 +110,8 @@ def hybrid_param_groups(
             f"zo must be left out where no parameter is zeroth-order, got {zo!r}; "
             + _to_do(left_out)
         )
+    if groups["zo"]:
+        check_unshared(model)
     if verbose:
         print(_summary(groups, left_out))
     chosen_groups = [
@@ -157,7 +163,7 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _packed(parameter: Tensor) -> str | None:
-    """What is wrong with a weight that holds another one in a form that cannot be moved."""
+    """What is wrong with a weight that could learn, in a form that cannot be moved."""
     if hasattr(parameter, "ds_id"):
         return (
             "weights that DeepSpeed ZeRO-3 has partitioned: train without DeepSpeed, as zeroth "
@@ -169,15 +175,28 @@ def _packed(parameter: Tensor) -> str | None:
             "bfloat16, in which it trains at inference memory, or leave these weights out by "
             "exclude="
         )
+    if not _could_learn(parameter):
+        return None
+    advice = "leave these weights out by exclude="
+    if type(parameter).__name__ == "DTensor":
+        return (
+            "sharded weights (DTensor, of FSDP2 or tensor parallelism) in a zeroth-order group: "
+            f"train in one process on one device, without sharding, or {advice}"
+        )
+    try:
+        check_weight(parameter)
+    except TypeError as error:
+        return (
+            f"weights that cannot be perturbed in a zeroth-order group ({error}): load the base "
+            f"model unquantised, in bfloat16 for example, or {advice}"
+        )
     return None
 
 
-def _perturbable(parameter: Tensor) -> bool:
-    try:
-        check_weight(parameter)
-    except TypeError:  # an integer or complex dtype, a quantised wrapper, a sparse layout
-        return False
-    return True
+def _could_learn(parameter: Tensor) -> bool:
+    """False for integers and booleans, which hold no weight unless a quantised tensor does."""
+    wrapped = is_wrapper_subclass(parameter)
+    return wrapped or parameter.is_floating_point() or parameter.is_complex()
 
 
 def _parameters_with_all_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from . import advice, state
 from .capture import StepCounters
 from .checks import check_group, check_zo_parameters
-from .estimate import Estimate
+from .defaults import given as is_given
+from .defaults import value_of
+from .estimate import Accumulation, Estimate
 from .evaluation import Evaluator
 from .first_order import FirstOrder
 from .listeners import Listener, Listeners, Move
@@ -32,8 +34,7 @@ class GroupsAndState(Optimizer):
         params: as for a torch optimizer.
         settings: of the optimizer as a whole.
         first_order: steps the FO groups.
-        fo_defaults: group options as ``first_order`` has them.
-        zo_shared: options that both modes have, as ZO groups take them.
+        zo_shared: options that both modes have, as ZO groups take them, given or default.
         zo_defaults: options of ZO groups only.
     """
 
@@ -42,19 +43,19 @@ class GroupsAndState(Optimizer):
         params: Any,
         settings: Settings,
         first_order: FirstOrder,
-        fo_defaults: dict[str, Any],
         zo_shared: dict[str, Any],
         zo_defaults: dict[str, Any],
     ) -> None:
         self._settings = settings
         self._fo = first_order
         self._zo_shared = zo_shared
-        self._estimate: Estimate | None = None
+        self._accumulation = Accumulation()
         self._advice = advice.Advice()
         self._monitor = Monitor(self._advice)
         self._start()
+        shared = {name: value_of(value) for name, value in zo_shared.items()}
         self._constructing = True
-        super().__init__(params, {**zo_shared, **fo_defaults, **zo_defaults})
+        super().__init__(params, {**shared, **first_order.defaults, **zo_defaults})
         self._constructing = False
         self._check_parameters()
 
@@ -70,11 +71,20 @@ class GroupsAndState(Optimizer):
 
     _constructing = False  # also in optimizers that were unpickled
 
+    @property
+    def _estimate(self) -> Estimate | None:
+        return self._accumulation.estimate
+
+    @_estimate.setter
+    def _estimate(self, estimate: Estimate | None) -> None:
+        self._accumulation.estimate = estimate
+
     # ---- groups ---------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; as in torch, with ``mode``, ``mu`` and ``seed`` among its options.
 
+        Options that its mode does not have are refused, as is a ZO group without a learning rate.
         A new ZO group joins at the current step. Later ZO parameters get later noise indices.
 
         Raises:
@@ -87,10 +97,11 @@ class GroupsAndState(Optimizer):
             if param_group.get("mode", self.defaults["mode"]) == "zo":
                 self._listeners.group_adding(param_group)
                 for name, value in self._zo_shared.items():  # not what fo_optimizer made of them
-                    param_group.setdefault(name, value)
+                    param_group.setdefault(name, value_of(value))
         super().add_param_group(param_group)
         try:
-            check_group(param_group, given, self.defaults)
+            has_rate = is_given(self._zo_shared["lr"])
+            check_group(param_group, given, self._fo, has_rate=has_rate)
             if not self._constructing:
                 self._check_parameters()
             if param_group["mode"] == "fo":
@@ -134,19 +145,22 @@ class GroupsAndState(Optimizer):
         self._listeners.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_zo_shared", "_fo", "_estimate", "_monitor", "_advice")
+        own = ("_settings", "_zo_shared", "_fo", "_accumulation", "_monitor", "_advice")
         kept = {name: self.__dict__[name] for name in own}
         return {**super().__getstate__(), **kept, "_moves": self._perturbation.moves}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
+        state_ = dict(state_)
         moves = state_.pop("_moves", None)
-        state.check_same_modes(self.__dict__.get("param_groups"), state_["param_groups"])
-        state.check_same_names(self.__dict__.get("param_groups"), state_["param_groups"])
+        loaded = state_.get("param_groups", ())  # torch's need no groups either
+        state.check_same_modes(self.__dict__.get("param_groups"), loaded)
+        state.check_same_names(self.__dict__.get("param_groups"), loaded)
         super().__setstate__(state_)
         state.fill_defaults(self.param_groups, self.defaults)
         if moves is not None:  # unpickled, not loaded
             self._start()
             self._perturbation.moves = moves
+            self._accumulation = Accumulation(self._estimate)  # a shallow copy has its own
         self._fo.rebuild(self.param_groups, self.state)
 
     def __repr__(self) -> str:
@@ -154,10 +168,12 @@ class GroupsAndState(Optimizer):
 
     def train(self) -> None:
         """Switch ``fo_optimizer`` to training, if it has modes, as schedule-free optimizers do."""
+        self._fo.follow(self.param_groups, self.state)
         self._fo.switch("train")
 
     def eval(self) -> None:
         """Switch ``fo_optimizer`` to evaluation, if it has modes."""
+        self._fo.follow(self.param_groups, self.state)
         self._fo.switch("eval")
 
     # ---- what can be read -----------------------------------------------------------------------

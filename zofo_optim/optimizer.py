@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
+
+from .advice import NO_ESTIMATE
 from .buffers import Buffers, module_of
 from .capture import check_capture
-from .checks import check_mode, check_mu, check_seed, check_step_options
+from .checks import check_step_options, check_zo_defaults
+from .defaults import default, value_of
 from .estimate import Estimate
 from .estimators import ESTIMATORS
-from .evaluation import Closure
+from .evaluation import Closure, Evaluation
 from .first_order import FirstOrder, first_order_options
+from .frameworks import unless_empty
 from .groups_and_state import GroupsAndState
 from .modes import undisturbed
 from .perturbation import Perturbation
@@ -48,7 +53,8 @@ class HybridZOFO(GroupsAndState):
 
     Args:
         params: tensors, named tensors or groups; see :func:`hybrid_param_groups`.
-        lr: learning rate of groups that set none; number or one-element tensor.
+        lr: learning rate of groups that set none; number or one-element tensor. No default serves
+            ZO groups: theirs is given here or in the group.
         mode: "fo" or "zo", for groups that set none.
         momentum, dampening, nesterov: for FO groups, where ``fo_optimizer`` has them; left alone,
             its own defaults hold.
@@ -95,14 +101,14 @@ class HybridZOFO(GroupsAndState):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = default(1e-3),
         *,
         mode: str = "fo",
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        maximize: bool = False,
+        momentum: float = default(0),
+        dampening: float = default(0),
+        weight_decay: float = default(0),
+        nesterov: bool = default(False),
+        maximize: bool = default(False),
         mu: float = 1e-3,
         estimator: str = "two_sided",
         num_samples: int = 1,
@@ -114,19 +120,12 @@ class HybridZOFO(GroupsAndState):
         seed: int = 0,
         backend: str = "auto",
         restore_buffers: bool | torch.nn.Module = True,
-        capturable: bool = False,
+        capturable: bool = default(False),
         fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         **fo_options: Any,
     ) -> None:
-        shared = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
+        shared = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+        shared.update(nesterov=nesterov, maximize=maximize, capturable=capturable)
         settings = Settings(
             estimator=estimator,
             num_samples=num_samples,
@@ -136,26 +135,25 @@ class HybridZOFO(GroupsAndState):
             rounding=rounding,
             nonfinite=nonfinite,
             backend=backend,
-            capturable=capturable,
+            capturable=value_of(capturable),
         )
-        options, fo_defaults = first_order_options(fo_optimizer, shared, fo_options)
-        check_mode(mode)
-        check_seed(seed)
-        check_mu(mu)
+        options = first_order_options(fo_optimizer, shared, fo_options)
+        first_order = FirstOrder(fo_optimizer, *options)
+        check_zo_defaults(mode, seed, mu)
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
-        first_order = FirstOrder(fo_optimizer, options)
         buffers = Buffers(module_of(params, restore_buffers))
-        super().__init__(params, settings, first_order, fo_defaults, zo_shared, zo_defaults)
+        super().__init__(params, settings, first_order, zo_shared, zo_defaults)
         self._evaluator.buffers = buffers
 
     # ---- a step: read from here down ----------------------------------------------------------
 
+    @uncompiled
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """``backward(closure)``, then update all groups; without closure, only the update.
 
         Returns:
-            As :meth:`backward`; None without closure.
+            As :meth:`backward`; None without closure, or where Lightning skips the batch.
 
         Raises:
             RuntimeError: no closure, and no ``backward(closure)`` since the last step.
@@ -163,12 +161,15 @@ class HybridZOFO(GroupsAndState):
                 changed.
         """
         returned = None
+        closure = unless_empty(closure)
         with undisturbed(), self._at_rest() as perturbation:
             if closure is not None:
                 returned = self._add_estimate(closure, perturbation)
-            self._apply(perturbation)
+            if self._estimate is not None or closure is None:
+                self._apply(perturbation)
         return returned
 
+    @uncompiled
     def backward(self, closure: Closure) -> Any:
         """Evaluate the closure, leave gradients in ``.grad`` and coefficients in the optimizer.
 
@@ -201,14 +202,16 @@ class HybridZOFO(GroupsAndState):
         """Evaluate at all points and add to the estimate; leaves the weights displaced."""
         groups, settings = perturbation.groups, self._settings
         first_order = [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
-        self._advice.about_gradients(groups, first_order)
+        self._advice.about_groups(groups, first_order, self._fo.options)
         estimator = ESTIMATORS[settings.estimator]
         samples = settings.num_samples if groups else 0
         points = estimator.points(samples, first_order=bool(first_order))
-
         devices = {p.device for g in self.param_groups for p in g["params"]}
+        evaluations: list[Evaluation] = []
         with self._evaluator.runs(closure, first_order, devices if groups else None) as evaluate:
             evaluations = perturbation.visit(self._replicas.mine(points), evaluate)
+        if not evaluations:  # the closure skips the batch
+            return None
         self._advice.about_losses(evaluations, groups, first_order)
         has_clean = points[0].sign == 0
         if not groups:
@@ -237,27 +240,30 @@ class HybridZOFO(GroupsAndState):
     def _apply(self, perturbation: Perturbation) -> None:
         """The FO step first: if it raises, the perturbation still restores the ZO weights."""
         estimate, groups = self._estimate, perturbation.groups
+        self._fo.follow(self.param_groups, self.state)
+        if making_optimizer_state():
+            self._fo.step()  # by zero gradients; the estimate waits
+            return
         if estimate is None:
-            raise RuntimeError(
-                "step() needs a closure that returns the loss: call step(closure), or "
-                "backward(closure) before step()"
-            )
+            raise RuntimeError(NO_ESTIMATE)
         # what can fail for lack of memory comes before any weight changes
-        rule = RULES[self._settings.zo_rule]
-        updates = estimate.updates(groups, rule, self._settings.distribution)
+        settings = self._settings
+        updates = estimate.updates(groups, RULES[settings.zo_rule], settings.distribution)
         if estimate.first_order_is_healthy(self._fo.parameters()):
             self._fo.step()
         perturbation.update(updates)
-        if self._settings.capturable:
+        if settings.capturable:
             updates = [update.frozen() for update in updates]
         for group in groups:
             group.options["zo_step"] += 1
         self._estimate = None
         self._listeners.updated(updates)
 
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""
         if self._evaluator.running == "repeat":
             return
-        self._estimate = None
+        if not making_optimizer_state():
+            self._estimate = None
         super().zero_grad(set_to_none)

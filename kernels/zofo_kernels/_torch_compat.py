@@ -6,15 +6,20 @@ Each name says what is asked; how torch answers may change with its version.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 SET_GRAD_ENABLED: Callable[..., Any] = torch._C._set_grad_enabled
 """What ``torch.set_grad_enabled`` and its like call; a torch-function mode sees this call."""
@@ -77,3 +82,26 @@ def unhooked_step(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
     return step
+
+
+def uncompiled(function: _Function) -> _Function:
+    """Decorates what ``torch.compile`` must call and not trace; imports no compiler by itself."""
+    wrapped: Any = _disable_dynamo(function)
+    return wrapped  # type: ignore[no-any-return]
+
+
+def making_optimizer_state() -> bool:
+    """Whether ``torch.distributed.checkpoint`` calls an optimizer only to have its state made.
+
+    It sets zero gradients and rates of 0, calls ``step()`` and then ``zero_grad()``.
+    """
+    if "torch.distributed.checkpoint.state_dict" not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):  # hooks and the compiler's guard lie between
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "_init_optim_state":
+            return str(frame.f_globals.get("__name__", "")).startswith("torch.distributed.")
+        frame = frame.f_back
+    return False

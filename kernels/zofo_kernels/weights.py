@@ -37,7 +37,7 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
         kind = type(tensor).__name__ if wrapper else tensor.layout
         raise TypeError(
             f"{name} is a {kind}, not a dense tensor: quantised, sharded and sparse weights "
-            "cannot be perturbed in place"
+            "cannot be perturbed in place; load them unquantised and unsharded, or leave them out"
         )
     if tensor.is_meta:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")

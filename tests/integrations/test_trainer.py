@@ -201,7 +201,7 @@ def test_saved_weights_load_into_base_and_peft_models(tmp_path):
 
 def test_weights_that_cannot_be_loaded(tmp_path):
     model = lora()
-    optimizer = HybridZOFO(hybrid_param_groups(model, verbose=False))
+    optimizer = HybridZOFO(hybrid_param_groups(model, verbose=False), lr=1e-3)
     with pytest.raises(FileNotFoundError, match=r"zo_weights\.safetensors"):
         load_base_weights(model, tmp_path)
     save_base_weights(optimizer, model, tmp_path)
@@ -248,6 +248,17 @@ def test_an_optimizer_of_ones_own(tmp_path):
     sgd = torch.optim.SGD(optimizer.param_groups[1]["params"])
     with pytest.raises(TypeError, match=r"must hold a HybridZOFO.*got SGD"):
         trainer(tmp_path, model, zo=None, optimizers=(sgd, None))
+
+
+def test_the_trainer_of_transformers_itself(tmp_path):
+    """It passes no closure to the optimizer: the error says what does."""
+    model = lora()
+    groups = hybrid_param_groups(model, zo=dict(lr=1e-3), verbose=False)
+    plain = transformers.Trainer(
+        model, arguments(tmp_path), train_dataset=DATA, optimizers=(HybridZOFO(groups), None)
+    )
+    with pytest.raises(RuntimeError, match=r"use zofo_optim\.trainer\.HybridTrainer"):
+        plain.train()
 
 
 def test_a_skipped_step_leaves_no_coefficients(tmp_path, monkeypatch):
@@ -462,7 +473,9 @@ def test_trainers_that_buffer_batches_are_refused(tmp_path):
 
 def test_base_weights_are_not_rounded(tmp_path):
     model = lora()
-    save_base_weights(HybridZOFO(hybrid_param_groups(model, verbose=False)), model, tmp_path)
+    save_base_weights(
+        HybridZOFO(hybrid_param_groups(model, verbose=False), lr=1e-3), model, tmp_path
+    )
     with pytest.raises(ValueError, match=r"holds the torch.float32 weights"):
         load_base_weights(base_model().bfloat16(), tmp_path)
     load_base_weights(base_model().double(), tmp_path)

@@ -199,7 +199,7 @@ def test_a_long_training_of_a_large_model_is_small(path):
     named = dict(model.named_parameters())
     assert sum(p.numel() for p in named.values()) > 6.7e9
     small = [torch.zeros(2, dtype=torch.bfloat16) for _ in named]
-    groups = [dict(params=small, param_names=list(named), mode="zo")]
+    groups = [dict(params=small, param_names=list(named), mode="zo", lr=1e-3)]
     optimizer = HybridZOFO(groups)
     with Journal(path).attach(optimizer) as journal:
         chain, data = journal._chain, bytearray()
@@ -334,13 +334,13 @@ def test_bad_arguments(path):
     for error, message, optimizer in [
         (TypeError, "must be a HybridZOFO, got SGD", torch.optim.SGD([p])),
         (ValueError, "first-order groups only", HybridZOFO([p])),
-        (ValueError, "capturable", HybridZOFO([p.detach()], mode="zo", capturable=True)),
+        (ValueError, "capturable", HybridZOFO([p.detach()], mode="zo", lr=1e-3, capturable=True)),
     ]:
         with pytest.raises(error, match=message):
             Journal(path).attach(optimizer)
     twice = [
-        dict(params=[torch.ones(2)], param_names=["w"], mode="zo"),
-        dict(params=[torch.ones(2)], param_names=["w"], mode="zo"),
+        dict(params=[torch.ones(2)], param_names=["w"], mode="zo", lr=1e-3),
+        dict(params=[torch.ones(2)], param_names=["w"], mode="zo", lr=1e-3),
     ]
     with pytest.raises(ValueError, match=r"got twice: \['w'\]"):
         Journal(path).attach(HybridZOFO(twice))
@@ -424,7 +424,7 @@ def test_unnamed_parameters(path):
         return [torch.linspace(0, 1, n) for n in (5, 7)]
 
     ours, model = tensors(), nn.Linear(7, 2).requires_grad_(False)
-    optimizer = HybridZOFO([dict(params=[*ours, model.weight], mode="zo")])
+    optimizer = HybridZOFO([dict(params=[*ours, model.weight], mode="zo", lr=1e-3)])
     with pytest.raises(ValueError, match=r"model must hold all.*parameter 0 \(5,\)"):
         Journal(path).attach(optimizer, model)
     start = {"0": ours[0].clone(), "1": ours[1].clone(), "2": model.weight.clone()}
@@ -437,7 +437,7 @@ def test_unnamed_parameters(path):
 def test_names_from_a_model(path):
     model = nn.Linear(7, 2).requires_grad_(False)
     base = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = HybridZOFO([dict(params=list(model.parameters()), mode="zo")])
+    optimizer = HybridZOFO([dict(params=list(model.parameters()), mode="zo", lr=1e-3)])
     with Journal(path).attach(optimizer, model):
         optimizer.step(lambda: model(torch.ones(7)).sum())
     assert read(path).names() == ["weight", "bias"]

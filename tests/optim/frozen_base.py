@@ -33,9 +33,12 @@ def make(model, mode, named=False, **options):
     model.requires_grad_(mode == "fo")
     model.adapter.requires_grad_(True)
     given = list(model.named_parameters()) if named else list(model.parameters())
-    if mode != "hybrid":
-        return HybridZOFO(given, mode=mode, **options)
-    groups = [{"params": given[:2], "mode": "zo", "mu": 1e-2}, {"params": given[2:]}]
+    if mode == "fo":
+        return HybridZOFO(given, **options)
+    rate = {"lr": options.get("lr", 1e-3)}
+    if mode == "zo":
+        return HybridZOFO(given, mode="zo", **{**rate, **options})
+    groups = [{"params": given[:2], "mode": "zo", "mu": 1e-2, **rate}, {"params": given[2:]}]
     return HybridZOFO(groups, **options)
 
 

@@ -32,9 +32,12 @@ SGD_FLAGS = {
 def make(params, mode, **options):
     """A HybridZOFO over ``params``; in "hybrid" the first one is zeroth-order."""
     params = list(params)
-    if mode != "hybrid":
-        return HybridZOFO(params, mode=mode, **options)
-    groups = [{"params": params[:1], "mode": "zo"}, {"params": params[1:], "mode": "fo"}]
+    if mode == "fo":
+        return HybridZOFO(params, **options)
+    rate = {"lr": options.get("lr", 1e-3)}
+    if mode == "zo":
+        return HybridZOFO(params, mode="zo", **{**rate, **options})
+    groups = [{"params": params[:1], "mode": "zo", **rate}, {"params": params[1:], "mode": "fo"}]
     return HybridZOFO(groups, **options)
 
 

@@ -64,14 +64,17 @@ def test_counters_are_tensors_and_state_dicts_hold_ints():
 
 def test_two_zero_order_groups_count_apart():
     def both(model):
-        return [dict(params=list(layer.parameters()), mode="zo") for layer in (model[0], model[3])]
+        return [
+            dict(params=list(layer.parameters()), mode="zo", lr=1e-3)
+            for layer in (model[0], model[3])
+        ]
 
     plain, _ = weights_after(3, make=both)
     counted, optimizer = weights_after(3, make=both, capturable=True)
     assert torch.equal(plain, counted)
     a, b = (group["zo_step"] for group in optimizer.param_groups)
     assert a is not b
-    optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], mode="zo"))
+    optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], mode="zo", lr=1e-3))
     assert optimizer.param_groups[2]["zo_step"] == 3
     assert type(optimizer.param_groups[2]["zo_step"]) is int  # its own counter, at the next step
 

@@ -179,7 +179,7 @@ def test_accumulation_needs_the_same_groups():
     optimizer = toy.optimizer("hybrid")
     optimizer.backward(toy)
     late = Parameter(torch.ones(2), requires_grad=False)
-    optimizer.add_param_group({"params": [late], "mode": "zo"})
+    optimizer.add_param_group({"params": [late], "mode": "zo", "lr": 1e-3})
     before = toy.values()
     with pytest.raises(ValueError, match="accumulated estimates must have the same groups"):
         optimizer.backward(toy)

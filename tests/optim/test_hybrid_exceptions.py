@@ -122,7 +122,7 @@ def test_ctrl_c_while_weights_are_written_restores_all_groups(call, monkeypatch)
     for k in range(1, 7):
         toy = Toy()
         before, left[:] = toy.values(), ["last", *range(k - 1)]
-        optimizer = HybridZOFO([{"params": [toy.x]}, {"params": [toy.y]}], mode="zo")
+        optimizer = HybridZOFO([{"params": [toy.x]}, {"params": [toy.y]}], mode="zo", lr=1e-3)
         try:
             getattr(optimizer, call)(toy)
         except KeyboardInterrupt:

@@ -157,7 +157,7 @@ def test_threads_may_step_optimizers_of_their_own():
 def test_loading_a_state_dict_drops_what_was_accumulated():
     """Coefficients belong to the directions of the step that is left."""
     x = torch.ones(3)
-    optimizer = HybridZOFO([x], mode="zo")
+    optimizer = HybridZOFO([x], mode="zo", lr=1e-3)
     state = optimizer.state_dict()
     optimizer.backward(lambda: (x**2).sum())
     optimizer.load_state_dict(state)
@@ -170,7 +170,7 @@ def test_an_outer_autocast_block_does_not_hide_perturbations():
     torch.manual_seed(0)
     layer = nn.Linear(8, 1)
     x = torch.randn(16, 8)
-    optimizer = HybridZOFO(layer.parameters(), mode="zo", mu=0.1)
+    optimizer = HybridZOFO(layer.parameters(), mode="zo", lr=1e-3, mu=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         optimizer.step(lambda: layer(x).float().square().mean())
     assert optimizer.projected_grads.item() != 0
@@ -179,7 +179,7 @@ def test_an_outer_autocast_block_does_not_hide_perturbations():
 def test_what_fo_optimizer_binds_stays_out_of_zeroth_order_groups():
     bound = functools.partial(torch.optim.AdamW, lr=0.5, weight_decay=0.1)
     x, y = torch.ones(2), torch.ones(2, requires_grad=True)
-    groups = [{"params": [x], "mode": "zo"}, {"params": [y]}]
+    groups = [{"params": [x], "mode": "zo", "lr": 1e-3}, {"params": [y]}]
     zo, fo = HybridZOFO(groups, fo_optimizer=bound).param_groups
     assert (zo["lr"], zo["weight_decay"]) == (1e-3, 0)
     assert (fo["lr"], fo["weight_decay"]) == (0.5, 0.1)

@@ -25,7 +25,7 @@ def test_no_gradients_are_made_for_frozen_parameters(mode, estimator):
 def test_gradients_of_zeroth_order_parameters_are_left_alone():
     """ZO-only: a gradient that is there already is neither used nor changed by a step."""
     toy = Toy()
-    optimizer = HybridZOFO([toy.x, toy.y], mode="zo")
+    optimizer = HybridZOFO([toy.x, toy.y], mode="zo", lr=1e-3)
     toy.x.grad = torch.full_like(toy.x, 1e6)
     optimizer.step(toy)
     assert (toy.x.grad == 1e6).all()
@@ -133,8 +133,8 @@ def test_the_backend_is_the_one_asked_for(monkeypatch):
 def test_duplicates_count_once():
     a, b = (Parameter(torch.linspace(1, 2, 6).double(), requires_grad=False) for _ in range(2))
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        twice = HybridZOFO([a, a], mode="zo")
-    once = HybridZOFO([b], mode="zo")
+        twice = HybridZOFO([a, a], mode="zo", lr=1e-3)
+    once = HybridZOFO([b], mode="zo", lr=1e-3)
     run(twice, lambda: a.square().sum(), 3)
     run(once, lambda: b.square().sum(), 3)
     assert torch.equal(a, b)
@@ -147,10 +147,10 @@ def test_shared_memory_is_refused():
     groups = [{"params": [("a", p)]}, {"params": [("b", other)]}]
     for given in ([("a", p), ("b", other)], groups):
         with pytest.raises(ValueError, match="parameters 'a' and 'b' share memory"):
-            HybridZOFO(given, mode="zo")
+            HybridZOFO(given, mode="zo", lr=1e-3)
     with pytest.raises(ValueError, match="share memory"):
-        HybridZOFO([torch.ones(1).expand(4)], mode="zo")
-    HybridZOFO([Parameter(torch.empty(0)), Parameter(torch.empty(0))], mode="zo")
+        HybridZOFO([torch.ones(1).expand(4)], mode="zo", lr=1e-3)
+    HybridZOFO([Parameter(torch.empty(0)), Parameter(torch.empty(0))], mode="zo", lr=1e-3)
 
 
 def test_groups_of_different_mu_move_together():

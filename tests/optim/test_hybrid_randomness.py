@@ -71,7 +71,9 @@ def test_dropout_masks_are_the_same_in_every_evaluation(mode, estimator):
     if mode == "hybrid":
         optimizer = net.optimizer(estimator=estimator, num_samples=2)
     else:
-        optimizer = HybridZOFO(net.parameters(), mode=mode, estimator=estimator, num_samples=2)
+        optimizer = HybridZOFO(
+            net.parameters(), 1e-3, mode=mode, estimator=estimator, num_samples=2
+        )
 
     def closure():
         masks.append(F.dropout(torch.ones(64), 0.5))

@@ -34,7 +34,7 @@ def test_warns_once_of_16_bit_losses():
 def test_warns_once_of_gradients_that_nothing_uses():
     x, z, y = (Parameter(torch.ones(2)) for _ in range(3))
     z.requires_grad_(False)
-    zeroth = {"params": [("base.x", x), ("base.z", z)], "mode": "zo"}
+    zeroth = {"params": [("base.x", x), ("base.z", z)], "mode": "zo", "lr": 1e-3}
     optimizer = HybridZOFO([zeroth, {"params": [("y", y)]}])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -46,7 +46,7 @@ def test_warns_once_of_gradients_that_nothing_uses():
     assert "base.z" not in told(caught)[0]
     with warnings.catch_warnings():  # nothing is computed for them without an FO backward
         warnings.simplefilter("error")
-        HybridZOFO([x], mode="zo").step(lambda: x.sum())
+        HybridZOFO([x], mode="zo", lr=1e-3).step(lambda: x.sum())
 
 
 def test_warns_once_of_frozen_parameters_in_first_order_groups():
@@ -76,7 +76,10 @@ def test_warns_once_of_a_flat_loss_and_names_the_parameters():
             groups = [("never.used", unused), ("nor.this", Parameter(torch.ones(1)))]
             toy.y.requires_grad_(True)
             optimizer = HybridZOFO(
-                [{"params": groups[: 1 + second], "mode": "zo"}, {"params": [("y", toy.y)]}],
+                [
+                    {"params": groups[: 1 + second], "mode": "zo", "lr": 1e-3},
+                    {"params": [("y", toy.y)]},
+                ],
                 estimator=estimator,
             )
             groups[1][1].requires_grad_(False)
@@ -94,7 +97,7 @@ def test_warns_once_of_a_flat_loss_and_names_the_parameters():
 
 def test_unnamed_parameters_are_named_by_number_and_shape():
     x, y = Parameter(torch.ones(3, 2)), Parameter(torch.ones(5))
-    optimizer = HybridZOFO([{"params": [x]}, {"params": [y]}], mode="zo")
+    optimizer = HybridZOFO([{"params": [x]}, {"params": [y]}], mode="zo", lr=1e-3)
     with pytest.warns(UserWarning, match=r"parameter 0 \(3, 2\), parameter 1 \(5,\)"):
         run(optimizer, lambda: 1.0, 5)
 

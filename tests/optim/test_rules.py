@@ -66,4 +66,4 @@ def test_their_names():
     w = Parameter(torch.ones(2), False)
     assert list(RULES) == ["sgd"]
     with pytest.raises(ValueError, match=r"zo_rule must be one of \('sgd',\), got 'adam'"):
-        HybridZOFO([w], mode="zo", zo_rule="adam")
+        HybridZOFO([w], mode="zo", lr=1e-3, zo_rule="adam")

@@ -153,7 +153,7 @@ def test_verification_happens_once_for_a_set_of_parameters():
         counts.append(len(calls))
     assert counts == [2 + 1 + 2, 2, 2]  # repeated once, then in two parts
     late = Parameter(torch.ones(3), requires_grad=False)
-    optimizer.add_param_group({"params": [("late", late)], "mode": "zo"})
+    optimizer.add_param_group({"params": [("late", late)], "mode": "zo", "lr": 1e-3})
     view = late.view(-1)
     with pytest.raises(RuntimeError, match=": late; use"):
         optimizer.step(lambda: model() + view.sum())

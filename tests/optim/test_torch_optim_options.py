@@ -81,7 +81,7 @@ def test_construction_errors_are_those_of_torch(case, mode):
     with pytest.raises(error, match=message):
         torch.optim.SGD(params, **options)
     with pytest.raises(error, match=message):
-        HybridZOFO(params, mode=mode, **options)
+        HybridZOFO(params, **{"lr": 1e-3, **options}, mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["fo", "zo"])
@@ -89,7 +89,7 @@ def test_duplicate_parameters_warn_once(mode):
     p = Parameter(torch.randn(1, 1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        HybridZOFO([p, p], mode=mode)
+        HybridZOFO([p, p], 1e-3, mode=mode)
     assert len(caught) == 1
     assert "a parameter group with duplicate parameters" in str(caught[0].message)
 
@@ -134,7 +134,7 @@ OWN_ERRORS = [
 )
 def test_own_options_are_checked(options, error, message):
     with pytest.raises(error, match=message):
-        HybridZOFO([Parameter(torch.ones(2))], **{"mode": "zo", **options})
+        HybridZOFO([Parameter(torch.ones(2))], **{"mode": "zo", "lr": 1e-3, **options})
 
 
 @pytest.mark.parametrize("value", [0, -1e-3, float("nan"), "1e-3"])
@@ -148,7 +148,7 @@ def test_an_unavailable_backend_says_why():
     if torch.cuda.is_available():
         pytest.skip("Triton may be available")
     with pytest.raises(RuntimeError, match="backend='triton' is not available: "):
-        HybridZOFO([Parameter(torch.ones(2))], mode="zo", backend="triton")
+        HybridZOFO([Parameter(torch.ones(2))], mode="zo", lr=1e-3, backend="triton")
 
 
 GROUP_ERRORS = [
@@ -206,13 +206,13 @@ def test_settings_of_the_optimizer_are_refused_in_a_group(option):
 def test_complex_and_other_parameters_that_cannot_move_are_refused():
     for dtype in (torch.complex64, torch.complex128, torch.int64, torch.bool):
         with pytest.raises(TypeError, match=r"zeroth-order parameter .* has dtype"):
-            HybridZOFO([torch.ones(2, dtype=dtype)], mode="zo")
+            HybridZOFO([torch.ones(2, dtype=dtype)], mode="zo", lr=1e-3)
     with pytest.raises(TypeError, match=r"'embed\.weight'"):
-        HybridZOFO([("embed.weight", torch.ones(2, dtype=torch.complex64))], mode="zo")
+        HybridZOFO([("embed.weight", torch.ones(2, dtype=torch.complex64))], mode="zo", lr=1e-3)
     with pytest.raises(ValueError, match="meta device"):
-        HybridZOFO([torch.ones(2, device="meta")], mode="zo")
+        HybridZOFO([torch.ones(2, device="meta")], mode="zo", lr=1e-3)
     with pytest.raises(TypeError, match="dense"):
-        HybridZOFO([torch.ones(2, 2).to_sparse()], mode="zo")
+        HybridZOFO([torch.ones(2, 2).to_sparse()], mode="zo", lr=1e-3)
 
 
 def test_can_be_printed(mode):

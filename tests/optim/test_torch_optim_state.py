@@ -332,7 +332,7 @@ def test_copies_continue_on_the_same_path(mode, options, how):
     assert_same(copied.state_dict(), optimizer.state_dict())
     assert equal(train(model, optimizer, 3), train(twin, copied, 3))
     assert_same(copied.state_dict(), optimizer.state_dict())
-    copied.add_param_group({"params": [Parameter(torch.ones(2))], "mode": "zo"})
+    copied.add_param_group({"params": [Parameter(torch.ones(2))], "mode": "zo", "lr": 1e-3})
     train(twin, copied, 1)
 
 
@@ -380,7 +380,7 @@ def test_a_copy_is_independent(mode):
 
 def test_a_copy_goes_on_counting_and_warns_no_second_time():
     p = Parameter(torch.ones(2))
-    optimizer = HybridZOFO([p], mode="zo")
+    optimizer = HybridZOFO([p], mode="zo", lr=1e-3)
     for _ in range(2):
         optimizer.step(lambda: p.sum() * math.nan)
     copied = copy.deepcopy(optimizer)

@@ -120,7 +120,7 @@ def test_maximize_may_differ_by_group():
 def test_parameters_may_be_added_while_training(mode):
     problem = Problem()
     first, second = ("zo", "fo") if mode == "hybrid" else (mode, mode)
-    optimizer = HybridZOFO([problem.weight], mode=first)
+    optimizer = HybridZOFO([problem.weight], 1e-3, mode=first)
     bias = problem.bias.detach().clone()
     for _ in range(3):
         optimizer.step(problem.closure(optimizer))

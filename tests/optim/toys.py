@@ -51,9 +51,10 @@ class Toy:
     def optimizer(self, mode, **options):
         self.x.requires_grad_(mode == "fo")
         self.y.requires_grad_(mode != "zo")
+        rate = {"lr": options.get("lr", 1e-3)}
         if mode != "hybrid":
-            return HybridZOFO([self.x, self.y], mode=mode, **options)
-        groups = [{"params": [self.x], "mode": "zo"}, {"params": [self.y], "mode": "fo"}]
+            return HybridZOFO([self.x, self.y], mode=mode, **{**rate, **options})
+        groups = [{"params": [self.x], "mode": "zo", **rate}, {"params": [self.y], "mode": "fo"}]
         return HybridZOFO(groups, **options)
 
     def values(self):
