@@ -56,7 +56,8 @@ class HybridTrainerMixin(_Base):
 
     The learning rate, the weight decay and the optimizer (``adamw_torch``, ``sgd``, ...) of the
     first-order group are those of the arguments; schedulers drive both groups. Logs get
-    ``projected_grad``, the mean size of the last projected gradients, and ``skipped_steps``.
+    ``projected_grad``, the mean size of the last step's projected gradients (of its whole batch,
+    under accumulation), and ``skipped_steps``.
     Where peft saves the adapter alone, ``zo_weights.safetensors`` beside it holds the trained
     weights of the base model, for resuming, ``load_best_model_at_end`` and
     :func:`load_base_weights`.
@@ -89,6 +90,7 @@ class HybridTrainerMixin(_Base):
         hybrid: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._slopes: torch.Tensor | None = None  # summed over the micro-batches of a step
         self._hybrid_options = dict(hybrid or {})
         self._group_options: dict[str, Any] = dict(zo=zo, include=include, exclude=exclude)
         super().__init__(*args, **kwargs)
@@ -182,20 +184,22 @@ class HybridTrainerMixin(_Base):
                 counted.update({n: copy.deepcopy(getattr(self, n, None)) for n in _COUNTED})
             return loss
 
+        optimizer = self.hybrid_optimizer
+        accumulates = optimizer.accumulated is not None
         try:
-            loss = self.hybrid_optimizer.backward(closure)
+            loss = optimizer.backward(closure)
         finally:
             self.__dict__.update({n: value for n, value in counted.items() if hasattr(self, n)})
+        before, slopes = self._slopes if accumulates else None, optimizer.projected_grads
+        self._slopes = slopes if before is None or slopes is None else before + slopes
         assert isinstance(loss, torch.Tensor)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with what zeroth order has to tell."""
-        if "loss" in logs and self.optimizer is not None:
-            slopes = self.hybrid_optimizer.projected_grads
-            if slopes is not None:
-                logs["projected_grad"] = slopes.abs().mean().item()
-                logs["skipped_steps"] = self.hybrid_optimizer.skipped_steps
+        if "loss" in logs and self._slopes is not None:
+            logs["projected_grad"] = self._slopes.abs().mean().item()
+            logs["skipped_steps"] = self.hybrid_optimizer.skipped_steps
         super().log(logs, *args, **kwargs)
 
     # ---- the base model's weights, which peft does not save ---------------------------------

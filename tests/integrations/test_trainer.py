@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import warnings
 
 import pytest
@@ -89,6 +90,21 @@ def test_as_a_plain_loop(accumulate, tmp_path):
     for a, b in zip(contents(done.model), contents(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert_moved(model, contents(lora()))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_log_and_report_are_of_the_whole_batch(accumulate, tmp_path):
+    """However it is divided: the Trainer divides each micro-batch's loss by their number."""
+    size = dict(gradient_accumulation_steps=accumulate, per_device_train_batch_size=4 // accumulate)
+    done = trainer(tmp_path, options=dict(**size, max_steps=2))
+    done.train()
+    whole = trainer(tmp_path, options=dict(per_device_train_batch_size=4, max_steps=2))
+    whole.train()
+    for key in ("loss", "projected_grad"):
+        assert logged(done, key) == pytest.approx(logged(whole, key), rel=1e-2)
+    said = re.search(r"loss (\S+), slope (\S+),", done.hybrid_optimizer.report())
+    assert float(said[1]) == pytest.approx(logged(done, "loss")[-1], abs=2e-4)
+    assert float(said[2]) == pytest.approx(logged(done, "projected_grad")[-1], rel=1e-2)
 
 
 def test_without_frozen_weights_it_is_the_trainer(tmp_path):
