@@ -49,9 +49,13 @@ def check_step(
     *,
     signs: Sequence[int],
     distribution: str,
+    first: bool = True,
     width: int = 256,
 ) -> None:
     """Do one step and compare it with the reference on windows of every zeroth-order tensor.
+
+    An optimizer's first step evaluates once more at its first displaced point, to verify that
+    the loss repeats. Steps that are timed are later ones, so check one of these as well.
 
     Args:
         what: for messages.
@@ -59,11 +63,13 @@ def check_step(
         closure: its loss.
         signs: multiples of mu z at which the loss must be taken, in order; 0 is the clean one.
         distribution: of the optimizer.
+        first: whether the optimizer has done no step yet.
         width: elements of a window.
 
     Raises:
-        WrongResult: an evaluation is missing, or at other weights, or with other random draws
-            than the first; or the projected gradient or the update is wrong.
+        WrongResult: an evaluation is missing or too many, or at other weights, or with other
+            random draws than the first; or the loss does not repeat; or the projected gradient
+            or the update is wrong.
     """
     group = next(iter(optimizer.zo_groups()), None)
     tensors = [p.detach() for p in group.params] if group is not None else []
@@ -78,8 +84,9 @@ def check_step(
     direction = group.direction(0, distribution) if group is not None else None
     watch = _Watch(closure, look)
     optimizer.step(watch)
-    if len(watch.losses) != len(signs):
-        raise WrongResult(f"{what}: {len(watch.losses)} evaluations, should be {len(signs)}")
+    visits = _visits(signs) if first else [(sign, False) for sign in signs]
+    if len(watch.losses) != len(visits):
+        raise WrongResult(f"{what}: {len(watch.losses)} evaluations, should be {len(visits)}")
     for state in watch.random_states:
         if not all(map(torch.equal, state, watch.random_states[0])):
             raise WrongResult(f"{what}: evaluations do not share their random draws")
@@ -90,8 +97,9 @@ def check_step(
     factor = 0.0 if distribution == "rademacher" else mu
     expected = [piece.clone() for piece in torch.split(before, [b - a for _, a, b in pieces])]
     carried: Shift | None = None
-    for sign, found in zip(signs, watch.weights, strict=True):
-        if sign:
+    losses: list[float] = []  # that the step uses
+    for (sign, repeated), found, loss in zip(visits, watch.weights, watch.losses, strict=True):
+        if sign and not repeated:
             shift = Shift(direction, sign * mu)
             perturb_(
                 expected,
@@ -111,7 +119,11 @@ def check_step(
             ulps=2 if factor else 0,
             reach=6 * mu,
         )
-    slope = _check_slope(what, optimizer, signs, watch.losses, mu)
+        if not repeated:
+            losses.append(loss)
+        elif loss != losses[-1]:
+            raise WrongResult(f"{what}: the loss {losses[-1]:.9g} is {loss:.9g} when repeated")
+    slope = _check_slope(what, optimizer, signs, losses, mu)
     update_(
         expected,
         [direction],
@@ -131,6 +143,17 @@ def check_step(
         ulps=4 if factor else 1,
         reach=6 * mu,
     )
+
+
+def _visits(signs: Sequence[int]) -> list[tuple[int, bool]]:
+    """Of a first step: each sign, and whether it repeats the one before, for verification."""
+    found: list[tuple[int, bool]] = []
+    for sign in signs:
+        verified = any(before for before, _ in found)
+        found.append((sign, False))
+        if sign and not verified:
+            found.append((sign, True))
+    return found
 
 
 def _check_slope(

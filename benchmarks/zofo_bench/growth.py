@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,8 +81,9 @@ def _case(
 
     def check() -> None:
         for shown, (estimator, signs) in ESTIMATORS.items():
-            what = f"{name} {estimator}"
-            check_step(what, optimizers[shown], closure, signs=signs, distribution="gaussian")
+            one = partial(check_step, signs=signs, distribution="gaussian")
+            one(f"{name} {estimator}", optimizers[shown], closure)
+            one(f"{name} {estimator}, second step", optimizers[shown], closure, first=False)
 
     return Case(
         name=name,

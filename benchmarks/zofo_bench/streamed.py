@@ -153,7 +153,7 @@ def _comparisons() -> Iterator[Comparison]:
 
 
 def _check(what: str, task: Task, mode: Mode, distribution: str) -> None:
-    """A step in place against the reference; a streamed one against weights that are displaced.
+    """Steps in place against the reference; a streamed one against weights that are displaced.
 
     Raises:
         WrongResult: an evaluation or an update is wrong.
@@ -161,7 +161,9 @@ def _check(what: str, task: Task, mode: Mode, distribution: str) -> None:
     with sdpa_kernel(SDPBackend.MATH):  # the others may add in any order
         moved = Ours(task, mode, distribution, "in_place")
         signs = ((0,) if mode.adapter else ()) + mode.signs
-        check_step(what, moved.optimizer, task.closure, signs=signs, distribution=distribution)
+        one = partial(check_step, signs=signs, distribution=distribution)
+        one(what, moved.optimizer, task.closure)
+        one(f"{what}, second step", moved.optimizer, task.closure, first=False)
         _check_streamed(what, task, mode, distribution)
     task.model.zero_grad()
 

@@ -201,7 +201,10 @@ def _case(task: Task, mode: Mode) -> Case:
 
 
 def _lazily(make: Callable[[], Any]) -> Callable[[], None]:
-    """A step whose job is made by the first call, so that it holds no memory before."""
+    """A step whose job is made by the first call, so that it holds no memory before.
+
+    That call warms up: it is the optimizer's first step, which also verifies the closure.
+    """
     job = functools.cache(make)
     return lambda: job().step()
 
@@ -225,6 +228,8 @@ def _comparisons(
 def _check(what: str, task: Task, mode: Mode, distribution: str) -> None:
     """One step of ours from where a plain loop started; first-order weights must agree.
 
+    Then a second step, which is like those that are timed.
+
     Raises:
         WrongResult: they do not, or the zeroth-order part is wrong.
     """
@@ -233,8 +238,17 @@ def _check(what: str, task: Task, mode: Mode, distribution: str) -> None:
         ours = Ours(task, mode, distribution)
         torch.manual_seed(11)
         signs = ((0,) if mode.adapter else ()) + mode.signs
-        check_step(what, ours.optimizer, task.closure, signs=signs, distribution=distribution)
+        one = functools.partial(check_step, signs=signs, distribution=distribution)
+        one(what, ours.optimizer, task.closure)
+        _check_first_order(what, task, expected, start)
+        task.model.zero_grad()
+        one(f"{what}, second step", ours.optimizer, task.closure, first=False)
     task.model.zero_grad()
+
+
+def _check_first_order(
+    what: str, task: Task, expected: Sequence[Tensor], start: Sequence[Tensor]
+) -> None:
     for p, right, before in zip(task.parameters("fo"), expected, start, strict=True):
         got = p.detach()
         if torch.equal(got, right):

@@ -25,8 +25,11 @@ from zofo_bench import (  # noqa: E402
     report,
     timing,
 )
+from zofo_bench.check_step import check_step  # noqa: E402
 
 import zofo_kernels  # noqa: E402
+from zofo_optim import HybridZOFO  # noqa: E402
+from zofo_optim.perturbation.base import Perturbation  # noqa: E402
 
 CPU = torch.device("cpu")
 BENCHMARKS = ["perturb", "step", "causal_lm", "streamed", "journal", "growth", "many_tensors"]
@@ -61,8 +64,37 @@ def name(request):
     return request.param
 
 
+@pytest.fixture
+def no_timed_verification(monkeypatch):
+    """Fails where a closure is verified in any sample but its variant's first, the warm-up.
+
+    Yields the list of those that verified.
+    """
+    verify, take = Perturbation._verify_once, timing._sample
+    warm, samples, verified = set(), [], []
+
+    def sample(run, *args):
+        if run not in warm:
+            warm.add(run)
+            return take(run, *args)
+        before = len(verified)
+        seconds = take(run, *args)
+        assert len(verified) == before, "timed a verification"
+        samples.append(seconds)
+        return seconds
+
+    def spied(self, *args):
+        verified.append(self)
+        verify(self, *args)
+
+    monkeypatch.setattr(timing, "_sample", sample)
+    monkeypatch.setattr(Perturbation, "_verify_once", spied)
+    yield verified
+    assert samples
+
+
 @pytest.mark.parametrize("name", BENCHMARKS, indirect=True)
-def test_quick_run(name, tmp_path, capsys):
+def test_quick_run(name, tmp_path, capsys, no_timed_verification):
     assert cli.main(["--quick", "--repeats", "2", "--only", name, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     if not torch.cuda.is_available():
@@ -83,6 +115,7 @@ def test_quick_run(name, tmp_path, capsys):
         if name in ("step", "causal_lm"):
             assert set(case["peak_bytes"]) == {"inference", *case["variants"]}
             assert set(case["peak_bytes"].values()) == {None}
+    assert bool(no_timed_verification) == (name not in ("perturb", "many_tensors"))
 
 
 def check_machine(machine):
@@ -175,7 +208,10 @@ def test_evaluations_with_other_random_draws_are_found(name, monkeypatch):
 
     case = quick_case(name, "ZO, two-sided")  # with dropout
     monkeypatch.setattr(evaluation.GlobalRandomState, "restore", lambda self: None)
-    with pytest.raises(registry.WrongResult, match="random draws"):
+    with (
+        pytest.warns(UserWarning, match="two losses at the same point"),
+        pytest.raises(registry.WrongResult, match="random draws"),
+    ):
         case.check()
 
 
@@ -199,6 +235,50 @@ def test_evaluations_at_the_wrong_weights_are_found(monkeypatch):
     )
     with pytest.raises(registry.WrongResult, match="weights of the evaluation"):
         case.check()
+
+
+@pytest.mark.parametrize("verifications", [0, 2])
+def test_evaluations_missing_or_too_many_are_found(verifications, monkeypatch):
+    case = quick_case("growth", "1,000")
+    right = Perturbation._verify_once
+
+    def verify(self, *args):
+        for _ in range(verifications):
+            right(self, *args)
+
+    monkeypatch.setattr(Perturbation, "_verify_once", verify)
+    found = f"{2 + verifications} evaluations, should be 3"
+    with pytest.raises(registry.WrongResult, match=found):
+        case.check()
+
+
+def test_verification_in_every_step_is_found(monkeypatch):
+    case = quick_case("growth", "1,000")
+    right = Perturbation.over
+
+    def over(self, groups):
+        self._verified = False
+        return right(self, groups)
+
+    monkeypatch.setattr(Perturbation, "over", over)
+    with pytest.raises(registry.WrongResult, match="second step: 3 evaluations, should be 2"):
+        case.check()
+
+
+def test_a_loss_that_does_not_repeat_is_found():
+    weights = torch.ones(10)
+    group = {"params": [weights], "param_names": ["w"], "mode": "zo", "lr": 1e-6, "mu": 1e-3}
+    optimizer, calls = HybridZOFO([group]), []
+
+    def closure():
+        calls.append(1)
+        return weights.sum() + len(calls)
+
+    with (
+        pytest.warns(UserWarning, match="two losses at the same point"),
+        pytest.raises(registry.WrongResult, match="when repeated"),
+    ):
+        check_step("it", optimizer, closure, signs=(1, -1), distribution="gaussian")
 
 
 def test_mezo_recipe_displaces_by_eps_and_comes_back():
