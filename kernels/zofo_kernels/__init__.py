@@ -5,7 +5,7 @@ same integers, and bit-identical weights with Rademacher noise.
 """
 
 from .backend import Backend
-from .direction import NOISE_VERSION, Direction, Shift
+from .direction import NOISE_VERSION, NOISE_VERSIONS, Direction, Shift
 from .dispatch import BACKENDS, backend_for, unavailable_reason
 from .distributions import DISTRIBUTIONS, Distribution
 from .interrupt import interruptible, uninterrupted
@@ -19,6 +19,7 @@ __all__ = [
     "DISTRIBUTIONS",
     "DTYPES",
     "NOISE_VERSION",
+    "NOISE_VERSIONS",
     "ROUNDINGS",
     "Backend",
     "Direction",

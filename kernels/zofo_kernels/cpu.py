@@ -75,6 +75,20 @@ def _make_key_rows(directions: Sequence[Direction]) -> NDArray[np.int64]:
     return np.array(rows, dtype=np.int64).reshape(len(rows), 3)
 
 
+def _coarse_rows(shifts: Sequence[Shift], dtype: torch.dtype) -> NDArray[np.int64]:
+    """What ``run_passes`` calls ``coarse``: int64, shape (shifts, 2)."""
+    if len(shifts) == 1:
+        return _coarse_row(shifts[0].coarse_from(dtype), shifts[0].back)
+    sizes = np.array([s.coarse_from(dtype) for s in shifts], dtype=np.float32)
+    backs = np.array([s.back for s in shifts], dtype=np.int64)
+    return np.stack([sizes.view(np.int32).astype(np.int64), backs], axis=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _coarse_row(size: float, back: bool) -> NDArray[np.int64]:
+    return np.array([[np.float32(size).view(np.int32), back]], dtype=np.int64)
+
+
 class _Table(NamedTuple):
     """Runs of one dtype: their elements in all, and the kernel's first arguments."""
 
@@ -148,7 +162,8 @@ def _run(
             if weight_decay != 0:
                 factor = torch.tensor(weight_decay, dtype=compute, device="cpu")
                 decay = (rate * factor).reshape(1).numpy()
-        keys = shift_ends, shift_keys, scales, key_ends, update_keys
+        coarse = _coarse_rows(shifts, dtype)
+        keys = shift_ends, shift_keys, scales, coarse, key_ends, update_keys
         launches.append((total, table, (*keys, steps, decay, stochastic)))
     _launch(launches)
 
@@ -202,7 +217,8 @@ def perturb_copy(regions: Sequence[Region], sources: Sequence[Tensor], shift: Sh
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         scales = np.array([shift.scale], dtype=_NO_STEPS[compute].dtype)
         update = _NONE_OF_ONE, _NO_KEYS, _NO_STEPS[compute], _NO_DECAY[compute], False
-        _in_threads(total, table, (_ONE, keys, scales, *update))
+        coarse = _coarse_rows([shift], dtype)
+        _in_threads(total, table, (_ONE, keys, scales, coarse, *update))
 
 
 def update(
@@ -215,7 +231,7 @@ def update(
     stochastic: bool,
 ) -> None:
     """See :meth:`Backend.update`."""
-    shifts = () if recover is None else (Shift(recover.direction, -recover.scale),)
+    shifts = () if recover is None else (recover.taken_off(),)
     _run(regions, shifts, directions, coefficients, lr, weight_decay, stochastic)
 
 
@@ -224,13 +240,13 @@ def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> Non
     launches = []
     for dtype, total, table in _tables(regions):
         compute = np.float64 if dtype == torch.float64 else np.float32
-        launches.append((total, table, (*_arrays(program, compute), stochastic)))
+        launches.append((total, table, (*_arrays(program, dtype, compute), stochastic)))
     _launch(launches)
 
 
 @kept
-def _arrays(program: Program, compute: type) -> tuple[Any, ...]:
-    """The program as ``run_passes`` takes it."""
+def _arrays(program: Program, dtype: torch.dtype, compute: type) -> tuple[Any, ...]:
+    """The program as ``run_passes`` takes it, for weights of this dtype."""
     passes = program.passes
 
     def array(values: Iterable[float]) -> NDArray[Any]:
@@ -247,6 +263,7 @@ def _arrays(program: Program, compute: type) -> tuple[Any, ...]:
         np.cumsum([len(one.shifts) for one in passes]),
         _key_rows([shift.direction for shift in shifts]),
         array(shift.scale for shift in shifts),
+        _coarse_rows(shifts, dtype),
         np.cumsum(counts),
         _key_rows([direction for one in passes for direction in one.directions]),
         steps,

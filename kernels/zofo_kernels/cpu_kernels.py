@@ -26,6 +26,7 @@ from .cpu_random import (
 )
 
 CHUNK = 2048  # elements: a multiple of 128, so that chunks start at Philox blocks
+BITS_AT_ONCE = 64  # elements whose shifts get rounding bits if one is coarse: 8 Philox calls
 FP32, BF16, FP16, FP64 = 0, 1, 2, 3
 GAUSSIAN, RADEMACHER = distributions.GAUSSIAN.code, distributions.RADEMACHER.code
 GAUSSIAN_PER_CALL = distributions.GAUSSIAN.elements_per_call
@@ -85,6 +86,21 @@ def _round_up_fp16(bits, random):
 
 
 @compiled(**EXACT)
+def _round_coarse_bf16(bits, before, random, back):
+    """reference.round_shift of one weight; bits of fp32: where to and where from."""
+    size, wide = bits & _U(0x7FFFFFFF), _U(bits + _U(2) * random + _U(1)) & _U(0xFFFE0000)
+    larger = (before & _U(0x7F800000)) > (size & _U(0x7F800000)) and size >= _U(0x00800000)
+    return wide if back and larger else _round_up_bf16(bits, random)
+
+
+@compiled(**EXACT)
+def _round_coarse_fp16(bits, before, random, back):
+    size, wide = bits & _U(0x7FFFFFFF), _U(bits + (random >> _U(2))) & _U(0xFFFFC000)
+    larger = (before & _U(0x7F800000)) > (size & _U(0x7F800000)) and size >= _U(0x38800000)
+    return wide if back and larger else _round_up_fp16(bits, random)
+
+
+@compiled(**EXACT)
 def _decode(code, memory, x, count):
     """Storage to fp32."""
     if code == BF16:
@@ -140,6 +156,51 @@ def _round_stochastic(code, x, halves, count):
         for i in range(count):
             random = _U(halves[i])
             x[i] = float_from_bits(_round_up_fp16(bits_from_float(x[i]), random))
+
+
+@compiled(**EXACT)
+def _any_coarse(x, coarse_from, count):
+    found = _U(0)
+    for i in range(count):
+        found |= _U(1) if (bits_from_float(x[i]) & _U(0x7FFFFFFF)) >= coarse_from else _U(0)
+    return found != 0
+
+
+@compiled(**EXACT)
+def _round_shifted(
+    code, x, before, coarse_from, back, scale, words, start, count, index, key0, key1
+):
+    """Coarse weights stochastically, others to nearest; bits are drawn where they are needed.
+
+    Args:
+        x: fp32 where the shift leads, of ``count`` elements from ``start`` on; written.
+        before: fp32 where it starts.
+        coarse_from: see ``run_passes``.
+    """
+    flip = _U(0xFFFF) if scale < 0 else _U(0)
+    for low in range(0, count, BITS_AT_ONCE):
+        some = min(BITS_AT_ONCE, count - low)
+        there, here = before[low : low + some], x[low : low + some]
+        if not _any_coarse(there, coarse_from, some):
+            _round_nearest(code, here, some)
+            continue
+        first = (start + np.uint64(low)) // np.uint64(8)
+        lead = np.int64(start + np.uint64(low) - first * np.uint64(8))
+        philox(words, (lead + some + 7) // 8, first, index, 2, key0, key1)
+        # low half first: little-endian hosts only, see cpu.py
+        halves = words.view(np.uint16)[lead : lead + some]
+        if code == BF16:
+            for i in range(some):
+                bits, was = bits_from_float(here[i]), bits_from_float(there[i])
+                coarse = (was & _U(0x7FFFFFFF)) >= coarse_from
+                up = _round_coarse_bf16(bits, was, _U(halves[i]) ^ flip, back)
+                here[i] = float_from_bits(up if coarse else _round_bf16(bits))
+        else:
+            for i in range(some):
+                bits, was = bits_from_float(here[i]), bits_from_float(there[i])
+                coarse = (was & _U(0x7FFFFFFF)) >= coarse_from
+                up = _round_coarse_fp16(bits, was, _U(halves[i]) ^ flip, back)
+                here[i] = float_from_bits(up if coarse else _round_fp16(bits))
 
 
 @compiled(**FAST)
@@ -203,6 +264,7 @@ def _process(
     index,
     shifts,
     scales,
+    coarse,
     keys,
     steps,
     decay,
@@ -210,6 +272,7 @@ def _process(
     words,
     z,
     total,
+    before,
 ):
     """One chunk: memory is the storage; x a buffer, or memory itself where no decoding is."""
     coded = code in (BF16, FP16)
@@ -225,8 +288,26 @@ def _process(
         )
         if fresh:
             lead = _noise(shifts[k, 2], words, z, start, count, index, shifts[k, 0], shifts[k, 1])
+        stepped = coded and _any_coarse(x, _U(coarse[k, 0]), count)
+        if stepped:
+            before[:count] = x[:count]
         _add_scaled(x, scales[k], z[lead : lead + count], count)
-        if coded:
+        if stepped:
+            _round_shifted(
+                code,
+                x,
+                before,
+                _U(coarse[k, 0]),
+                coarse[k, 1] != 0,
+                scales[k],
+                words,
+                start,
+                count,
+                index,
+                shifts[k, 0],
+                shifts[k, 1],
+            )
+        elif coded:
             _round_nearest(code, x, count)
     if steps.shape[0] > 0:
         total[:count] = 0
@@ -282,6 +363,7 @@ def run_passes(
     shift_ends,
     shifts,
     scales,
+    coarse,
     key_ends,
     keys,
     steps,
@@ -297,6 +379,8 @@ def run_passes(
         begin, end: range in the concatenation of the runs; threads get disjoint ranges.
         shift_ends, key_ends: for each pass, the end of its rows in those below.
         shifts: int64 (k, 3): key low, key high, distribution of each shift; scales: (k,).
+        coarse: int64 (k, 2): the size, in fp32's bits, from which on weights are coarse; whether
+            the shift takes off another one.
         keys: int64 (S, 3) likewise for the updates' directions; steps: (S,), lr times c_s.
         decays: for each pass lr times weight decay. stochastic: round 16-bit updates
             stochastically.
@@ -304,6 +388,7 @@ def run_passes(
     words = np.empty(CHUNK // 2, np.uint32)
     z = np.empty(CHUNK, np.float32)
     total = np.empty(CHUNK, scales.dtype)
+    before = np.empty(CHUNK, np.float32)
     buffer = np.empty(CHUNK, np.float32)
     base = 0
     for t in range(sizes.shape[0]):
@@ -317,9 +402,10 @@ def run_passes(
             memory = run[low : low + count]
             shift, key = 0, 0
             for k in range(shift_ends.shape[0]):
-                its_shifts, its_scales = (
+                its_shifts, its_scales, its_coarse = (
                     shifts[shift : shift_ends[k]],
                     scales[shift : shift_ends[k]],
+                    coarse[shift : shift_ends[k]],
                 )
                 its_keys, its_steps = keys[key : key_ends[k]], steps[key : key_ends[k]]
                 shift, key = shift_ends[k], key_ends[k]
@@ -342,6 +428,7 @@ def run_passes(
                     indices[t],
                     its_shifts,
                     its_scales,
+                    its_coarse,
                     its_keys,
                     its_steps,
                     decays[k],
@@ -349,5 +436,6 @@ def run_passes(
                     words,
                     z,
                     total,
+                    before,
                 )
             low += count

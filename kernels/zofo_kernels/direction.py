@@ -2,28 +2,44 @@
 
 The value of element ``j`` of the ``i``-th zeroth-order parameter depends on
 ``(seed, step, sample, i, j)`` and on nothing else: not on the device, the dtype, the launch
-shape, the sharding or the order of draws.  Recorded runs depend on this definition, so it is
-versioned: any change to it must change :data:`NOISE_VERSION`.
+shape, the sharding or the order of draws.  Recorded runs depend on this definition, and on how
+shifts along a direction round, so it is versioned: a direction carries its version, and all
+versions stay implemented.
+
+Version 2 has the noise of version 1, and rounds shifts of coarse weights stochastically.  A weight
+of a 16-bit dtype is coarse where its dtype's numbers are spaced wider around it than
+:attr:`Distribution.finest` times the size of the shift's scale: rounded to nearest, most of its
+displacements would be lost, and estimates biased towards 0 (layer norms around 1 are an example:
+bfloat16's numbers are 2^-7 apart there).  Shifts of opposite sign use complementary bits, so that
+weights come back, and go equally far to either side.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .distributions import DISTRIBUTIONS
+from .distributions import BY_NAME, DISTRIBUTIONS
 
-NOISE_VERSION = 1
-"""Version of the noise definition (hash, counter layout, transforms)."""
+NOISE_VERSION = 2
+"""Version of the noise definition (hash, counter layout, transforms, rounding of shifts)."""
+NOISE_VERSIONS = (1, 2)
+"""All that are implemented."""
+KEY_VERSION = 1
+"""What the hash of a key begins with; these versions draw the same noise."""
 
 ROUNDING_ELEMENTS_PER_CALL = 8
 """Elements that get their 16 rounding bits from one Philox4x32-10 call."""
 STREAM_DIRECTION = 0
 STREAM_ROUNDING = 1
+STREAM_SHIFT = 2
+"""Of the rounding bits of shifts; those of updates are ``STREAM_ROUNDING``."""
 
 _MASK64 = (1 << 64) - 1
+_FRACTION_BITS = {torch.bfloat16: 7, torch.float16: 10}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -44,26 +60,44 @@ class Direction(NamedTuple):
             which Triton's kernels read on its device when they run.
         sample: the index s of the direction within the step.
         distribution: ``"gaussian"``, N(0, 1) an element, or ``"rademacher"``, +1 or -1.
+        version: of the noise definition; default :data:`NOISE_VERSION`.
     """
 
     seed: int
     step: int | Tensor
     sample: int = 0
     distribution: str = "gaussian"
+    version: int = NOISE_VERSION
 
     def key(self) -> tuple[int, int]:
         """The 64-bit Philox key as two 32-bit words, low word first. Waits for a tensor step."""
-        h = NOISE_VERSION
+        h = KEY_VERSION
         for value in (self.seed, int(self.step), self.sample):
             h = _mix64(h ^ value)
         return h & 0xFFFFFFFF, h >> 32
 
 
 class Shift(NamedTuple):
-    """A displacement ``scale * direction`` that weights currently carry."""
+    """A displacement ``scale * direction``: one that weights carry, or one to give them."""
 
     direction: Direction
     scale: float
+    back: bool = False
+    """Whether it takes off what another one gave, which tells how coarse weights round."""
+
+    def taken_off(self) -> Shift:
+        """The way back."""
+        return Shift(self.direction, -self.scale, back=True)
+
+    def coarse_from(self, dtype: torch.dtype) -> float:
+        """Size from which on weights are coarse, a power of 2 or 0; infinite where none are."""
+        if self.direction.version == 1 or dtype not in _FRACTION_BITS or not self.scale:
+            return math.inf
+        finest = BY_NAME[self.direction.distribution].finest * abs(self.scale)
+        _, exponent = math.frexp(finest)  # 2^exponent is the smallest power of 2 above it
+        size = math.ldexp(1.0, exponent + _FRACTION_BITS[dtype])
+        # subnormal numbers are spaced as the smallest normal ones
+        return 0.0 if size <= torch.finfo(dtype).tiny else min(size, math.inf)
 
 
 def check_direction(direction: Direction) -> None:
@@ -88,6 +122,8 @@ def check_direction(direction: Direction) -> None:
             raise TypeError(f"{name} must be an int, got {value!r}")
         if not 0 <= value <= _MASK64:
             raise ValueError(f"{name} must be in [0, 2**64), got {value}")
+    if type(direction.version) is not int or direction.version not in NOISE_VERSIONS:
+        raise ValueError(f"version must be one of {NOISE_VERSIONS}, got {direction.version!r}")
     if direction.distribution not in DISTRIBUTIONS:
         raise ValueError(
             f"distribution must be one of {DISTRIBUTIONS}, got {direction.distribution!r}"

@@ -93,7 +93,7 @@ def perturb_(
     shifts = []
     if recover is not None:
         check_shift("recover", recover)
-        shifts.append(Shift(recover.direction, -recover.scale))
+        shifts.append(recover.taken_off())
     if direction is not None:
         check_direction(direction)
         check_finite("scale", scale)

@@ -24,6 +24,7 @@ from .direction import (
     ROUNDING_ELEMENTS_PER_CALL,
     STREAM_DIRECTION,
     STREAM_ROUNDING,
+    STREAM_SHIFT,
     Direction,
     Shift,
 )
@@ -121,11 +122,16 @@ def direction_values(
 
 
 def rounding_values(
-    direction: Direction, index: int, start: int, count: int, device: torch.device
+    direction: Direction,
+    index: int,
+    start: int,
+    count: int,
+    device: torch.device,
+    stream: int = STREAM_ROUNDING,
 ) -> Tensor:
     """16 random bits an element for stochastic rounding: int64, shape (count,)."""
     first, blocks, lead = _window(ROUNDING_ELEMENTS_PER_CALL, start, count)
-    words = random_words(direction, index, STREAM_ROUNDING, first, blocks, device)
+    words = random_words(direction, index, stream, first, blocks, device)
     return rounding_bits_from_words(words).flatten()[lead : lead + count]
 
 
@@ -154,6 +160,34 @@ def round_stochastic(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         tiny = (whole + up.to(torch.float32)) * 2.0**-24
         y = torch.where(x.abs() < 2.0**-14, torch.copysign(tiny, x), y)
     return torch.where(x.isfinite(), y, x).to(dtype)
+
+
+def round_shift(x: Tensor, w: Tensor, bits: Tensor, back: bool) -> Tensor:
+    """Round where a shift takes coarse weights: up with the probability of the fraction.
+
+    The way back from w finds where it came from if it rounds in the same steps. Below a power of
+    2 that w has reached or passed from above, steps would be half as wide: on the way back they
+    are those around w.
+
+    Args:
+        x: where to, float32, shape (n,): at least half as large as w.
+        w: where from, bfloat16 or float16, shape (n,).
+        bits: uniform integers in [0, 2^16), int64, shape (n,).
+        back: whether the shift takes off another one.
+
+    Returns:
+        shape (n,), w's dtype. NaN and infinities pass through.
+    """
+    y = round_stochastic(x, bits, w.dtype)
+    if not back:
+        return y
+    pattern = x.view(torch.int32).to(torch.int64)
+    drop = 17 if w.dtype == torch.bfloat16 else 14
+    fine = bits * 2 + 1 if w.dtype == torch.bfloat16 else bits >> 2
+    wide = (((pattern + fine) >> drop) << drop).to(torch.int32).view(torch.float32)
+    larger = w.float().abs().frexp().exponent > x.abs().frexp().exponent
+    normal = (x.abs() >= torch.finfo(w.dtype).tiny) & x.isfinite()
+    return torch.where(larger & normal, wide.to(w.dtype), y)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -195,11 +229,22 @@ def _write(region: Region, source: Tensor, compute: Callable[[Tensor, int, int],
 
 
 def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
-    """RN(w + scale z), computed in the compute dtype, returned in w's dtype."""
+    """round(w + scale z), computed in the compute dtype, returned in w's dtype.
+
+    To nearest, but for coarse weights: see ``direction.py``.
+    """
     compute = compute_dtype(w.dtype)
     z = direction_values(shift.direction, index, start, w.numel(), w.device).to(compute)
     scale = torch.tensor(shift.scale, dtype=compute, device=w.device)
-    return (w.to(compute) + scale * z).to(w.dtype)
+    x = w.to(compute) + scale * z
+    coarse_from = shift.coarse_from(w.dtype)
+    if math.isinf(coarse_from):
+        return x.to(w.dtype)
+    bits = rounding_values(shift.direction, index, start, w.numel(), w.device, STREAM_SHIFT)
+    if shift.scale < 0:
+        bits = 0xFFFF - bits
+    coarse = w.abs().to(compute) >= coarse_from
+    return torch.where(coarse, round_shift(x, w, bits, shift.back), x.to(w.dtype))
 
 
 def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:
@@ -240,7 +285,7 @@ def update(
         steps = rate * coefficients.to(compute)
         decay = rate * torch.tensor(weight_decay, dtype=compute, device=rate.device)
         factors[compute] = steps.unbind(), decay
-    back = None if recover is None else Shift(recover.direction, -recover.scale)
+    back = None if recover is None else recover.taken_off()
 
     def updated(w: Tensor, index: int, start: int) -> Tensor:
         compute = compute_dtype(w.dtype)

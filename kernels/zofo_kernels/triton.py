@@ -7,6 +7,7 @@ the CPU: slow, for tests.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 from .backend import replay_in_turn
-from .direction import NOISE_VERSION, Direction, Shift
+from .direction import KEY_VERSION, Direction, Shift
 from .distributions import BY_NAME
 from .memo import kept
 from .program import Program
@@ -158,6 +159,12 @@ def _bits(value: float) -> int:
     return int(bits)
 
 
+def _bits32(value: float) -> int:
+    """The bits of a float of at least 0, which holds ``value`` exactly, or is infinite."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", value if value < 2.0**128 else math.inf))
+    return int(bits)
+
+
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -201,7 +208,7 @@ def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tenso
             first.sample,
             BY_NAME[first.distribution].code,
             high - low,
-            version=NOISE_VERSION,
+            version=KEY_VERSION,
             STEP_ON_DEVICE=on_device,
             BLOCK=_KEYS_PER_LAUNCH,
             num_warps=1,
@@ -249,6 +256,7 @@ def _run(
         "DECAY": weight_decay != 0,
         "KEYS_ON_DEVICE": on_device,
     }
+    backs = sum(2**k * shift.back for k, shift in enumerate(shifts))
     device = regions[0].tensor.device
     with _on(device):
         unread = launches[0].table
@@ -256,7 +264,10 @@ def _run(
         pointers = [keys, *(unread if t is None else t for t in (coefficients, lr))]
         scalars = [*words, *scales[:2], _bits(weight_decay), len(directions)]
         for launch in launches:
-            _start(launch, pointers, scalars, variant, stochastic)
+            sizes = [shift.coarse_from(launch.dtype) for shift in shifts]
+            coarse = [_bits32(size) for size in (*sizes, math.inf, math.inf)][:2]
+            variant["COARSE"] = not all(map(math.isinf, sizes))
+            _start(launch, pointers, [*scalars, *coarse, backs], variant, stochastic)
 
 
 def _start(
@@ -305,7 +316,7 @@ def update(
     stochastic: bool,
 ) -> None:
     """See :meth:`Backend.update`."""
-    shifts = () if recover is None else (Shift(recover.direction, -recover.scale),)
+    shifts = () if recover is None else (recover.taken_off(),)
     _run(regions, shifts, directions, coefficients.contiguous(), lr, weight_decay, stochastic)
 
 

@@ -204,7 +204,71 @@ def _stored_stochastic(value, bits, STORAGE: tl.constexpr, PAIRS: tl.constexpr):
         return half.to(tl.uint16).to(STORAGE, bitcast=True)
 
 
+@triton.jit
+def _coarse_rounded(value, before, bits, back, STORAGE: tl.constexpr):
+    """fp32 rounded as reference.round_shift does, in fp32. ``back`` is a scalar, 0 or 1."""
+    pattern = value.to(tl.uint32, bitcast=True)
+    size, sign = pattern & 0x7FFFFFFF, pattern & 0x80000000
+    from_size = before.to(tl.uint32, bitcast=True) & 0x7F800000
+    larger = (from_size > (size & 0x7F800000)) & (back != 0)
+    if STORAGE == tl.bfloat16:
+        up = tl.where(size >= 0x7F800000, pattern, (pattern + bits) & 0xFFFF0000)
+        wide = (pattern + 2 * bits + 1) & 0xFFFE0000
+        larger = larger & (size >= 0x00800000)
+    else:
+        up = (size + (bits >> 3)) & 0xFFFFE000
+        up = tl.where(up >= 0x47800000, 0x7F800000, up)
+        small = size < 0x38800000
+        steps = tl.where(small, tl.abs(value), 0.0) * 1099511627776.0
+        steps = (steps.to(tl.int32).to(tl.uint32) + bits) >> 16
+        tiny = (steps.to(tl.int32).to(tl.float32) * 5.9604644775390625e-08).to(
+            tl.uint32, bitcast=True
+        )
+        up = tl.where(small, tiny, up) | sign
+        up = tl.where(size >= 0x7F800000, pattern, up)
+        wide = (pattern + (bits >> 2)) & 0xFFFFC000
+        larger = larger & (size >= 0x38800000)
+    return tl.where(larger, wide, up).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _moved(
+    weight,
+    scale,
+    noise,
+    coarse_from,
+    back,
+    first,
+    parameter,
+    k0,
+    k1,
+    KIND: tl.constexpr,
+    COARSE: tl.constexpr,
+    STORAGE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """weight + scale z; coarse weights rounded to the storage dtype, others not yet.
+
+    Args:
+        coarse_from: fp32's bits of the size from which on weights are coarse; uint32.
+        first, parameter, k0, k1: of the rounding bits; made where the tile has a coarse weight.
+    """
+    value = _shifted(weight, scale, noise, KIND)
+    if COARSE:
+        coarse = (weight.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) >= coarse_from
+        if tl.max(coarse.to(tl.int32).reshape(VECTORS * 8), 0) != 0:
+            bits = rounding_bits(first, parameter, k0, k1, VECTORS, 2)
+            if not PAIRS:
+                bits = bits.reshape(VECTORS, 8)
+            bits = tl.where(scale < 0, 0xFFFF - bits, bits)
+            value = tl.where(coarse, _coarse_rounded(value, weight, bits, back, STORAGE), value)
+    return value
+
+
 _BY_VALUE = ["a0", "a1", "b0", "b1", "scale_a", "scale_b", "weight_decay", "samples"]
+_BY_VALUE += ["coarse_a", "coarse_b", "backs"]
 _BY_VALUE += ["only_address", "only_size", "only_offset", "only_parameter", "only_source"]
 _POINTERS = ["table", "items", "keys", "coefficients", "rate"]
 """Single numbers are read through them: with their alignment nothing gets faster."""
@@ -225,6 +289,9 @@ def pass_kernel(
     scale_b: tl.int64,
     weight_decay: tl.int64,
     samples: tl.int32,
+    coarse_a: tl.int32,
+    coarse_b: tl.int32,
+    backs: tl.int32,
     only_address: tl.int64,
     only_size: tl.int64,
     only_offset: tl.int64,
@@ -242,6 +309,7 @@ def pass_kernel(
     DECAY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     KEYS_ON_DEVICE: tl.constexpr,
+    COARSE: tl.constexpr,
     VECTORS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -255,6 +323,8 @@ def pass_kernel(
         coefficients: floating, (samples,), and rate: floating, one element: the update's.
         a0, a1, b0, b1: key of shift a, and of shift b or the update's direction.
         scale_a, scale_b, weight_decay: bits of doubles: launches pass floats as fp32.
+        coarse_a, coarse_b: of the shifts, fp32's bits of the size from which on weights are
+            coarse; read where COARSE. backs: 1 where a takes off another shift, + 2 where b does.
         only_address ... only_source: the row of the only run, where ONLY: nothing is made on
             the device for one pass.
         KIND_A, KIND_B, UPDATE: distribution of the shifts and of the update's directions.
@@ -322,14 +392,46 @@ def pass_kernel(
     if KIND_A != NONE:
         noise = _noise(first, parameter, a0, a1, one, KIND_A, PAIRS, VECTORS, NATIVE)
         scale = scale_a.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
-        weight = _shifted(weight, scale, noise, KIND_A)
+        weight = _moved(
+            weight,
+            scale,
+            noise,
+            coarse_a.to(tl.uint32),
+            backs & 1,
+            first,
+            parameter,
+            a0,
+            a1,
+            KIND_A,
+            COARSE,
+            STORAGE,
+            PAIRS,
+            VECTORS,
+            NATIVE,
+        )
         if KIND_B != NONE or UPDATE != NONE:
             weight = _rounded(weight, STORAGE, PAIRS, NATIVE)
     if KIND_B != NONE:
         if not SAME:
             noise = _noise(first, parameter, b0, b1, one, KIND_B, PAIRS, VECTORS, NATIVE)
         scale = scale_b.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
-        weight = _shifted(weight, scale, noise, KIND_B)
+        weight = _moved(
+            weight,
+            scale,
+            noise,
+            coarse_b.to(tl.uint32),
+            backs & 2,
+            first,
+            parameter,
+            b0,
+            b1,
+            KIND_B,
+            COARSE,
+            STORAGE,
+            PAIRS,
+            VECTORS,
+            NATIVE,
+        )
     if UPDATE != NONE:
         lr = tl.load(rate).to(COMPUTE)
         if SEVERAL:
@@ -357,7 +459,7 @@ def pass_kernel(
         weight -= delta
 
     if STOCHASTIC:
-        bits = rounding_bits(first, parameter, b0, b1, VECTORS)
+        bits = rounding_bits(first, parameter, b0, b1, VECTORS, 1)
         if not PAIRS:
             bits = bits.reshape(VECTORS, 8)
         memory = _stored_stochastic(weight, bits, STORAGE, PAIRS)

@@ -118,7 +118,7 @@ def signs(vector, parameter, k0, k1, VECTORS: tl.constexpr):
 
 
 @triton.jit
-def rounding_bits(vector, parameter, k0, k1, VECTORS: tl.constexpr):
+def rounding_bits(vector, parameter, k0, k1, VECTORS: tl.constexpr, STREAM: tl.constexpr):
     """16 random bits an element, uint32."""
-    word = _words(vector, parameter, k0, k1, 1, VECTORS)
+    word = _words(vector, parameter, k0, k1, STREAM, VECTORS)
     return tl.join(word & 0xFFFF, word >> 16)
