@@ -175,11 +175,49 @@ def element_noise(direction, index, offset, count):
     return radius * np.where(j % np.uint64(2) == 0, np.cos(angle), np.sin(angle))
 
 
-def element_bits(direction, index, offset, count):
-    """The 16 rounding bits of elements offset ... of parameter ``index``: int64."""
+def element_bits(direction, index, offset, count, stream=1):
+    """The 16 rounding bits of elements offset ... of parameter ``index``: int64.
+
+    Of updates; those of shifts are stream 2.
+    """
     j = _positions(offset, count)
-    word = _word(direction, index, 1, j, 2) >> (np.uint64(16) * (j % np.uint64(2)))
+    word = _word(direction, index, stream, j, 2) >> (np.uint64(16) * (j % np.uint64(2)))
     return (word & np.uint64(0xFFFF)).astype(np.int64)
+
+
+def spacing(size, dtype):
+    """Of the dtype's numbers from ``size`` (float64, numpy) on, away from 0."""
+    bits, lowest = {torch.bfloat16: (7, -133), torch.float16: (10, -24)}[dtype]
+    return np.ldexp(1.0, np.maximum(np.frexp(size)[1] - 1 - bits, lowest))
+
+
+def coarse(w, shift):
+    """Which 16-bit weights a shift of noise version 2 rounds stochastically: bool, numpy."""
+    finest = {"gaussian": 1, "rademacher": 0.25}[shift.direction.distribution]
+    return spacing(w.abs().double().numpy(), w.dtype) > finest * abs(shift.scale)
+
+
+def shifted(w, shift, index=0, offset=0):
+    """w + scale z, rounded: the definition, by element, for 16-bit weights (n,)."""
+    z = torch.from_numpy(element_noise(shift.direction, index, offset, w.numel())).float()
+    x = w.float() + torch.tensor(shift.scale) * z
+    if shift.direction.version == 1 or shift.scale == 0:
+        return x.to(w.dtype)
+    size, was = x.abs().double().numpy(), w.abs().double().numpy()
+    unit, random = spacing(size, w.dtype), element_bits(shift.direction, index, offset, len(w), 2)
+    random = random if shift.scale > 0 else 65535 - random
+    step = np.maximum(unit, spacing(was, w.dtype)) if shift.back else unit
+    if w.dtype == torch.float16:  # as many bits as fp32 has more than fp16
+        drop = np.where(step > unit, 2, np.where(size < 2.0**-14, 0, 3))
+        random = random >> drop << drop
+    else:
+        random = random + 0.5 * (step > unit)
+    with np.errstate(invalid="ignore"):  # of infinities
+        whole = np.floor(size / step)
+        up = size / step - whole + random / 65536 >= 1
+    rounded = np.copysign((whole + up) * step, x.double().numpy())
+    chosen = np.where(coarse(w, shift), rounded, x.to(w.dtype).double().numpy())
+    return torch.from_numpy(chosen).to(w.dtype)
 
 
 @pytest.fixture(scope="session", name="element_noise")

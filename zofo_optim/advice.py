@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import STATEFUL, caller_level
 from .evaluation import Evaluation
 from .settings import Settings
-from .zo_groups import ZOGroup
+from .zo_groups import ZOGroup, has_16_bits
 
 NO_ESTIMATE = (
     "step() needs a closure that returns the loss: call step(closure), or backward(closure) before "
@@ -101,9 +101,13 @@ class Advice:
                 )
 
 
-def about_settings(settings: Settings, saved: dict[str, Any]) -> None:
+def about_settings(settings: Settings, saved: dict[str, Any], groups: Sequence[ZOGroup]) -> None:
     """A state dict of an optimizer with other settings, under which the path is another."""
     ours = settings.of_the_path()
+    if saved:  # the first version did not say so
+        saved = {"noise_version": 1, **saved}
+    if not any(has_16_bits(p.dtype) for group in groups for p in group.params):
+        del ours["noise_version"]  # versions differ in how those weights round
     others = [
         f"{name}={value!r} (here {ours[name]!r})"
         for name, value in saved.items()

@@ -141,7 +141,7 @@ class GroupsAndState(Optimizer):
         super().load_state_dict(state_dict)
         # what was accumulated belongs to the directions of the step that is left
         self._estimate, self._perturbation.moves, saved = state.take(self.param_groups)
-        advice.about_settings(self._settings, saved)
+        advice.about_settings(self._settings, saved, self.zo_groups())
         self._listeners.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:

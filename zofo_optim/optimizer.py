@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zofo_kernels import NOISE_VERSION
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from .advice import NO_ESTIMATE
@@ -76,6 +77,9 @@ class HybridZOFO(GroupsAndState):
             the device, its gradients become 0: momentum and decay still act). "raise" restores
             the weights and raises ``FloatingPointError``.
         seed: of the directions, in [0, 2**64).
+        noise_version: of the noise's definition. 2 perturbs 16-bit weights that are spaced widely
+            for ``mu``, such as layer norms around 1, without bias; 1 loses most of their
+            displacements, and goes on where an earlier version of the library began.
         backend: "auto", "triton", "cpu" or "reference"; see ``zofo_kernels``.
         restore_buffers: buffers that a closure changes, such as batch-norm statistics, change
             once a step: those of the model that :func:`hybrid_param_groups` was given (True), of
@@ -118,6 +122,7 @@ class HybridZOFO(GroupsAndState):
         rounding: str = "stochastic",
         nonfinite: str = "skip",
         seed: int = 0,
+        noise_version: int = NOISE_VERSION,
         backend: str = "auto",
         restore_buffers: bool | torch.nn.Module = True,
         capturable: bool = default(False),
@@ -136,6 +141,7 @@ class HybridZOFO(GroupsAndState):
             nonfinite=nonfinite,
             backend=backend,
             capturable=value_of(capturable),
+            noise_version=noise_version,
         )
         options = first_order_options(fo_optimizer, shared, fo_options)
         first_order = FirstOrder(fo_optimizer, *options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zofo_kernels import BACKENDS, DISTRIBUTIONS, ROUNDINGS, unavailable_reason
+from zofo_kernels import BACKENDS, DISTRIBUTIONS, NOISE_VERSIONS, ROUNDINGS, unavailable_reason
 
 from .estimators import ESTIMATORS
 from .rules import RULES
@@ -28,6 +28,7 @@ class Settings:
     nonfinite: str
     backend: str
     capturable: bool
+    noise_version: int
 
     def __post_init__(self) -> None:
         choices = {
@@ -43,6 +44,9 @@ class Settings:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        version = self.noise_version
+        if type(version) is not int or version not in NOISE_VERSIONS:
+            raise ValueError(f"noise_version must be one of {NOISE_VERSIONS}, got {version!r}")
         samples = self.num_samples
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise ValueError(f"num_samples must be an int >= 1, got {samples!r}")

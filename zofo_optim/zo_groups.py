@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from zofo_kernels import Direction, Weights
+from zofo_kernels import NOISE_VERSION, Direction, Weights
 
 
 @dataclass
@@ -21,6 +22,7 @@ class ZOGroup:
 
     weights: Weights
     options: dict[str, Any]
+    noise_version: int = NOISE_VERSION
 
     @property
     def params(self) -> list[Tensor]:
@@ -49,13 +51,16 @@ class ZOGroup:
     def direction(self, sample: int, distribution: str) -> Direction:
         """Direction ``sample`` of the group's present step."""
         options = self.options
-        return Direction(options["seed"], options["zo_step"], sample, distribution)
+        return Direction(
+            options["seed"], options["zo_step"], sample, distribution, self.noise_version
+        )
 
 
 class Tables:
     """The groups' :class:`zofo_kernels.Weights`, kept from step to step with their addresses."""
 
-    def __init__(self) -> None:
+    def __init__(self, noise_version: int = NOISE_VERSION) -> None:
+        self._noise_version = noise_version
         self._kept: list[Weights] = []
 
     def groups(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
@@ -65,7 +70,8 @@ class Tables:
         for options in param_groups:
             if options.get("mode") == "zo":
                 params = list(dict.fromkeys(options["params"]))
-                found.append(ZOGroup(self._weights(len(found), params, index), options))
+                weights = self._weights(len(found), params, index)
+                found.append(ZOGroup(weights, options, self._noise_version))
                 index += len(params)
         return found
 
@@ -78,6 +84,11 @@ class Tables:
                 return kept
         self._kept[position : position + 1] = [Weights(params, indices)]
         return self._kept[position]
+
+
+def has_16_bits(dtype: torch.dtype) -> bool:
+    """Whether rounding depends on the noise version."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def is_same(a: Sequence[object], b: Sequence[object]) -> bool:

@@ -111,6 +111,7 @@ def optimizer_of(case, weights, backend):
         perturbation=case.perturbation,
         rounding=case.rounding,
         seed=SEED,
+        noise_version=1,
         backend=backend,
     )
 

@@ -295,8 +295,8 @@ def test_a_result_that_differs_is_an_error_for_rademacher(path, monkeypatch):
 
 
 def test_another_noise_version(trained, path, monkeypatch):
-    monkeypatch.setattr("zofo_optim.journal.player.NOISE_VERSION", 2)
-    refused(trained.base, path, "noise version 1")
+    monkeypatch.setattr("zofo_optim.journal.player.NOISE_VERSIONS", (1,))
+    refused(trained.base, path, "noise version 2")
 
 
 # ---- what cannot be recorded ----------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from conftest import same_bits
 from hypothesis import strategies as st
 
-from zofo_kernels import DISTRIBUTIONS, DTYPES, Direction
+from zofo_kernels import DISTRIBUTIONS, DTYPES, NOISE_VERSIONS, Direction
 
 NARROW = (torch.bfloat16, torch.float16)
 GAUSSIAN, RADEMACHER = Direction(3, 1), Direction(3, 1, 0, "rademacher")
@@ -92,6 +92,7 @@ DIRECTIONS = st.builds(
     step=st.integers(0, 2**64 - 1),
     sample=st.one_of(st.integers(0, 9), st.just(2**64 - 1)),
     distribution=st.sampled_from(DISTRIBUTIONS),
+    version=st.sampled_from(NOISE_VERSIONS),
 )
 
 

@@ -15,6 +15,7 @@ from zofo_kernels import (
     BACKENDS,
     DISTRIBUTIONS,
     DTYPES,
+    NOISE_VERSIONS,
     Backend,
     Direction,
     Pass,
@@ -98,6 +99,7 @@ directions = st.builds(
     step=st.integers(0, 2**64 - 1),
     sample=st.integers(0, 3),
     distribution=st.sampled_from(DISTRIBUTIONS),
+    version=st.sampled_from(NOISE_VERSIONS),
 )
 scales = st.sampled_from([0.125, -0.125, 1e-3, 0.0])
 rates = st.sampled_from([0.003, 0.1])

@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from zofo_kernels import DISTRIBUTIONS, DTYPES, NOISE_VERSION, Direction, noise, perturb_, reference
-from zofo_kernels.direction import check_direction
+from zofo_kernels import (
+    DISTRIBUTIONS,
+    DTYPES,
+    NOISE_VERSIONS,
+    Direction,
+    noise,
+    perturb_,
+    reference,
+)
+from zofo_kernels.direction import KEY_VERSION, check_direction
 
 # From kat_vectors of Random123, the library of Philox's authors: counter, key, result.
 KNOWN_ANSWERS = [
@@ -23,7 +31,7 @@ KNOWN_ANSWERS = [
     ),
 ]
 
-# NOISE_VERSION 1, which recorded runs rely on: seed, step, sample; key; the first Gaussians of
+# Noise of versions 1 and 2, which recorded runs rely on: seed, step, sample; key; first Gaussians of
 # parameter 3 from elements 0 and 2^36 + 5 on; the signs of 64 elements from 2^36 + 5 on (set bit:
 # -1); the rounding bits from element 5 on.
 GOLDEN = [
@@ -64,6 +72,7 @@ DIRECTIONS = st.builds(
     step=st.integers(0, 2**64 - 1),
     sample=st.integers(0, 9),
     distribution=st.sampled_from(DISTRIBUTIONS),
+    version=st.sampled_from(NOISE_VERSIONS),
 )
 INDICES = st.one_of(st.integers(0, 5), st.just(2**32 - 1))
 
@@ -89,7 +98,7 @@ def test_philox_known_answers(compute, counter, key, expected):
 
 @pytest.mark.parametrize(("identity", "key", "near", "far", "signs", "bits"), GOLDEN)
 def test_golden_values(backend, identity, key, near, far, signs, bits):
-    assert NOISE_VERSION == 1, "a new version needs golden values of its own"
+    assert KEY_VERSION == 1, "another noise needs golden values of its own"
     direction = Direction(*identity)
     assert direction.key() == key
     assert direction._replace(distribution="rademacher").key() == key

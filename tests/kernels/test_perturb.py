@@ -5,11 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import bits, same_bits, weights
+from conftest import bits, same_bits, shifted, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zofo_kernels import DISTRIBUTIONS, DTYPES, Direction, Shift, noise, perturb_, perturbed
+from zofo_kernels import (
+    DISTRIBUTIONS,
+    DTYPES,
+    NOISE_VERSIONS,
+    Direction,
+    Shift,
+    noise,
+    perturb_,
+    perturbed,
+)
 
 LAYOUTS = ("contiguous", "transposed", "strided")
 GAUSSIAN, RADEMACHER = Direction(3, 1), Direction(3, 1, 0, "rademacher")
@@ -59,8 +68,10 @@ def surroundings_are_poison(view, memory, poison):
     return bool((memory.isnan() if math.isnan(poison) else memory == poison).all())
 
 
-def check(result, w, shifts, z_of):
+def check(result, w, shifts, z_of, place=(0, 0)):
     """``result`` against w + scale z, shift after shift; ``z_of`` gives z in fp64.
+
+    ``place`` is the parameter's index and the offset of its first element.
 
     Signs: the same bits as one product, one sum and one rounding in torch. Gaussian: half an ulp
     of the dtype, the roundings of fp32, and 5e-6 of z, for each shift.
@@ -69,12 +80,19 @@ def check(result, w, shifts, z_of):
     signs = all(shift.direction.distribution == "rademacher" for shift in shifts)
     value, error = w.double(), torch.zeros(w.shape, dtype=torch.float64)
     rounded = w
-    for direction, scale in shifts:
+    for shift in shifts:
+        direction, scale, _ = shift
         z = torch.from_numpy(z_of(direction)).reshape(w.shape)
-        step = torch.tensor(scale, dtype=compute) * z.to(compute)
-        rounded = (rounded.to(compute) + step).to(w.dtype)
+        if w.dtype in (torch.bfloat16, torch.float16):
+            rounded = shifted(rounded.flatten(), shift, *place).reshape(w.shape)
+            wide = direction.version > 1  # one whole number, not a half, where it is coarse
+        else:
+            step = torch.tensor(scale, dtype=compute) * z.to(compute)
+            rounded, wide = (rounded.to(compute) + step).to(w.dtype), False
         value = value + scale * z
-        error += torch.finfo(w.dtype).eps / 2 * (value.abs() + error) + 5e-6 * abs(scale)
+        error += torch.finfo(w.dtype).eps / (1 if wide else 2) * (value.abs() + error) + 5e-6 * abs(
+            scale
+        )
         error += torch.finfo(compute).eps * (w.double().abs() + (scale * z).abs())
         error += 2.0**-25 * (w.dtype == torch.float16)
     assert result.dtype == w.dtype
@@ -88,16 +106,19 @@ def check(result, w, shifts, z_of):
     TENSORS,
     st.sampled_from(DISTRIBUTIONS),
     SCALES,
+    st.sampled_from(NOISE_VERSIONS),
     st.sampled_from(["perturb", "recover", "both", "both, other distribution"]),
 )
-def test_perturb_is_the_formula(backend, element_noise, tensors, distribution, scale, mode):
-    direction = Direction(2**64 - 5, 17, 2, distribution)
+def test_perturb_is_the_formula(
+    backend, element_noise, tensors, distribution, scale, version, mode
+):
+    direction = Direction(2**64 - 5, 17, 2, distribution, version)
     other = Direction(2**64 - 5, 16, 2, distribution)
     if mode.endswith("other distribution"):  # of the same key
         swapped = DISTRIBUTIONS[1 - DISTRIBUTIONS.index(distribution)]
         other = direction._replace(distribution=swapped)
     recover = None if mode == "perturb" else Shift(other, 0.25)
-    shifts = [Shift(other, -0.25)] if recover else []
+    shifts = [recover.taken_off()] if recover else []
     shifts += [Shift(direction, scale)] if mode != "recover" else []
 
     before = [weights(t["shape"], t["dtype"], seed=i) for i, t in enumerate(tensors)]
@@ -116,7 +137,7 @@ def test_perturb_is_the_formula(backend, element_noise, tensors, distribution, s
         def z_of(direction, w=w, t=t):
             return element_noise(direction, t["index"], t["offset"], w.numel())
 
-        check(view.clone(), w, shifts, z_of)
+        check(view.clone(), w, shifts, z_of, (t["index"], t["offset"]))
         assert surroundings_are_poison(view, memory, t["poison"])
 
 

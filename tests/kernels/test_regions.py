@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from zofo_kernels import (
     DISTRIBUTIONS,
     DTYPES,
+    NOISE_VERSIONS,
     ROUNDINGS,
     Direction,
     Pass,
@@ -89,6 +90,7 @@ directions = st.builds(
     step=st.integers(0, 2**64 - 1),
     sample=st.integers(0, 9),
     distribution=st.sampled_from(DISTRIBUTIONS),
+    version=st.sampled_from(NOISE_VERSIONS),
 )
 operations = st.sampled_from(list(ROUNDINGS_OF_EACH))
 roundings = st.sampled_from(ROUNDINGS)

@@ -9,7 +9,16 @@ from conftest import same_bits, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zofo_kernels import DISTRIBUTIONS, DTYPES, Direction, Shift, noise, perturb_, update_
+from zofo_kernels import (
+    DISTRIBUTIONS,
+    DTYPES,
+    NOISE_VERSIONS,
+    Direction,
+    Shift,
+    noise,
+    perturb_,
+    update_,
+)
 
 NARROW = (torch.bfloat16, torch.float16)
 GAUSSIAN, RADEMACHER = Direction(3, 1), Direction(3, 1, 0, "rademacher")
@@ -67,6 +76,7 @@ DIRECTIONS = st.lists(
         step=st.just(9),
         sample=st.integers(0, 3),
         distribution=st.sampled_from(DISTRIBUTIONS),
+        version=st.sampled_from(NOISE_VERSIONS),
     ),
     min_size=1,
     max_size=3,

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from zofo_kernels import NOISE_VERSION
-
 from ..names import difference
 from ..optimizer import HybridZOFO
 from ..zo_groups import ZOGroup
@@ -19,7 +17,7 @@ from .fingerprint import backend_name
 from .format import FORMAT_VERSION
 from .reader import Recording
 
-_MUST_MATCH = ("noise_version", "distribution", "rounding", "perturbation")
+_MUST_MATCH = ("distribution", "rounding", "perturbation")
 
 
 def check_recordable(optimizer: HybridZOFO) -> None:
@@ -57,7 +55,7 @@ def header_of(
         raise ValueError(f"param_names must be different for all parameters, got twice: {twice}")
     return {
         "format": FORMAT_VERSION,
-        "noise_version": NOISE_VERSION,
+        "noise_version": settings.noise_version,
         "distribution": settings.distribution,
         "rounding": settings.rounding,
         "perturbation": settings.perturbation,
@@ -99,7 +97,9 @@ def _names(group: ZOGroup, known: dict[int, str] | None) -> list[str]:
 def check_same(recording: Recording, header: dict[str, Any]) -> None:
     """Raise JournalError where the journal is not of the optimizer that ``header`` is of."""
     ours, theirs = header, recording.header
-    for key in _MUST_MATCH:
+    dtypes = {dtype for group in ours["groups"] for dtype in group["dtypes"]}
+    rounds = not dtypes.isdisjoint(("bfloat16", "float16"))
+    for key in ("noise_version", *_MUST_MATCH) if rounds else _MUST_MATCH:
         if ours[key] != theirs[key]:
             raise JournalError(
                 f"{recording.path} was made with {key}={theirs[key]!r}, the optimizer has "

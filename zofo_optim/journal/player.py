@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from zofo_kernels import NOISE_VERSION, Direction, Pass, Program, Shift, Weights, replay_
+from zofo_kernels import NOISE_VERSIONS, Direction, Pass, Program, Shift, Weights, replay_
 
 from ..checks import caller_level
 from .errors import JournalError
@@ -122,10 +122,10 @@ def choose(
 ) -> Span:
     """The records to apply; see :func:`replay` for what it raises."""
     version = recording.header["noise_version"]
-    if version != NOISE_VERSION:
+    if version not in NOISE_VERSIONS:
         raise JournalError(
-            f"{recording.path} was made with noise version {version}; this is version "
-            f"{NOISE_VERSION}, which draws other directions"
+            f"{recording.path} was made with noise version {version!r}, and this version of "
+            f"zofo_optim knows {NOISE_VERSIONS}"
         )
     steps = recording.steps
     first, last = recording.start, recording.stop
@@ -226,7 +226,7 @@ def apply(
     header = recording.header
     done, total = 0, sum(p.numel() for p in found.values())
     for position, group in enumerate(header["groups"]):
-        program = _program([every[position] for every in span.parts], header["distribution"])
+        program = _program([every[position] for every in span.parts], header)
         places = [
             (found[name], index)
             for name, index in zip(group["names"], group["indices"], strict=True)
@@ -275,22 +275,23 @@ def _pieces(places: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[W
         yield Weights(views, indices, offsets), used
 
 
-def _program(parts: Sequence[Part], distribution: str) -> Program:
+def _program(parts: Sequence[Part], header: Mapping[str, Any]) -> Program:
     """One group's steps as passes over its weights."""
-    return Program(_pass(part, distribution) for part in parts)
+    distribution, version = header["distribution"], header["noise_version"]
+    return Program(_pass(part, distribution, version) for part in parts)
 
 
-def _pass(part: Part, distribution: str) -> Pass:
+def _pass(part: Part, distribution: str, version: int) -> Pass:
     """Each move takes off what the one before it added; the update starts from where they end."""
 
     def along(sample: int) -> Direction:
-        return Direction(part.seed, part.step, sample, distribution)
+        return Direction(part.seed, part.step, sample, distribution, version)
 
     shifts: list[Shift] = []
     carried: Shift | None = None
     for sample, scale in (*part.path, (0, 0.0)):
         if carried is not None:
-            shifts.append(carried._replace(scale=-carried.scale))
+            shifts.append(carried.taken_off())
         carried = Shift(along(sample), scale) if scale else None
         if carried is not None:
             shifts.append(carried)

@@ -45,7 +45,7 @@ class Perturbation(ABC):
         self._settings = settings
         self._listener = listener
         self._advice = advice
-        self._tables = Tables()
+        self._tables = Tables(settings.noise_version)
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
         self._weights: list[Weights] = []  # what the verification is of
         self._verified = False

@@ -66,11 +66,10 @@ class InPlacePerturbation(Perturbation):
         self._listener.moved(move)
 
     def _pass(self, position: int, shift: Shift | None) -> None:
-        direction, scale = shift if shift is not None else (None, 0.0)
         perturb_(
             self.groups[position].weights,
-            direction,
-            scale,
+            None if shift is None else shift.direction,
+            0.0 if shift is None else shift.scale,
             recover=self._carried.get(position),
             backend=self._settings.backend,
         )

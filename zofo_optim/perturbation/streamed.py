@@ -131,11 +131,11 @@ class StreamedPerturbation(Perturbation):
         }
         try:
             for source in part:
-                direction, scale = self._shifts[source.group]
+                shift = self._shifts[source.group]
                 perturb_(
                     [source.parameter],
-                    direction,
-                    scale,
+                    shift.direction,
+                    shift.scale,
                     indices=[source.noise_index],
                     backend=self._settings.backend,
                 )

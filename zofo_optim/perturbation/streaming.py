@@ -219,11 +219,11 @@ class Streaming(TorchFunctionMode):
         offset = 0
         if part is not None:
             parameter, offset = part, int(part.storage_offset() - parameter.storage_offset())
-        direction, scale = self._shifts[group]
+        shift = self._shifts[group]
         return perturbed(
             parameter,
-            direction,
-            scale,
+            shift.direction,
+            shift.scale,
             index=index,
             offset=offset,
             rows=rows,
