@@ -35,7 +35,7 @@ from zofo_bench.stock_triton import BLOCK, randn4x_perturb  # noqa: E402
 
 from zofo_kernels import triton_kernels as kernels  # noqa: E402
 from zofo_kernels.distributions import BY_NAME  # noqa: E402
-from zofo_kernels.triton import VECTORS, WARPS  # noqa: E402
+from zofo_kernels.triton import COARSE_WARPS, VECTORS, WARPS  # noqa: E402
 
 DTYPES = {
     "bfloat16": tl.bfloat16,
@@ -68,6 +68,7 @@ ARGUMENTS = {
     "scale_b": "i64",
     "weight_decay": "i64",
     "samples": "i32",
+    **dict.fromkeys(("coarse_a", "coarse_b", "backs"), "i32"),
     **{f"only_{name}": "i64" for name in ("address", "size", "offset", "parameter", "source")},
 }
 
@@ -87,20 +88,27 @@ class Kernel(NamedTuple):
     """That one program handles."""
 
 
+MOVES: dict[str, dict[str, Any]] = {
+    "perturb": {"KIND_A": True},
+    "perturb_copy": {"KIND_A": True, "SOURCE": kernels.COPY.value},
+    "recover_and_perturb": {"KIND_A": True, "KIND_B": True, "SAME": True},
+    "restore_and_update": {"KIND_A": True, "UPDATE": True, "SAME": True},
+}
+"""Those that shift weights. Of 16-bit dtypes they are "coarse": they can round stochastically."""
+
+
 def variants() -> dict[str, dict[str, Any]]:
     """The constants of each of our kernels, but for dtype, distribution and rounding."""
     return {
         "copy": {"SOURCE": kernels.COPY.value},
-        "perturb": {"KIND_A": True},
-        "perturb_copy": {"KIND_A": True, "SOURCE": kernels.COPY.value},
-        "recover_and_perturb": {"KIND_A": True, "KIND_B": True, "SAME": True},
-        "restore_and_update": {"KIND_A": True, "UPDATE": True, "SAME": True},
+        **MOVES,
         "restore_and_update, decay": {
             "KIND_A": True,
             "UPDATE": True,
             "SAME": True,
             "DECAY": True,
         },
+        **{f"{name}, coarse": {**constants, "COARSE": True} for name, constants in MOVES.items()},
     }
 
 
@@ -119,6 +127,7 @@ def ours(name: str, dtype: str, distribution: str | None, rounding: str | None) 
         "DECAY": False,
         "STOCHASTIC": rounding == "stochastic",
         "KEYS_ON_DEVICE": False,
+        "COARSE": False,
         "VECTORS": VECTORS,
         "NATIVE": True,
     }
@@ -135,7 +144,7 @@ def ours(name: str, dtype: str, distribution: str | None, rounding: str | None) 
         kernels.pass_kernel,
         ARGUMENTS,
         constants,
-        WARPS,
+        COARSE_WARPS if constants["COARSE"] else WARPS,
         8 * VECTORS,
     )
 

@@ -188,7 +188,8 @@ def element_bits(direction, index, offset, count, stream=1):
 def spacing(size, dtype):
     """Of the dtype's numbers from ``size`` (float64, numpy) on, away from 0."""
     bits, lowest = {torch.bfloat16: (7, -133), torch.float16: (10, -24)}[dtype]
-    return np.ldexp(1.0, np.maximum(np.frexp(size)[1] - 1 - bits, lowest))
+    exponent = np.where(size > 0, np.frexp(size)[1] - 1, lowest)
+    return np.ldexp(1.0, np.maximum(exponent - bits, lowest))
 
 
 def coarse(w, shift):

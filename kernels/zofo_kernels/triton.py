@@ -40,6 +40,8 @@ VECTORS = 512
 flight. Registers then let a multiprocessor (sm_90) hold all of its threads where bf16 is perturbed
 in place, and 44 to 75 % in its other passes in place: ``benchmarks/sass.py`` counts them."""
 WARPS = 4
+COARSE_WARPS = 8
+"""Of passes that may round coarse weights: rounding bits need registers, whether made or not."""
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -290,7 +292,7 @@ def _start(
         **variant,
         VECTORS=VECTORS,
         NATIVE=not INTERPRETED and torch.version.hip is None,
-        num_warps=WARPS,
+        num_warps=COARSE_WARPS if variant["COARSE"] else WARPS,
         enable_fp_fusion=False,
     )
 

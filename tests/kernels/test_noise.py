@@ -31,7 +31,7 @@ KNOWN_ANSWERS = [
     ),
 ]
 
-# Noise of versions 1 and 2, which recorded runs rely on: seed, step, sample; key; first Gaussians of
+# Noise of versions 1 and 2, which recorded runs rely on: seed, step, sample; key; first normals of
 # parameter 3 from elements 0 and 2^36 + 5 on; the signs of 64 elements from 2^36 + 5 on (set bit:
 # -1); the rounding bits from element 5 on.
 GOLDEN = [

@@ -273,17 +273,17 @@ def test_every_16_bit_value(backend, dtype, direction):
     """All bit patterns, shifted by 0, by little and by much."""
     w = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for scale in (0.0, 1e-3, 3e4):
-        z = noise(w.shape, direction, backend=backend)
-        expected = (w.float() + torch.tensor(scale) * z).to(dtype)
+        expected = shifted(w, Shift(direction, scale))
         out = perturbed(w, direction, scale, backend=backend)
         number = ~w.isnan()
         assert out[~number].isnan().all()
         if scale == 0 or direction.distribution == "rademacher":
             assert same_bits(out[number], expected[number])
         else:  # a fused multiply-add may change the last bit
+            assert (out[number] != expected[number]).float().mean() < 1e-2
             apart = bits(out[number]).int() - bits(expected[number]).int()
             zero = (out[number] == 0) & (expected[number] == 0)
-            tiny = (out[number].float() - expected[number].float()).abs() < 1e-9
+            tiny = (out[number].float() - expected[number].float()).abs() < 5e-6 * scale
             assert ((apart.abs() <= 1) | zero | tiny).all()
 
 

@@ -194,7 +194,7 @@ def in_turn(w, passes, rounding, **place):
     rounded = 0
     for one in passes:
         for shift in one.shifts:
-            perturb_([w], *shift, **place, backend="reference")
+            perturb_([w], shift.direction, shift.scale, **place, backend="reference")
         if one.directions:
             coefficients = torch.tensor(one.coefficients, dtype=torch.float64)
             update_(

@@ -35,7 +35,7 @@ def in_turn(tensors, passes, **options):
     rounding = options.pop("rounding")
     for one in passes:
         for shift in one.shifts:
-            perturb_(tensors, *shift, **options)
+            perturb_(tensors, shift.direction, shift.scale, **options)
         if one.directions:
             update_(
                 tensors,
