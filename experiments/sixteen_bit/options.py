@@ -1,4 +1,4 @@
-"""The three command lines of the 16-bit study."""
+"""The command lines of the 16-bit study."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEFAULT_RECIPES = [name for name, recipe in RECIPES.items() if recipe.dtype != "
 
 COUNTS = ("count", "steps", "repeats", "batch_size", "train_size", "dev_size", "min_words")
 RANGES = {
-    **dict.fromkeys(("mu", "sigma", "sizes", "lr"), POSITIVE),
+    **dict.fromkeys(("mu", "sigma", "sizes", "around", "lr"), POSITIVE),
     **dict.fromkeys(("seed", "seeds"), INDEX),
     **dict.fromkeys((*COUNTS, "eval_every"), COUNT),
 }
@@ -47,7 +47,7 @@ RANGES = {
 
 @dataclass
 class Common:
-    """What all three have."""
+    """What all have."""
 
     command: ClassVar[str]
 
@@ -90,6 +90,18 @@ class Survival(Weights):
 
 
 @dataclass
+class Bias(Common):
+    """How much of a gradient the estimates hold, by the weights' size."""
+
+    command = "bias"
+
+    count: int = option(2**16, "weights of each size")
+    around: list[float] = option([2.0**e for e in range(-9, 4)], "sizes: weights of 1 to 2 times")
+    repeats: int = option(5, "directions averaged over")
+    seed: int = option(0, "of weights and directions")
+
+
+@dataclass
 class Finetune(Common):
     """The same fine-tuning in fp32 and in 16 bits."""
 
@@ -115,7 +127,7 @@ class Finetune(Common):
     include: list[str] = option([], "train these parameters, by pattern; default: all")
 
 
-KINDS: dict[str, type[Common]] = {kind.command: kind for kind in (Drift, Survival, Finetune)}
+KINDS: dict[str, type[Common]] = {kind.command: kind for kind in (Drift, Survival, Bias, Finetune)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Any, argparse.ArgumentParser]:

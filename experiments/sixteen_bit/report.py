@@ -105,9 +105,28 @@ def plot_finetune(path: Path, content: Content) -> None:
     finish(figure, path)
 
 
+def plot_bias(path: Path, content: Content) -> None:
+    """Share of the gradient against the weights' size, one panel a distribution."""
+    result = content["result"]
+    figure, axes = panels(2)
+    for one, distribution in zip(axes, ("gaussian", "rademacher"), strict=True):
+        for name, rows in result.items():
+            label, _, kind = name.rpartition(", ")
+            if kind != distribution:
+                continue
+            colour = COLOURS[f"{label[:4]}, stochastic"] if label != "fp32" else COLOURS["fp32"]
+            dash = "--" if "version 1" in label else "-"
+            one.semilogx(result["around"], rows["share"], dash, c=colour, label=label)
+        one.set(xlabel="size of the weights", title=distribution)
+    axes[0].set_ylabel("share of the gradient in the mean estimate")
+    axes[0].legend(frameon=False, fontsize=8)
+    finish(figure, path)
+
+
 PLOTS: dict[str, Callable[[Path, Content], None]] = {
     "drift": plot_drift,
     "survival": plot_survival,
+    "bias": plot_bias,
     "finetune": plot_finetune,
 }
 
@@ -172,6 +191,23 @@ def survival_table(content: Content) -> list[str]:
     return lines
 
 
+def bias_table(content: Content) -> list[str]:
+    result, settings = content["result"], content["settings"]
+    lines = [
+        "Bias: share of the gradient that two-sided estimates hold on average, in %, by the size "
+        f"of the weights (uniform on [1, 2) times it); mu = {settings['mu']:g}, "
+        f"{settings['count']:,} weights, {settings['repeats']} directions; the standard error is "
+        f"at most {100 * max(max(r['error']) for n, r in result.items() if n != 'around'):.1f}.",
+        "",
+        row("weights", *(f"{size:.2g}" for size in result["around"])),
+        "|---" * (1 + len(result["around"])) + "|",
+    ]
+    for name, rows in result.items():
+        if name != "around":
+            lines.append(row(name, *(f"{100 * share:.1f}" for share in rows["share"])))
+    return lines
+
+
 def finetune_table(content: Content) -> list[str]:
     settings, rates = content["settings"], content["result"]["rates"]
     some = next(iter(next(iter(rates.values())).values()))
@@ -218,6 +254,7 @@ def finetune_table(content: Content) -> list[str]:
 TABLES: dict[str, Callable[[Content], list[str]]] = {
     "drift": drift_table,
     "survival": survival_table,
+    "bias": bias_table,
     "finetune": finetune_table,
 }
 

@@ -1,4 +1,4 @@
-"""What 16-bit rounding does to weights: drift under perturbation, and survival of updates."""
+"""What 16-bit rounding does: drift and bias under perturbation, and survival of updates."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.zofo_bench.mezo import MeZO
-from zofo_kernels import Direction, noise, update_
+from zofo_kernels import DISTRIBUTIONS, NOISE_VERSIONS, Direction, noise, perturbed, update_
 from zofo_optim import HybridZOFO
 
-from .options import Drift, Survival
+from .options import Bias, Drift, Survival
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DRIFTS = ("MeZO's recipe", "in place, two-sided", "in place, one-sided", "streamed")
@@ -105,4 +105,42 @@ def survival(options: Survival, progress: Progress) -> dict[str, Any]:
             for key, value in zip(rows, (mean, sum(errors) / repeats, spread), strict=True):
                 rows[key].append(value)
         result[name if name == "fp32" else f"{name}, {rounding}"] = rows
+    return result
+
+
+def bias(options: Bias, progress: Progress) -> dict[str, Any]:
+    """The share of a gradient g that two-sided estimates of the loss <g, w> hold on average.
+
+    For weights of one size, uniform on [1, 2) times it, in each dtype, by distribution and noise
+    version. With displacements d of the two sides the estimate is (<g, d+> - <g, d->) / (2 mu) v;
+    its mean over v, element by element, is E[(d+ - d-) v] / (2 mu E[v v]) times g: 1 where
+    nothing is lost. `error` is the standard error of the mean over weights and directions.
+    """
+    count, mu, repeats = options.count, options.mu, options.repeats
+    kinds = [
+        (dtype, distribution, version)
+        for dtype in DTYPES
+        for distribution in DISTRIBUTIONS
+        for version in NOISE_VERSIONS
+        if dtype != "fp32" or version == NOISE_VERSIONS[-1]
+    ]
+    result: dict[str, Any] = {"around": list(options.around)}
+    for name, distribution, version in kinds:
+        label = name if name == "fp32" else f"{name}, version {version}"
+        rows: dict[str, list[float]] = {"share": [], "error": []}
+        for i in progress(range(len(options.around)), f"bias, {label}, {distribution}"):
+            generator = torch.Generator().manual_seed(options.seed)
+            w = options.around[i] * (1 + torch.rand(count, generator=generator))
+            w = w.to(DTYPES[name])
+            shares, squares = [], []
+            for repeat in range(repeats):
+                direction = Direction(options.seed, repeat, 0, distribution, version)
+                v = noise([count], direction, dtype=torch.float64)
+                up, down = (perturbed(w, direction, s * mu).double() for s in (1, -1))
+                shares.append((up - down) * v / (2 * mu))
+                squares.append(v.square())
+            every = torch.cat(shares) / torch.cat(squares).mean()
+            rows["share"].append(float(every.mean()))
+            rows["error"].append(float(every.std() / math.sqrt(every.numel())))
+        result[f"{label}, {distribution}"] = rows
     return result

@@ -67,6 +67,26 @@ def test_small_updates_survive_stochastic_rounding_only(survived):
     assert survived["bf16, nearest"]["kept"][0] < 0.05
 
 
+def test_coarse_weights_keep_their_gradient_in_the_second_noise_version():
+    found = rounding.bias(options.Bias(count=2**12, around=[0.02, 1.0], repeats=4), quiet)
+    assert set(found) == {
+        "around",
+        *(f"{d}, {k}" for d in ("fp32",) for k in ("gaussian", "rademacher")),
+        *(
+            f"{d}, version {v}, {k}"
+            for d in ("bf16", "fp16")
+            for v in (1, 2)
+            for k in ("gaussian", "rademacher")
+        ),
+    }
+    for name, rows in found.items():
+        if name == "around":
+            continue
+        for share, error, size in zip(rows["share"], rows["error"], found["around"], strict=True):
+            lost = name.startswith("bf16, version 1") and size == 1.0
+            assert share < 0.1 if lost else abs(share - 1) < 4 * error + 0.03
+
+
 def test_stochastic_rounding_pays_in_noise(survived):
     assert survived["bf16, stochastic"]["error"][0] > survived["bf16, nearest"]["error"][0]
 
