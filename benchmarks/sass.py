@@ -43,6 +43,7 @@ DTYPES = {
     "float32": tl.float32,
     "float64": tl.float64,
 }
+NARROW = ("bfloat16", "float16")
 KINDS = {name: distribution.code for name, distribution in BY_NAME.items()}
 NONE = kernels.NONE.value
 BUDGETS = {
@@ -172,10 +173,10 @@ def table(dtypes: list[str]) -> Iterator[Kernel]:
         yield ours("copy", dtype, None, None)
         for distribution in KINDS:
             for name in variants():
-                if name == "copy":
+                if name == "copy" or ("coarse" in name and dtype not in NARROW):
                     continue
                 yield ours(name, dtype, distribution, "nearest")
-                if "update" in name and dtype in ("bfloat16", "float16"):
+                if "update" in name and dtype in NARROW:
                     yield ours(name, dtype, distribution, "stochastic")
         yield stock(dtype)
 

@@ -103,7 +103,8 @@ def check_step(
             shift = Shift(direction, sign * mu)
             perturb_(
                 expected,
-                *shift,
+                shift.direction,
+                shift.scale,
                 recover=carried,
                 indices=indices,
                 offsets=offsets,

@@ -230,7 +230,7 @@ def _calls(device: torch.device) -> Case:
     def check() -> None:
         with mode():
             found = layer.weight + 0
-        right = perturbed(layer.weight, *shift, index=0, backend="reference")
+        right = perturbed(layer.weight, shift.direction, shift.scale, backend="reference")
         if not torch.equal(found, right):
             raise WrongResult("the mode does not perturb")
 

@@ -178,7 +178,7 @@ def test_updates_are_the_formula_with_every_rounding_in_its_place(
 
     for shift in (Shift(directions[0], 1e-3), Shift(Direction(8, 8), 1e-3)):
         one = w.to(DEVICE)
-        perturb_([one], *shift, **PLACE, backend="triton")
+        perturb_([one], shift.direction, shift.scale, **PLACE, backend="triton")
         two = one.clone()
         update_([one], directions, coefficients, lr, recover=shift, **options, **PLACE)
         perturb_([two], None, recover=shift, **PLACE, backend="triton")
