@@ -76,19 +76,12 @@ class Advice:
         groups: Sequence[ZOGroup],
         first_order: Sequence[Tensor],
     ) -> None:
-        """A loss without a graph where gradients were wanted, scaled losses, and 16-bit ones."""
+        """A loss without a graph where gradients were wanted, and 16-bit ones."""
         if any(p.requires_grad for p in first_order) and not evaluations[0].backpropagated:
             self.once(
                 "no backward",
                 "closure returned a loss without a graph and did not call backward, so the "
                 "first-order groups got no gradients; return the loss tensor itself",
-            )
-        if groups and evaluations[0].scaled:
-            self.once(
-                "scaled loss",
-                "closure returned a loss that a GradScaler scaled, by which the zeroth-order step "
-                "is multiplied; call scaler.scale(loss).backward() in the closure and return the "
-                "loss itself, then scaler.step(optimizer) and scaler.update()",
             )
         for evaluation in evaluations if groups else ():
             dtype = getattr(evaluation.returned, "dtype", None)

@@ -59,13 +59,11 @@ class Evaluation(NamedTuple):
     returned: Any
     """What the closure returned."""
     loss: Tensor
-    """The same as a detached 0-dim tensor of at least fp32."""
+    """The same as a detached 0-dim tensor of at least fp32, without a GradScaler's scale."""
     backpropagated: bool
     """Whether gradients were taken, by the closure or by us."""
     inner: frozenset[int] = frozenset()
     """Which of the closure's calls of backward its loss depends on; see :class:`ClosureWatch`."""
-    scaled: bool = False
-    """Whether the loss was scaled by a GradScaler."""
 
 
 def evaluate(
@@ -92,7 +90,7 @@ def evaluate(
         with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
             returned = closure()
         loss = scalar_loss(returned)
-        calls, scaled = watch.calls, watch.scaled(returned)
+        calls, plain = watch.calls, watch.unscaled(loss)
         inner = watch.inner_calls(loss) if gradients else inner
     finally:
         # Ctrl-C at the block's edges can skip their own undoing
@@ -103,10 +101,10 @@ def evaluate(
         with interruptible():
             loss.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
-    loss = loss.detach().reshape(())
+    loss = plain.detach().reshape(())  # a scale is for gradients
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-    return Evaluation(returned, loss, backpropagated, inner, scaled)
+    return Evaluation(returned, loss, backpropagated, inner)
 
 
 def scalar_loss(returned: Any) -> Tensor:

@@ -32,7 +32,7 @@ class ClosureWatch(TorchFunctionMode):
         show_backward_to_modes()
         self._made = inner
         self._roots: list[list[Any]] = []  # one list a call
-        self._scaled: Any = None
+        self._scaled: tuple[Any, Any] = None, None  # what a GradScaler made, and what of
         self.swallow = swallow
         self.captured = capturing()
 
@@ -54,14 +54,15 @@ class ClosureWatch(TorchFunctionMode):
         root = [_node(loss)]
         return frozenset(k for k, roots in enumerate(self._roots) if not _meet(root, roots))
 
-    def scaled(self, returned: Any) -> bool:
-        """Whether the closure returned what a GradScaler's ``scale`` gave it last."""
-        return returned is not None and returned is self._scaled
+    def unscaled(self, loss: Tensor) -> Tensor:
+        """The loss without the scale, where it is what a GradScaler's ``scale`` gave last."""
+        scaled, plain = self._scaled
+        return plain if loss is scaled else loss
 
     def stop(self) -> None:
         """Only pass calls on, should a Ctrl-C have kept the mode from being left."""
         self.swallow = self.captured = False
-        self._roots, self._scaled = [], None
+        self._roots, self._scaled = [], (None, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -75,8 +76,8 @@ class ClosureWatch(TorchFunctionMode):
         if self.captured:
             check_replayable(func, args, kwargs or {})
         if func is Tensor.mul and _called_by_a_scaler():
-            self._scaled = func(*args, **(kwargs or {}))
-            return self._scaled
+            self._scaled = func(*args, **(kwargs or {})), args[0]
+            return self._scaled[0]
         return func(*args, **(kwargs or {}))
 
 

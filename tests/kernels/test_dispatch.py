@@ -1,5 +1,6 @@
 """Which backend serves a tensor, and passes under threads, forks and Ctrl-C."""
 
+import gc
 import os
 import shutil
 import signal
@@ -473,6 +474,25 @@ def test_signals_come_through_where_code_of_others_runs(raising):
                 run()
             assert signal.getsignal(signal.SIGTERM) is not raising[signal.SIGTERM]
     assert reached == ["held back", "a block of its own"]
+    assert signal.getsignal(signal.SIGTERM) is raising[signal.SIGTERM]
+
+
+def test_a_block_that_ends_too_late_holds_nothing_back(raising):
+    """A handler that raises as contextlib starts to end a block leaves that to the collector."""
+    blocks = [interruptible()]
+
+    def run():
+        with uninterrupted():
+            blocks[0].__enter__()
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stop):
+        run()
+    blocks.clear()
+    gc.collect()
+    assert signal.getsignal(signal.SIGTERM) is raising[signal.SIGTERM]
+    with uninterrupted():  # and holds back as before
+        assert signal.getsignal(signal.SIGTERM) is not raising[signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is raising[signal.SIGTERM]
 
 

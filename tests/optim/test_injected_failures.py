@@ -16,14 +16,22 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from zofo_optim import HybridZOFO
 from zofo_optim.perturbation import base, in_place, streamed
 
+
+@contextmanager
+def set_grad_enabled_within_inference():
+    """Gradients and inference mode are two switches, and a step meets both of them on."""
+    with torch.inference_mode(), torch.set_grad_enabled(True):
+        yield
+
+
 MODES = {
     "enabled": torch.enable_grad,
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
+    "both": set_grad_enabled_within_inference,
 }
 perturbation = each_of(["in_place", "streamed"])
 mode = each_of(MODES)
-call = each_of(["step", "backward"])
 backend = each_of(["auto", "reference"])
 
 
@@ -94,7 +102,7 @@ class Restoring(TorchFunctionMode):
 class Job:
     """Two zeroth-order groups, one of which requires gradients, and a first-order one."""
 
-    def __init__(self, perturbation, backend, injector):
+    def __init__(self, perturbation, backend, injector, **options):
         torch.manual_seed(0)
         layers = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 1)
         self.injector = injector
@@ -123,6 +131,7 @@ class Job:
             perturbation=perturbation,
             backend=backend,
             fo_optimizer=SGD,
+            **options,
         )
 
     def loss(self):
@@ -188,14 +197,36 @@ def unchanged(handlers):
         assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-def test_a_failure_anywhere_loses_no_weight(
-    perturbation, mode, call, fault, backend, injector, handlers
+def test_a_failure_anywhere_loses_no_weight(perturbation, mode, fault, injector, handlers):
+    check_every_place(injector, handlers, perturbation, mode, fault)
+
+
+def test_a_failure_in_backward_loses_no_weight(perturbation, fault, injector, handlers):
+    check_every_place(injector, handlers, perturbation, "enabled", fault, call="backward")
+
+
+def test_a_failure_in_the_reference_backend_loses_no_weight(perturbation, mode, injector, handlers):
+    check_every_place(injector, handlers, perturbation, mode, "exception", backend="reference")
+
+
+@pytest.mark.parametrize("estimator", ["one_sided", "two_sided"])
+def test_a_failure_among_several_directions_loses_no_weight(
+    perturbation, estimator, injector, handlers
 ):
+    for fault in ("exception", "SIGTERM"):
+        options = dict(estimator=estimator, num_samples=2)
+        check_every_place(injector, handlers, perturbation, "enabled", fault, **options)
+
+
+def check_every_place(
+    injector, handlers, perturbation, mode, fault, *, call="step", backend="auto", **options
+):
+    """A step that fails at any place is undone or done, and the optimizer works on."""
     modes, make = MODES[mode], FAULTS[fault]
 
     def job():
         injector.arm(None, make)
-        return Job(perturbation, backend, injector)
+        return Job(perturbation, backend, injector, **options)
 
     sound = job()
     before = sound.values()

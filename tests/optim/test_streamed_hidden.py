@@ -1,6 +1,7 @@
 """perturbation="streamed": uses of weights that torch functions do not see are named."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -31,6 +32,39 @@ def test_compiled_models_run_uncompiled():
         compiled(randn(6, 4))  # compiles again, for another shape
         assert counter.frame_count == 2
     finally:
+        torch._dynamo.reset()
+
+
+@needs_compiler
+def test_threads_that_step_at_once_leave_compiling_on():
+    testing = pytest.importorskip("torch._dynamo.testing")
+    torch._dynamo.reset()
+    counter, inside, left = testing.CompileCounter(), threading.Event(), threading.Event()
+    compiled = torch.compile(frozen(nn.Linear(4, 1)), backend=counter)
+    model = frozen(nn.Linear(4, 1))
+
+    def loss():  # begins before the other's step ends, and ends after it
+        inside.set()
+        assert left.wait(60)
+        return model(randn(5, 4)).sum()
+
+    thread = threading.Thread(target=trained(model).step, args=(loss,))
+
+    def first():
+        if not thread.is_alive():
+            thread.start()
+        assert inside.wait(60)
+        return compiled(randn(5, 4)).sum()
+
+    try:
+        trained(compiled).step(first)
+        left.set()
+        thread.join()
+        assert counter.frame_count == 0
+        compiled(randn(5, 4))
+        assert counter.frame_count == 1
+    finally:
+        left.set()
         torch._dynamo.reset()
 
 
@@ -94,7 +128,6 @@ def subclassed(w):
 
 
 def in_a_thread(w):
-    import threading
 
     def read():
         found = []

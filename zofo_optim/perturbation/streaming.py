@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -260,9 +261,31 @@ class Streaming(TorchFunctionMode):
         )
 
 
+class _Uncompiled:
+    """torch's switch is the process's: the first thread that comes sets it, the last one back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stance.__exit__(*error)
+
+
+_UNCOMPILED = _Uncompiled()
+
+
 def uncompiled() -> AbstractContextManager[Any]:
     """Compiled functions run as they were written, by torch calls."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+    # where nothing is compiled, the import would take seconds
+    return _UNCOMPILED if "torch._dynamo" in sys.modules else nullcontext()
