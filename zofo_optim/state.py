@@ -10,6 +10,7 @@ from torch import Tensor
 from .estimate import Estimate
 from .listeners import Move
 from .names import difference
+from .plain import make_plain
 from .settings import Settings
 
 
@@ -19,6 +20,7 @@ def add(
     """torch's state dict with ours in its groups: the first ZO group, or the first of all."""
     zo = [group for group in state["param_groups"] if group.get("mode") == "zo"]
     for group in state["param_groups"]:
+        make_plain(group)  # schedules set what they computed
         if isinstance(group.get("zo_step"), Tensor):
             group["zo_step"] = int(group["zo_step"])
     for group in zo:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,10 +170,32 @@ class HybridTrainerMixin(_Base):
             if len(groups) > len(first_order) and "lr" not in (self._group_options["zo"] or {}):
                 raise ValueError("zo must have the learning rate of the base model, as lr=...")
             given = {"fo_optimizer": cls, "seed": self.args.seed, **options}
-            self.optimizer = HybridZOFO(groups, **{**given, **self._hybrid_options})
+            with self._naming_arguments():
+                self.optimizer = HybridZOFO(groups, **{**given, **self._hybrid_options})
             if not first_order:  # it has no gradients to scale
                 self.accelerator.scaler = None
         return self.optimizer
+
+    @contextmanager
+    def _naming_arguments(self) -> Generator[None, None, None]:
+        """Errors of HybridZOFO's options say in which argument of ours they were given."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError) as error:
+            named = set(re.findall(r"\w+", str(error)))
+            ours = {"hybrid": self._hybrid_options, "zo": self._group_options["zo"] or {}}
+            found = [
+                f"{argument}=dict({option}={value!r})"
+                for argument, options in ours.items()
+                for option, value in options.items()
+                if option in named
+            ]
+            if not found:
+                raise
+            advice = ""
+            if "HybridZOFO" in named:
+                advice = "; give options of HybridZOFO as hybrid=dict(...)"
+            raise type(error)(f"{error} (from {' and '.join(found)}{advice})") from error
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's own step, evaluated where HybridZOFO needs the loss."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..checks import caller_level
 from ..listeners import Estimated, Listener, Move
 from ..optimizer import HybridZOFO
+from ..plain import plain
 from ..rules import Update
 from ..zo_groups import ZOGroup
 from .errors import JournalError
@@ -82,6 +83,7 @@ class Journal(Listener):
         fsync_every: int = 100,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        fsync_every = plain(fsync_every)
         self.path = Path(path).absolute()  # the program may change its folder
         if not isinstance(fsync_every, int) or isinstance(fsync_every, bool) or fsync_every < 0:
             raise ValueError(f"fsync_every must be an int >= 0, got {fsync_every!r}")
