@@ -128,7 +128,8 @@ class GroupsAndState(Optimizer):
         Holds no gradients: save ``.grad`` too where first-order groups are accumulating. Waits
         for the device where it accumulates or ``capturable=True``.
         """
-        return state.add(super().state_dict(), self._settings, self._estimate, self.moves)
+        moves = self._perturbation.moves
+        return state.add(super().state_dict(), self._settings, self._estimate, moves)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
