@@ -66,5 +66,5 @@ def test_training_goes_on_to_the_bit_after_them(tmp_path):
         assert resumed.moves == optimizer.moves
         optimizer.step(toy)
     start = Toy(torch.float32)
-    replay(tmp_path / "a.zofo", {"0": start.x})
+    replay({"0": start.x}, tmp_path / "a.zofo")
     assert torch.equal(start.x, toy.x)
