@@ -53,6 +53,7 @@ class HybridTrainerMixin(_Base):
     Put it first: ``class HybridSFTTrainer(HybridTrainerMixin, SFTTrainer): pass``. Everything is
     the Trainer's own: its training step becomes the closure of ``HybridZOFO.backward``, so that
     accumulation, clipping, mixed precision, schedulers, callbacks and logging work as usual.
+    What a trainer counts in its attributes, as TRL's do with metrics, is of a step's first evaluation.
 
     The learning rate, the weight decay and the optimizer (``adamw_torch``, ``sgd``, ...) of the
     first-order group are those of the arguments; schedulers drive both groups. Logs get
@@ -78,7 +79,7 @@ class HybridTrainerMixin(_Base):
         ValueError: both an optimizer and its options were given; the training is distributed in a
             way that is not supported; or the reference of a preference loss (DPO) is the model
             itself. When the optimizer is made: ``zo`` has no ``lr``, or the arguments name an
-            optimizer that chooses its own parameters.
+            optimizer that chooses its own parameters, other than in groups of all that trains.
     """
 
     def __init__(
