@@ -53,7 +53,7 @@ class HybridTrainerMixin(_Base):
     Put it first: ``class HybridSFTTrainer(HybridTrainerMixin, SFTTrainer): pass``. Everything is
     the Trainer's own: its training step becomes the closure of ``HybridZOFO.backward``, so that
     accumulation, clipping, mixed precision, schedulers, callbacks and logging work as usual.
-    What a trainer counts in its attributes, as TRL's do with metrics, is of a step's first evaluation.
+    What a trainer counts in its attributes, such as TRL's metrics, is of a step's first evaluation.
 
     The learning rate, the weight decay and the optimizer (``adamw_torch``, ``sgd``, ...) of the
     first-order group are those of the arguments; schedulers drive both groups. Logs get

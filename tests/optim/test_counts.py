@@ -1,4 +1,4 @@
-"""What a trainer counts in attributes of any name is put back, and nothing else of it is touched."""
+"""What a trainer counts in attributes of any name is put back, and nothing else is touched."""
 
 from collections import defaultdict, deque
 from types import SimpleNamespace
