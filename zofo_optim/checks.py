@@ -14,6 +14,7 @@ from torch import Tensor
 from zofo_kernels import check_weight
 from zofo_kernels.memory import first_shared, has_memory
 
+from .defaults import value_of
 from .first_order import FirstOrder
 from .settings import Settings
 from .zo_groups import ZOGroup
@@ -74,7 +75,7 @@ def check_kinds(options: Mapping[str, Any]) -> None:
     Comparisons would raise without its name, and flags would be on for "False".
     """
     for name in (*NUMBERS, *FLAGS):
-        value = options.get(name)
+        value = value_of(options.get(name))
         if isinstance(value, (str, bytes)):
             kind = "a number" if name in NUMBERS else "True or False"
             raise TypeError(f"{name} must be {kind}, got the string {value!r}")

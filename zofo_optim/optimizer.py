@@ -127,8 +127,7 @@ class HybridZOFO(GroupsAndState):
     ) -> None:
         shared = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
         shared.update(nesterov=nesterov, maximize=maximize, capturable=capturable)
-        shared = plain(shared)
-        check_kinds({name: value_of(value) for name, value in shared.items()})
+        check_kinds(shared := plain(shared))
         settings = Settings(
             estimator=plain(estimator),
             num_samples=plain(num_samples),
@@ -145,9 +144,8 @@ class HybridZOFO(GroupsAndState):
         zo_defaults = plain({"mode": mode, "mu": mu, "seed": seed, "zo_step": 0})
         check_zo_defaults(zo_defaults)
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
-        buffers = Buffers(module_of(params, plain(restore_buffers)))
         super().__init__(params, settings, first_order, zo_shared, zo_defaults)
-        self._evaluator.buffers = buffers
+        self._evaluator.buffers = Buffers(module_of(params, plain(restore_buffers)))
 
     # ---- a step: read from here down ----------------------------------------------------------
 
@@ -197,8 +195,7 @@ class HybridZOFO(GroupsAndState):
             raise RuntimeError("a closure must not step the optimizer that is evaluating it")
         groups = self.zo_groups()
         for group in groups:  # now: later, some groups would have moved
-            make_plain(group.options)
-            check_step_options(group.options)
+            check_step_options(make_plain(group.options))
         check_capture(self._settings.capturable, groups, self._counters)
         return self._perturbation.over(groups)
 

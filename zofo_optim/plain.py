@@ -26,10 +26,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def make_plain(group: dict[str, Any]) -> None:
+def make_plain(group: dict[str, Any]) -> dict[str, Any]:
     """A parameter group's options, in their dictionary; its parameters are left alone."""
     for name, value in group.items():
         if name not in ("params", "param_names"):
             found = plain(value)
             if found is not value:
                 group[name] = found
+    return group
