@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ class Advice:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def once(self, topic: str, message: str) -> None:
+    def once(self, topic: str, message: str | Callable[[], str]) -> None:
         """Warn with ``message``, unless something was said about the topic before."""
         if topic not in self._said:
             self._said.add(topic)
-            warnings.warn(message, stacklevel=caller_level())
+            found = message if isinstance(message, str) else message()
+            warnings.warn(found, stacklevel=caller_level())
 
     def about_groups(
         self,

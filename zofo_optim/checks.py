@@ -14,12 +14,15 @@ from torch import Tensor
 from zofo_kernels import check_weight
 from zofo_kernels.memory import first_shared, has_memory
 
+from .defaults import value_of
 from .first_order import FirstOrder
 from .settings import Settings
 from .zo_groups import ZOGroup
 
 MODES = ("zo", "fo")
 ZO_OPTIONS = ("lr", "mu", "weight_decay", "maximize", "seed")
+NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+FLAGS = ("nesterov", "maximize", "capturable")
 STATEFUL = ("momentum", "dampening", "nesterov")
 OFF_BY_ZERO = (*STATEFUL, "weight_decay", "maximize", "capturable")
 """Options that a group may set to 0 though it lacks them, as it then does what they say."""
@@ -59,11 +62,23 @@ def check_mu(mu: Any) -> None:
         raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
 
 
-def check_zo_defaults(mode: Any, seed: Any, mu: Any) -> None:
+def check_zo_defaults(options: Mapping[str, Any]) -> None:
     """Of groups that set none; also without ZO groups, as one may be added later."""
-    check_mode(mode)
-    check_seed(seed)
-    check_mu(mu)
+    check_mode(options["mode"])
+    check_seed(options["seed"])
+    check_mu(options["mu"])
+
+
+def check_kinds(options: Mapping[str, Any]) -> None:
+    """Raise TypeError where an option that is a number or a flag is a string, such as "1e-3".
+
+    Comparisons would raise without its name, and flags would be on for "False".
+    """
+    for name in (*NUMBERS, *FLAGS):
+        value = value_of(options.get(name))
+        if isinstance(value, (str, bytes)):
+            kind = "a number" if name in NUMBERS else "True or False"
+            raise TypeError(f"{name} must be {kind}, got the string {value!r}")
 
 
 def rounds_to_zero(group: Mapping[str, Any]) -> bool:
@@ -78,12 +93,15 @@ def rounds_to_zero(group: Mapping[str, Any]) -> bool:
 
 def check_step_options(group: Mapping[str, Any]) -> None:
     """Options of a ZO group that a user may change between steps; waits for no device."""
+    check_kinds(group)
     lr, decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    elif not isinstance(lr, (int, float)):
+        raise TypeError(f"lr must be a finite number >= 0 or a one-element tensor, got {lr!r}")
     elif not (0.0 <= lr < math.inf or rounds_to_zero(group)):
-        raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
+        raise ValueError(f"Invalid learning rate: {lr} (lr must be a finite number >= 0)")
     check_mu(group["mu"])
     if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {decay!r} (must be finite and >= 0)")
@@ -94,7 +112,7 @@ def check_zo_options(group: Mapping[str, Any]) -> None:
     check_step_options(group)
     lr = group["lr"]
     if not 0.0 <= float(lr) < math.inf and "initial_lr" not in group:
-        raise ValueError(f"Invalid learning rate: {lr} (must be a finite number >= 0)")
+        raise ValueError(f"Invalid learning rate: {lr} (lr must be a finite number >= 0)")
     check_seed(group["seed"])
 
 
@@ -158,10 +176,13 @@ def check_group(
         has_rate: whether the optimizer was given a learning rate for all groups.
     """
     check_option_names(group["mode"], given, first_order)
+    check_kinds(group)
     if group["mode"] == "zo":
         check_zo_options(group)
         if not has_rate:
             check_rate_is_given(given)
+    else:
+        first_order.check(given)
 
 
 def check_zo_parameters(groups: Sequence[ZOGroup], first_order: Iterable[Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,14 +53,36 @@ def first_order_options(
             options[option] = value_of(value)
         elif option not in NEEDLESS and value_of(value):
             raise TypeError(f"{option}={value!r} is no option of fo_optimizer={name}")
-    # A trial instance checks the values, with the class's own messages, and fills defaults.
-    trial = factory([torch.zeros(1, 1, device="cpu")], **options)
+    trial = _trial(factory, options)
     if not isinstance(trial, Optimizer):
         raise TypeError(f"fo_optimizer must make a torch Optimizer, got {type(trial).__name__}")
     closure = inspect.signature(type(trial).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise TypeError(f"fo_optimizer must step without a closure, got {name}, which needs one")
     return options, trial.defaults
+
+
+def _trial(factory: Callable[..., Optimizer], options: Mapping[str, Any]) -> Optimizer:
+    """An instance that checks the values, with the class's own messages, and fills defaults.
+
+    Raises:
+        TypeError: it cannot compare None or a string with a number; names the options.
+    """
+    try:
+        return factory([torch.zeros(1, 1, device="cpu")], **options)
+    except TypeError as error:
+        if not (wrong := _no_numbers(options)):
+            raise
+        name = getattr(factory, "__name__", repr(factory))
+        said = ", ".join(f"{option}={value!r}" for option, value in wrong.items())
+        raise TypeError(
+            f"{' and '.join(wrong)} must be what fo_optimizer={name} takes, which compares "
+            f"with numbers, got {said}"
+        ) from error
+
+
+def _no_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v for name, v in options.items() if v is None or isinstance(v, (str, bytes))}
 
 
 class FirstOrder:
@@ -86,6 +108,17 @@ class FirstOrder:
     @property
     def name(self) -> str:
         return getattr(self._factory, "__name__", repr(self._factory))
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """None and strings among the options of a group; of numbers torch checks the defaults.
+
+        Raises:
+            TypeError: the class does not take them.
+        """
+        usual = self.defaults.keys() - _no_numbers(self.defaults).keys()
+        wrong = {k: v for k, v in _no_numbers(given).items() if k in usual}
+        if wrong:
+            _trial(self._factory, {**self.options, **wrong})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_inner": None}

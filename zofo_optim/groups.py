@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from .buffers import ParamGroups
 from .parallel import check_unshared
+from .plain import plain
 
 _STANDS_IN = {
     "modules_to_save": "original_module",
@@ -21,6 +22,10 @@ _STANDS_IN = {
     "frod_lambda_l": "base_layer.weight",
 }
 """Where peft replaces rather than adds: its attribute, by adapter, and what that stands in for."""
+_WHY_UNUSED = (
+    " (no forward pass uses them, or they are an adapter's: inactive or frozen adapters, and "
+    "originals that an adapter replaces)"
+)
 
 
 def hybrid_param_groups(
@@ -70,31 +75,34 @@ def hybrid_param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     options = {"zo": _options("zo", zo), "fo": _options("fo", fo)}
-    wanted = [include] if isinstance(include, str) else list(include)
-    unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
+    wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude)
 
     unreached = _unreached(model)
     groups: dict[str, dict[str, Tensor]] = {"zo": {}, "fo": {}}
     left_out: dict[str, list[Tensor]] = {}
     used: set[str] = set()
+    taken: dict[str, dict[str, str]] = {pattern: {} for pattern in wanted}
     for names, parameter in _parameters_with_all_names(model):
         if parameter.requires_grad:
             groups["fo"][names[0]] = parameter
             continue
         included, excluded = _matching(wanted, names), _matching(unwanted, names)
         used.update(included, excluded)
+        reason = ""
         if all(name in unreached for name in names):
             reason = "unused"
-        elif not excluded and (not wanted or included) and (packed := _packed(parameter)):
+        elif not excluded and (not wanted or included) and (packed := _packed(parameter, names[0])):
             raise ValueError(f"model must not have {packed}; {names[0]!r} is one")
         elif excluded or (wanted and not included):
             reason = "excluded"
         elif not _could_learn(parameter):
             reason = str(parameter.dtype).removeprefix("torch.")
+        for pattern in included:
+            taken[pattern].setdefault(reason, names[0])
+        if reason:
+            left_out.setdefault(reason, []).append(parameter)
         else:
             groups["zo"][names[0]] = parameter
-            continue
-        left_out.setdefault(reason, []).append(parameter)
 
     for argument, patterns in (("include", wanted), ("exclude", unwanted)):
         for pattern in patterns:
@@ -103,6 +111,13 @@ def hybrid_param_groups(
                     f"{argument} must match names of frozen parameters, got {pattern!r}, which "
                     "matches none"
                 )
+    for pattern, reasons in taken.items():
+        if not reasons.keys() & {"", "excluded"}:
+            said = " and ".join(f"{why} ones such as {name!r}" for why, name in reasons.items())
+            raise ValueError(
+                f"include must match names of frozen parameters that can train, got {pattern!r}, "
+                f"which matches only {said}" + _WHY_UNUSED * ("unused" in reasons)
+            )
     if not groups["zo"] and not groups["fo"]:
         raise ValueError("model must have at least one parameter to train, got none")
     if zo is not None and not groups["zo"]:
@@ -135,7 +150,16 @@ def _options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     for reserved in ("params", "param_names", "mode"):
         if reserved in options:
             raise ValueError(f"{name} must not set {reserved!r}: hybrid_param_groups does")
-    return dict(options)
+    return {key: plain(value) for key, value in options.items()}
+
+
+def _patterns(name: str, patterns: str | Sequence[str]) -> list[str]:
+    if isinstance(patterns, str):
+        return [patterns]
+    found = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{name} must be a string or a sequence of strings, got {patterns!r}")
+    return found
 
 
 def _to_do(left_out: Mapping[str, Sequence[Tensor]]) -> str:
@@ -162,8 +186,12 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     return [p for p in patterns if any(matches(p, name) for name in names)]
 
 
-def _packed(parameter: Tensor) -> str | None:
-    """What is wrong with a weight that could learn, in a form that cannot be moved."""
+def _packed(parameter: Tensor, name: str) -> str | None:
+    """What is wrong with a weight that could learn, in a form that cannot be moved.
+
+    Raises:
+        ValueError: it has no memory that can be written.
+    """
     if hasattr(parameter, "ds_id"):
         return (
             "weights that DeepSpeed ZeRO-3 has partitioned: train without DeepSpeed, as zeroth "
@@ -184,7 +212,7 @@ def _packed(parameter: Tensor) -> str | None:
             f"train in one process on one device, without sharding, or {advice}"
         )
     try:
-        check_weight(parameter)
+        check_weight(parameter, f"parameter {name!r}")
     except TypeError as error:
         return (
             f"weights that cannot be perturbed in a zeroth-order group ({error}): load the base "

@@ -20,6 +20,7 @@ from .first_order import FirstOrder
 from .listeners import Listener, Listeners, Move
 from .monitor import Monitor
 from .perturbation import PERTURBATIONS
+from .plain import make_plain
 from .replicas import OneProcess
 from .settings import Settings
 from .zo_groups import ZOGroup
@@ -93,6 +94,7 @@ class GroupsAndState(Optimizer):
         """
         given: dict[str, Any] = {}
         if isinstance(param_group, dict):
+            make_plain(param_group)
             given = dict(param_group)
             if param_group.get("mode", self.defaults["mode"]) == "zo":
                 self._listeners.group_adding(param_group)
@@ -126,7 +128,8 @@ class GroupsAndState(Optimizer):
         Holds no gradients: save ``.grad`` too where first-order groups are accumulating. Waits
         for the device where it accumulates or ``capturable=True``.
         """
-        return state.add(super().state_dict(), self._settings, self._estimate, self.moves)
+        moves = self._perturbation.moves
+        return state.add(super().state_dict(), self._settings, self._estimate, moves)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; the directions' seed and step, and accumulated coefficients, are restored.

@@ -19,6 +19,9 @@ FLAT_STEPS = 5
 """Estimates in a row with bit-identical losses before a warning."""
 SKIPPED_STEPS = 20
 """Estimates in a row that were skipped before a warning."""
+HUGE = 1e4
+"""A loss of this size is rarely that of a model that learns."""
+_RATES = "the learning rate of a zeroth-order group is usually 1e-7 to 1e-4"
 
 
 class Monitor(Listener):
@@ -87,21 +90,30 @@ class Monitor(Listener):
             return
         _, flat, skipped = self._mirror.tolist()
         if flat >= FLAT_STEPS:
-            self._advice.once(
-                "flat",
-                f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: the "
-                "zeroth-order parameters do not reach the loss (an unused module, a closure that "
-                "does not run the model, a constant loss, or FSDP2 without "
-                "fully_shard(model, reshard_after_forward=True)), or mu is too small for the "
-                "spacing of the weights or of a 16-bit loss. Parameters: " + ", ".join(names()),
-            )
+            self._advice.once("flat", lambda: self._of_flat_losses(names()))
         if skipped >= SKIPPED_STEPS:
             self._advice.once(
                 "never finite",
                 f"no loss was finite for {SKIPPED_STEPS} steps, so nothing is learned: training "
-                "has diverged (the learning rate of a zeroth-order group is usually 1e-7 to "
-                "1e-4), a batch is broken, or a 16-bit forward pass overflows",
+                f"has diverged ({_RATES}), a batch is broken, or a 16-bit forward pass overflows",
             )
+
+    def _of_flat_losses(self, names: list[str]) -> str:
+        """Waits for the device, so it is called once."""
+        size = 0.0 if self.loss is None else abs(self.loss.item())
+        diverged = ""
+        if size >= HUGE:
+            diverged = (
+                f"at {size:.1e} its spacing hides what a perturbation changes, as training has "
+                f"diverged ({_RATES}) or the loss is a sum where a mean is meant; or else "
+            )
+        return (
+            f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: {diverged}the "
+            "zeroth-order parameters do not reach the loss (an unused module, a closure that "
+            "does not run the model, a constant loss, or FSDP2 without "
+            "fully_shard(model, reshard_after_forward=True)), or mu is too small for the "
+            "spacing of the weights or of a 16-bit loss. Parameters: " + ", ".join(names)
+        )
 
     def report(self, groups: Sequence[ZOGroup]) -> str:
         """See :meth:`HybridZOFO.report`."""

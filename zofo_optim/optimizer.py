@@ -18,7 +18,7 @@ from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 from .advice import NO_ESTIMATE
 from .buffers import Buffers, module_of
 from .capture import check_capture
-from .checks import check_step_options, check_zo_defaults
+from .checks import check_kinds, check_step_options, check_zo_defaults
 from .defaults import default, value_of
 from .estimate import Estimate
 from .estimators import ESTIMATORS
@@ -28,6 +28,7 @@ from .frameworks import unless_empty
 from .groups_and_state import GroupsAndState
 from .modes import undisturbed
 from .perturbation import Perturbation
+from .plain import make_plain, plain
 from .rules import RULES
 from .settings import Settings
 
@@ -131,26 +132,18 @@ class HybridZOFO(GroupsAndState):
     ) -> None:
         shared = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
         shared.update(nesterov=nesterov, maximize=maximize, capturable=capturable)
-        settings = Settings(
-            estimator=estimator,
-            num_samples=num_samples,
-            distribution=distribution,
-            perturbation=perturbation,
-            zo_rule=zo_rule,
-            rounding=rounding,
-            nonfinite=nonfinite,
-            backend=backend,
-            capturable=value_of(capturable),
-            noise_version=noise_version,
-        )
-        options = first_order_options(fo_optimizer, shared, fo_options)
+        check_kinds(shared := plain(shared))
+        chosen = dict(estimator=estimator, num_samples=num_samples, distribution=distribution)
+        chosen.update(perturbation=perturbation, zo_rule=zo_rule, rounding=rounding)
+        chosen.update(nonfinite=nonfinite, backend=backend, noise_version=noise_version)
+        settings = Settings(**plain(chosen), capturable=value_of(shared["capturable"]))
+        options = first_order_options(fo_optimizer, shared, plain(fo_options))
         first_order = FirstOrder(fo_optimizer, *options)
-        check_zo_defaults(mode, seed, mu)
+        zo_defaults = plain({"mode": mode, "mu": mu, "seed": seed, "zo_step": 0})
+        check_zo_defaults(zo_defaults)
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
-        zo_defaults = {"mode": mode, "mu": mu, "seed": seed, "zo_step": 0}
-        buffers = Buffers(module_of(params, restore_buffers))
         super().__init__(params, settings, first_order, zo_shared, zo_defaults)
-        self._evaluator.buffers = buffers
+        self._evaluator.buffers = Buffers(module_of(params, plain(restore_buffers)))
 
     # ---- a step: read from here down ----------------------------------------------------------
 
@@ -200,7 +193,7 @@ class HybridZOFO(GroupsAndState):
             raise RuntimeError("a closure must not step the optimizer that is evaluating it")
         groups = self.zo_groups()
         for group in groups:  # now: later, some groups would have moved
-            check_step_options(group.options)
+            check_step_options(make_plain(group.options))
         check_capture(self._settings.capturable, groups, self._counters)
         return self._perturbation.over(groups)
 

@@ -8,17 +8,19 @@ from typing import Any
 from torch import Tensor
 
 from .estimate import Estimate
-from .listeners import Move
+from .moves import Moves
 from .names import difference
+from .plain import make_plain
 from .settings import Settings
 
 
 def add(
-    state: dict[str, Any], settings: Settings, estimate: Estimate | None, moves: Sequence[Move]
+    state: dict[str, Any], settings: Settings, estimate: Estimate | None, moves: Moves
 ) -> dict[str, Any]:
     """torch's state dict with ours in its groups: the first ZO group, or the first of all."""
     zo = [group for group in state["param_groups"] if group.get("mode") == "zo"]
     for group in state["param_groups"]:
+        make_plain(group)  # schedules set what they computed
         if isinstance(group.get("zo_step"), Tensor):
             group["zo_step"] = int(group["zo_step"])
     for group in zo:
@@ -26,24 +28,24 @@ def add(
     if estimate is not None:
         (zo or state["param_groups"])[0]["zo_pending"] = estimate.saved()
     if zo and moves:
-        zo[0]["zo_path"] = [[move.sample, list(move.scales)] for move in moves]
+        zo[0]["zo_path"] = moves.saved()
     return state
 
 
 def take(
     groups: Sequence[dict[str, Any]],
-) -> tuple[Estimate | None, list[Move], dict[str, Any]]:
+) -> tuple[Estimate | None, Moves, dict[str, Any]]:
     """What :func:`add` put into loaded groups, and takes out again: estimate, moves, settings."""
     estimate: Estimate | None = None
-    moves: list[Move] = []
+    moves = Moves()
     settings: dict[str, Any] = {}
     for group in groups:
         saved = group.pop("zo_pending", None)
         if saved is not None:
             estimate = Estimate.loaded(saved, group["params"][0].device)
         settings = group.pop("zo_settings", settings)
-        for sample, scales in group.pop("zo_path", ()):
-            moves.append(Move(sample, tuple(scales)))
+        if "zo_path" in group:
+            moves = Moves.loaded(group.pop("zo_path"))
     return estimate, moves, settings
 
 

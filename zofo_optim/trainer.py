@@ -7,10 +7,12 @@ Needs transformers, so it is not imported by ``zofo_optim`` itself::
 
 from __future__ import annotations
 
-import copy
+import itertools
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +20,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .base_weights import FILE, load_base_weights, save_base_weights
+from .counts import Counts
 from .groups import hybrid_param_groups
 from .optimizer import HybridZOFO
-
-_COUNTED = ("_metrics", "_total_train_tokens")
-"""What TRL's trainers count as they evaluate; only a step's first evaluation is to count."""
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -53,6 +53,7 @@ class HybridTrainerMixin(_Base):
     Put it first: ``class HybridSFTTrainer(HybridTrainerMixin, SFTTrainer): pass``. Everything is
     the Trainer's own: its training step becomes the closure of ``HybridZOFO.backward``, so that
     accumulation, clipping, mixed precision, schedulers, callbacks and logging work as usual.
+    What a trainer counts in its attributes, such as TRL's metrics, is of a step's first evaluation.
 
     The learning rate, the weight decay and the optimizer (``adamw_torch``, ``sgd``, ...) of the
     first-order group are those of the arguments; schedulers drive both groups. Logs get
@@ -78,7 +79,7 @@ class HybridTrainerMixin(_Base):
         ValueError: both an optimizer and its options were given; the training is distributed in a
             way that is not supported; or the reference of a preference loss (DPO) is the model
             itself. When the optimizer is made: ``zo`` has no ``lr``, or the arguments name an
-            optimizer that chooses its own parameters.
+            optimizer that chooses its own parameters, other than in groups of all that trains.
     """
 
     def __init__(
@@ -146,6 +147,9 @@ class HybridTrainerMixin(_Base):
             model: Any = args[0] if args else kwargs.get("model") or self.model
             chosen = getattr(self, "optimizer_cls_and_kwargs", None)
             cls, options = chosen or self.get_optimizer_cls_and_kwargs(self.args, model)
+            theirs = _own_groups(options)
+            if theirs is not None:
+                options = {k: v for k, v in options.items() if k != "optimizer_dict"}
             parameters = {"params", "model", "optimizer_dict"} & set(options)
             if parameters:
                 raise ValueError(
@@ -163,25 +167,49 @@ class HybridTrainerMixin(_Base):
                 if group["mode"] == "fo"
                 for part in _by_decay(group, decaying, self.args.weight_decay)
             ]
+            if theirs is not None:
+                first_order = _named(theirs, model)
             # first, as the Trainer logs the first group's learning rate
             groups = first_order + [group for group in groups if group["mode"] == "zo"]
             if len(groups) > len(first_order) and "lr" not in (self._group_options["zo"] or {}):
                 raise ValueError("zo must have the learning rate of the base model, as lr=...")
             given = {"fo_optimizer": cls, "seed": self.args.seed, **options}
-            self.optimizer = HybridZOFO(groups, **{**given, **self._hybrid_options})
+            with self._naming_arguments():
+                self.optimizer = HybridZOFO(groups, **{**given, **self._hybrid_options})
             if not first_order:  # it has no gradients to scale
                 self.accelerator.scaler = None
         return self.optimizer
 
+    @contextmanager
+    def _naming_arguments(self) -> Generator[None, None, None]:
+        """Errors of HybridZOFO's options say in which argument of ours they were given."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError) as error:
+            named = set(re.findall(r"\w+", str(error)))
+            ours = {"hybrid": self._hybrid_options, "zo": self._group_options["zo"] or {}}
+            found = [
+                f"{argument}=dict({option}={value!r})"
+                for argument, options in ours.items()
+                for option, value in options.items()
+                if option in named
+            ]
+            if not found:
+                raise
+            advice = ""
+            if "HybridZOFO" in named:
+                advice = "; give options of HybridZOFO as hybrid=dict(...)"
+            raise type(error)(f"{error} (from {' and '.join(found)}{advice})") from error
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's own step, evaluated where HybridZOFO needs the loss."""
         step = super().training_step
-        counted: dict[str, Any] = {}
+        counts: Counts | None = None  # as the first evaluation leaves them
 
         def closure() -> torch.Tensor:
+            nonlocal counts
             loss = step(model, inputs, *args, **kwargs)
-            if not counted:
-                counted.update({n: copy.deepcopy(getattr(self, n, None)) for n in _COUNTED})
+            counts = counts or Counts(self)
             return loss
 
         optimizer = self.hybrid_optimizer
@@ -189,7 +217,8 @@ class HybridTrainerMixin(_Base):
         try:
             loss = optimizer.backward(closure)
         finally:
-            self.__dict__.update({n: value for n, value in counted.items() if hasattr(self, n)})
+            if counts is not None:
+                counts.restore()
         before, slopes = self._slopes if accumulates else None, optimizer.projected_grads
         self._slopes = slopes if before is None or slopes is None else before + slopes
         assert isinstance(loss, torch.Tensor)
@@ -221,7 +250,8 @@ class HybridTrainerMixin(_Base):
         best = self.state.best_model_checkpoint
         if self._saves_adapter_only() and best is not None and os.path.isdir(best):
             model: Any = self._module()
-            for adapter in getattr(model, "active_adapters", ()):
+            active = getattr(model, "active_adapters", ())
+            for adapter in () if callable(active) else active:  # a method where peft is within
                 # the Trainer looks for an adapter of the name "default" only
                 if os.path.isdir(folder := os.path.join(best, adapter)):
                     model.load_adapter(folder, adapter, is_trainable=True)
@@ -240,6 +270,32 @@ class HybridTrainerMixin(_Base):
 
     def _saves_adapter_only(self) -> bool:
         return any(hasattr(module, "peft_config") for module in self._module().modules())
+
+
+def _own_groups(options: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The groups that a trainer makes for its first-order optimizer.
+
+    So do those of sentence-transformers, as their losses have weights too.
+    """
+    groups = options.get("optimizer_dict")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return None
+    return groups
+
+
+def _named(groups: Sequence[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """Those with parameters, which get names; the loss's have none in the model."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    further = (f"loss.{i}" for i in itertools.count())
+    return [
+        {
+            **group,
+            "mode": "fo",
+            "param_names": [known.get(id(p)) or next(further) for p in group["params"]],
+        }
+        for group in groups
+        if group["params"]
+    ]
 
 
 def _by_decay(

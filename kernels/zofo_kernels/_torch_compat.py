@@ -76,6 +76,20 @@ def increment_versions(tensors: Sequence[Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
+def set_version(tensor: Tensor, version: int) -> None:
+    """Tell autograd that the tensor is what it was at ``version``; where torch has no way, nothing.
+
+    Only for a tensor that was restored to the bit.
+    """
+    setter = getattr(torch._C._autograd, "_unsafe_set_version_counter", None)
+    if setter is None:
+        return
+    try:
+        setter((tensor,), (version,))
+    except TypeError:  # older torch takes one at a time
+        setter(tensor, version)
+
+
 def unhooked_step(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
     """The optimizer class's ``step`` without the hooks that torch wraps around it."""
     step: Callable[..., Any] = type(optimizer).step

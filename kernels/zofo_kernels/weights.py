@@ -40,7 +40,10 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
             "cannot be perturbed in place; load them unquantised and unsharded, or leave them out"
         )
     if tensor.is_meta:
-        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+        raise ValueError(
+            f"{name} must hold data, got a tensor on the meta device: load the weights onto a "
+            "device first, without offloading them"
+        )
     check_storage(tensor, name)
     if not tensor.is_contiguous() and overlaps_itself(tensor):
         raise ValueError(f"{name} must not share memory among its elements (expanded tensor?)")

@@ -95,6 +95,18 @@ def test_warns_once_of_a_flat_loss_and_names_the_parameters():
             assert ("nor.this" in message) == second
 
 
+@pytest.mark.parametrize("size", [1.0, -1e14])
+def test_a_flat_loss_that_is_huge_has_diverged(size):
+    x = Parameter(torch.ones(3))
+    optimizer = HybridZOFO([x], mode="zo", lr=1e-3)
+    with pytest.warns(UserWarning, match="bit-identical") as caught:
+        run(optimizer, lambda: size, 5)
+    (message,) = told(caught)
+    assert ("at 1.0e+14" in message) == (size != 1.0)
+    assert ("has diverged (the learning rate" in message) == (size != 1.0)
+    assert "mu is too small" in message
+
+
 def test_unnamed_parameters_are_named_by_number_and_shape():
     x, y = Parameter(torch.ones(3, 2)), Parameter(torch.ones(5))
     optimizer = HybridZOFO([{"params": [x]}, {"params": [y]}], mode="zo", lr=1e-3)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .converted import Converted
+from .copies import Copies
 from .errors import JournalError
 from .match import match, some
 from .player import Words, apply, check_start, choose, different, verify_end
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stop", type=int, help="the step to go to; default: the last")
     run.add_argument(
         "--partial", action="store_true", help="go as far as a damaged or unclosed journal is sound"
+    )
+    run.add_argument(
+        "--copies",
+        choices=("train", "keep"),
+        help="what to do with second copies of trained weights in --base, such as tied embeddings "
+        "that were stored twice",
     )
     run.add_argument("--device", default="cpu", help="where to compute; default: cpu")
     return parser
@@ -132,16 +139,24 @@ def _replay(options: argparse.Namespace) -> None:
     out = Path(options.out)
     checkpoint = _opened(recording, options.base, "--base")
     checkpoint.refuse_existing(out)
+    copies = Copies(recording)
     for file, tensors, keys in _files(recording, checkpoint):  # all, before any is replayed
         check_start(recording, 0, _chosen(recording, file, tensors, keys), _WORDS)
+        copies.look(tensors, keys)
+    tied = copies.chosen(options.copies, str(checkpoint))
     verified: set[bool | None] = set()
     with checkpoint.beside(out) as fresh:
         for file, tensors, keys in _files(recording, checkpoint):
+            again = {key: name for key, name in tied.items() if key in tensors}
+            keys = {**{name: key for key, name in again.items()}, **keys}
             chosen = _chosen(recording, file, tensors, keys)
             chosen = {name: tensor.to(device) for name, tensor in chosen.items()}
             apply(recording, span, chosen, progress=_Progress(file.name))
             verified.add(verify_end(recording, span.high, chosen, "auto"))
             tensors.update({keys[name]: tensor.cpu() for name, tensor in chosen.items()})
+            for key, name in again.items():
+                if keys[name] != key:
+                    tensors[key] = tensors[keys[name]].clone()
             checkpoint.write(fresh, file, tensors)
     if False in verified:
         said = "not bit-identical to those trained"

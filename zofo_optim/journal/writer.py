@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ..checks import caller_level
 from ..listeners import Estimated, Listener, Move
+from ..moves import Moves
 from ..optimizer import HybridZOFO
+from ..plain import plain
 from ..rules import Update
 from ..zo_groups import ZOGroup
 from .errors import JournalError
@@ -82,6 +84,7 @@ class Journal(Listener):
         fsync_every: int = 100,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        fsync_every = plain(fsync_every)
         self.path = Path(path).absolute()  # the program may change its folder
         if not isinstance(fsync_every, int) or isinstance(fsync_every, bool) or fsync_every < 0:
             raise ValueError(f"fsync_every must be an int >= 0, got {fsync_every!r}")
@@ -97,7 +100,7 @@ class Journal(Listener):
         self._kinds: Kinds
         self._buffer = bytearray()
         self._waiting: deque[_Waiting] = deque()
-        self._moves: list[Move] = []  # since the last update or record
+        self._moves = Moves()  # since the last update or record
         self._told = False  # of moves that no update has followed yet
         self._unsynced = 0
 
@@ -234,18 +237,18 @@ class Journal(Listener):
         self._file.seek(end)
         self._chain, self._told = chain, False
 
-    def _unrecorded(self, optimizer: HybridZOFO) -> list[Move]:
+    def _unrecorded(self, optimizer: HybridZOFO) -> Moves:
         """The optimizer's moves since its last update, less those before the journal began."""
         moves, before = list(optimizer.moves), self._header.get("moves", 0)
         steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
         if steps != [group["step"] for group in self._header["groups"]]:
-            return moves
+            return Moves(moves)
         if len(moves) < before:
             raise JournalError(
                 f"{self.path} begins after {before} moves of step {steps[0]}, got a state dict "
                 f"of {len(moves)}; load a later one, or begin a new journal"
             )
-        return moves[before:]
+        return Moves(moves[before:])
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -464,6 +467,6 @@ class Journal(Listener):
             warnings.warn(str(failed), stacklevel=caller_level())  # what came first is raised
 
 
-def _path(moves: Sequence[Move], position: int) -> tuple[tuple[int, float], ...]:
+def _path(moves: Iterable[Move], position: int) -> tuple[tuple[int, float], ...]:
     """(sample, scale) of each move of the group at ``position``, since it was added."""
     return tuple((m.sample, m.scales[position]) for m in moves if position < len(m.scales))

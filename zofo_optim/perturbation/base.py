@@ -16,7 +16,8 @@ from ..advice import Advice
 from ..capture import capturing
 from ..estimators import Point
 from ..evaluation import Evaluation
-from ..listeners import Listener, Move
+from ..listeners import Listener
+from ..moves import Moves
 from ..rules import Update
 from ..settings import Settings
 from ..zo_groups import Tables, ZOGroup, is_same
@@ -40,7 +41,7 @@ class Perturbation(ABC):
     def __init__(self, settings: Settings, listener: Listener, advice: Advice) -> None:
         self.groups: list[ZOGroup] = []
         """The ZO groups of the present step."""
-        self.moves: list[Move] = []
+        self.moves = Moves()
         """Since the last update; moves round, so weights depend on them."""
         self._settings = settings
         self._listener = listener

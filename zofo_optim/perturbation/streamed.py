@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zofo_kernels import Shift, perturb_, uninterrupted
+from zofo_kernels._torch_compat import set_version
 
 from ..advice import Advice
 from ..evaluation import Evaluation
@@ -127,7 +128,8 @@ class StreamedPerturbation(Perturbation):
     def _written(self, part: list[Source]) -> Iterator[None]:
         """These weights are perturbed in place; then restored to the bit."""
         self._kept = {
-            id(s.parameter): _Kept(s.parameter, s.parameter.detach().clone()) for s in part
+            id(s.parameter): _Kept(s.parameter, s.parameter.detach().clone(), written(s.parameter))
+            for s in part
         }
         try:
             for source in part:
@@ -153,6 +155,8 @@ class StreamedPerturbation(Perturbation):
                 try:
                     if kept.failed is None or kept.failed == written(kept.parameter):
                         kept.parameter.copy_(kept.content)
+                        if not kept.parameter.is_inference():
+                            set_version(kept.parameter, kept.before[1])  # for graphs that saved it
                     del self._kept[where]
                 except BaseException as error:
                     failed = failed or error
@@ -166,8 +170,10 @@ class _Kept(NamedTuple):
 
     parameter: Tensor
     content: Tensor
+    before: tuple[int, int]
+    """The parameter then, see :func:`written`."""
     failed: tuple[int, int] | None = None
-    """Where putting it back failed: the parameter as it was then, see :func:`written`."""
+    """Where putting it back failed: the parameter as it was then, likewise."""
 
 
 def _parts(sources: list[Source]) -> Iterator[list[Source]]:
