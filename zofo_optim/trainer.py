@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .base_weights import FILE, load_base_weights, save_base_weights
+from .buffers import ParamGroups
 from .counts import Counts
 from .groups import hybrid_param_groups
 from .optimizer import HybridZOFO
@@ -170,7 +171,8 @@ class HybridTrainerMixin(_Base):
             if theirs is not None:
                 first_order = _named(theirs, model)
             # first, as the Trainer logs the first group's learning rate
-            groups = first_order + [group for group in groups if group["mode"] == "zo"]
+            zeroth_order = [group for group in groups if group["mode"] == "zo"]
+            groups = ParamGroups([*first_order, *zeroth_order], model)
             if len(groups) > len(first_order) and "lr" not in (self._group_options["zo"] or {}):
                 raise ValueError("zo must have the learning rate of the base model, as lr=...")
             given = {"fo_optimizer": cls, "seed": self.args.seed, **options}

@@ -513,3 +513,16 @@ def test_modes_of_the_first_order_optimizer(tmp_path):
     assert calls[0] == "train"
     assert calls.count("eval") == 2
     HybridZOFO(base_model().parameters(), lr=0.1).eval()  # SGD has no modes
+
+
+def test_buffers_change_once_a_step(tmp_path):
+    model = lora()
+    model.register_buffer("count", torch.zeros(()))
+
+    def counted(module, args):
+        module.count += 1
+
+    model.register_forward_pre_hook(counted)
+    done = trainer(tmp_path, model)
+    done.train()
+    assert model.count == done.state.global_step > 0
