@@ -72,8 +72,10 @@ class Weight:
         spacing = ulp(x, self.dtype) / (1 if self.dtype == torch.float64 else 2)
         return spacing + (self.unit * x.abs() if self.dtype in NARROW else 0)
 
-    def move(self, z, scale, noise_error, in_place):
+    def move(self, z, scale, noise_error, in_place, finest):
         """There, and in place back again: displaced value and its error.
+
+        Narrow weights spaced wider than ``finest`` times the scale may end on either neighbour.
 
         The same scale z is added and taken off, so that its own error cancels: a round trip costs
         one rounding at w + scale z and one at w. It costs nothing where the first rounding is
@@ -85,13 +87,19 @@ class Weight:
         if noise_error or (z.abs() != 1).any():
             blur = blur + 2 * self.unit * step.abs()
         first = self.half_ulp(there.abs() + self.error + blur)
+        coarse = torch.zeros_like(there, dtype=torch.bool)
+        if self.dtype in NARROW:
+            reach = self.value.abs() + step.abs() + self.error + blur  # there or back
+            coarse = ulp(reach, self.dtype) > finest * abs(scale)
+        first = torch.where(coarse, 2 * first, first)
         seen = self.error + first + blur
         if in_place:
             second = self.half_ulp(self.value.abs() + self.error + first)
+            second = torch.where(coarse, 2 * second, second)
             lost = (there.to(self.dtype).double() - there).abs() + 4 * blur
             if self.dtype in NARROW:
                 lost = lost + 2 * self.unit * (self.value.abs() + step.abs())
-            returns = (self.error == 0) & (lost < room(self.value, self.dtype))
+            returns = (self.error == 0) & (lost < room(self.value, self.dtype)) & ~coarse
             if self.dtype == torch.float64:  # ours cannot tell
                 returns = torch.zeros_like(returns)
             self.error = torch.where(returns, self.error, self.error + first + second)
@@ -150,6 +158,7 @@ class Simulation:
         self.raises = nonfinite == "raise"
         approximate = distribution == "gaussian" and backend != "reference"
         self.noise_error = NOISE_ERROR if approximate else 0.0
+        self.finest = {"gaussian": 1.0, "rademacher": 0.25}[distribution]
         self.unit = unit  # of the losses
         self.groups, self.pending, self.sgd = [], None, None
         self.renew()
@@ -257,7 +266,9 @@ class Simulation:
                 else:
                     z = self._noise(group, weight, point.sample, index)
                     scale = point.sign * group.options["mu"]
-                    found.append(weight.move(z, scale, self.noise_error, self.in_place))
+                    found.append(
+                        weight.move(z, scale, self.noise_error, self.in_place, self.finest)
+                    )
                 index += 1
         self.seen = found
         return found
