@@ -194,7 +194,7 @@ def spacing(size, dtype):
 
 def coarse(w, shift):
     """Which 16-bit weights a shift of noise version 2 rounds stochastically: bool, numpy."""
-    finest = {"gaussian": 1, "rademacher": 0.25}[shift.direction.distribution]
+    finest = {"gaussian": 1, "rademacher": 0.5}[shift.direction.distribution]
     return spacing(w.abs().double().numpy(), w.dtype) > finest * abs(shift.scale)
 
 
@@ -217,7 +217,8 @@ def shifted(w, shift, index=0, offset=0):
         whole = np.floor(size / step)
         up = size / step - whole + random / 65536 >= 1
     rounded = np.copysign((whole + up) * step, x.double().numpy())
-    chosen = np.where(coarse(w, shift), rounded, x.to(w.dtype).double().numpy())
+    reachable = np.abs(rounded) <= torch.finfo(w.dtype).max
+    chosen = np.where(coarse(w, shift) & reachable, rounded, x.to(w.dtype).double().numpy())
     return torch.from_numpy(chosen).to(w.dtype)
 
 

@@ -158,7 +158,7 @@ class Simulation:
         self.raises = nonfinite == "raise"
         approximate = distribution == "gaussian" and backend != "reference"
         self.noise_error = NOISE_ERROR if approximate else 0.0
-        self.finest = {"gaussian": 1.0, "rademacher": 0.25}[distribution]
+        self.finest = {"gaussian": 1.0, "rademacher": 0.5}[distribution]
         self.unit = unit  # of the losses
         self.groups, self.pending, self.sgd = [], None, None
         self.renew()

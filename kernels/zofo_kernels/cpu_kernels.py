@@ -158,51 +158,6 @@ def _round_stochastic(code, x, halves, count):
             x[i] = float_from_bits(_round_up_fp16(bits_from_float(x[i]), random))
 
 
-@compiled(**EXACT)
-def _any_coarse(x, coarse_from, count):
-    found = _U(0)
-    for i in range(count):
-        found |= _U(1) if (bits_from_float(x[i]) & _U(0x7FFFFFFF)) >= coarse_from else _U(0)
-    return found != 0
-
-
-@compiled(**EXACT)
-def _round_shifted(
-    code, x, before, coarse_from, back, scale, words, start, count, index, key0, key1
-):
-    """Coarse weights stochastically, others to nearest; bits are drawn where they are needed.
-
-    Args:
-        x: fp32 where the shift leads, of ``count`` elements from ``start`` on; written.
-        before: fp32 where it starts.
-        coarse_from: see ``run_passes``.
-    """
-    flip = _U(0xFFFF) if scale < 0 else _U(0)
-    for low in range(0, count, BITS_AT_ONCE):
-        some = min(BITS_AT_ONCE, count - low)
-        there, here = before[low : low + some], x[low : low + some]
-        if not _any_coarse(there, coarse_from, some):
-            _round_nearest(code, here, some)
-            continue
-        first = (start + np.uint64(low)) // np.uint64(8)
-        lead = np.int64(start + np.uint64(low) - first * np.uint64(8))
-        philox(words, (lead + some + 7) // 8, first, index, 2, key0, key1)
-        # low half first: little-endian hosts only, see cpu.py
-        halves = words.view(np.uint16)[lead : lead + some]
-        if code == BF16:
-            for i in range(some):
-                bits, was = bits_from_float(here[i]), bits_from_float(there[i])
-                coarse = (was & _U(0x7FFFFFFF)) >= coarse_from
-                up = _round_coarse_bf16(bits, was, _U(halves[i]) ^ flip, back)
-                here[i] = float_from_bits(up if coarse else _round_bf16(bits))
-        else:
-            for i in range(some):
-                bits, was = bits_from_float(here[i]), bits_from_float(there[i])
-                coarse = (was & _U(0x7FFFFFFF)) >= coarse_from
-                up = _round_coarse_fp16(bits, was, _U(halves[i]) ^ flip, back)
-                here[i] = float_from_bits(up if coarse else _round_fp16(bits))
-
-
 @compiled(**FAST)
 def _noise(distribution, words, z, start, count, index, key0, key1):
     """Noise of elements from start on, into z; returns where start lies in z."""
@@ -222,6 +177,68 @@ def _noise(distribution, words, z, start, count, index, key0, key1):
 def _add_scaled(x, scale, z, count):
     for i in range(count):
         x[i] += scale * z[i]
+
+
+@compiled(**EXACT)
+def _copy(x, to, count):
+    for i in range(count):  # assigning a slice is slower by far
+        to[i] = x[i]
+
+
+@compiled(**EXACT)
+def _largest(x, low, count):
+    """Bits of the largest size among ``count`` elements from ``low`` on."""
+    found = _U(0)
+    for i in range(low, low + count):
+        found = max(found, bits_from_float(x[i]) & _U(0x7FFFFFFF))
+    return found
+
+
+@compiled(**EXACT)
+def _round_some(code, x, before, coarse_from, back, halves, flip, count):
+    """Coarse weights stochastically, others to nearest; none to infinity that need not."""
+    if code == BF16:
+        for i in range(count):
+            bits, was = bits_from_float(x[i]), bits_from_float(before[i])
+            up = _round_coarse_bf16(bits, was, _U(halves[i]) ^ flip, back)
+            coarse = (was & _U(0x7FFFFFFF)) >= coarse_from
+            coarse = coarse and (up & _U(0x7FFFFFFF)) != _U(0x7F800000)
+            x[i] = float_from_bits(up if coarse else _round_bf16(bits))
+    else:
+        for i in range(count):
+            bits, was = bits_from_float(x[i]), bits_from_float(before[i])
+            up = _round_coarse_fp16(bits, was, _U(halves[i]) ^ flip, back)
+            coarse = (was & _U(0x7FFFFFFF)) >= coarse_from
+            coarse = coarse and (up & _U(0x7FFFFFFF)) != _U(0x7F800000)
+            x[i] = float_from_bits(up if coarse else _round_fp16(bits))
+
+
+@compiled(**FAST)
+def _round_shifted(
+    code, x, before, z, scale, coarse_from, back, words, start, count, index, key0, key1
+):
+    """Bits are drawn where a weight is coarse, and these parts done anew; most are fine.
+
+    Args:
+        x: fp32 before + scale z, of ``count`` elements from ``start`` on; rounded here.
+        coarse_from, back: see ``run_passes``.
+        words: room for the bits.
+    """
+    flip = _U(0xFFFF) if scale < 0 else _U(0)
+    _round_nearest(code, x, count)
+    for low in range(0, count, BITS_AT_ONCE):
+        some = min(BITS_AT_ONCE, count - low)
+        if _largest(before, low, some) < coarse_from:
+            continue
+        first = (start + np.uint64(low)) // np.uint64(8)
+        lead = np.int64(start + np.uint64(low) - first * np.uint64(8))
+        philox(words, (lead + some + 7) // 8, first, index, 2, key0, key1)
+        # low half first: little-endian hosts only, see cpu.py
+        halves = words.view(np.uint16)[lead : lead + some]
+        here, there = x[low : low + some], before[low : low + some]
+        _copy(there, here, some)
+        _add_scaled(here, scale, z[low : low + some], some)
+        _round_some(code, here, there, coarse_from, back, halves, flip, some)
 
 
 @compiled(**EXACT)
@@ -288,18 +305,19 @@ def _process(
         )
         if fresh:
             lead = _noise(shifts[k, 2], words, z, start, count, index, shifts[k, 0], shifts[k, 1])
-        stepped = coded and _any_coarse(x, _U(coarse[k, 0]), count)
+        stepped = coded and _largest(x, 0, count) >= _U(coarse[k, 0])
         if stepped:
-            before[:count] = x[:count]
+            _copy(x, before, count)
         _add_scaled(x, scales[k], z[lead : lead + count], count)
         if stepped:
             _round_shifted(
                 code,
                 x,
                 before,
+                z[lead : lead + count],
+                scales[k],
                 _U(coarse[k, 0]),
                 coarse[k, 1] != 0,
-                scales[k],
                 words,
                 start,
                 count,

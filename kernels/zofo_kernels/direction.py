@@ -10,7 +10,8 @@ Version 2 has the noise of version 1, and rounds shifts of coarse weights stocha
 of a 16-bit dtype is coarse where its dtype's numbers are spaced wider around it than
 :attr:`Distribution.finest` times the size of the shift's scale: rounded to nearest, most of its
 displacements would be lost, and estimates biased towards 0 (layer norms around 1 are an example:
-bfloat16's numbers are 2^-7 apart there).  Shifts of opposite sign use complementary bits, so that
+bfloat16's numbers are 2^-7 apart there).  Where that would give infinity, and rounding to nearest
+would not, the latter is done.  Shifts of opposite sign use complementary bits, so that
 weights come back, and go equally far to either side.
 """
 

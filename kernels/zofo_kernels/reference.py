@@ -244,7 +244,9 @@ def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
     if shift.scale < 0:
         bits = 0xFFFF - bits
     coarse = w.abs().to(compute) >= coarse_from
-    return torch.where(coarse, round_shift(x, w, bits, shift.back), x.to(w.dtype))
+    nearest, rounded = x.to(w.dtype), round_shift(x, w, bits, shift.back)
+    # nothing comes back from infinity
+    return torch.where(coarse & ~rounded.isinf(), rounded, nearest)
 
 
 def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:

@@ -263,7 +263,10 @@ def _moved(
             if not PAIRS:
                 bits = bits.reshape(VECTORS, 8)
             bits = tl.where(scale < 0, 0xFFFF - bits, bits)
-            value = tl.where(coarse, _coarse_rounded(value, weight, bits, back, STORAGE), value)
+            rounded = _coarse_rounded(value, weight, bits, back, STORAGE)
+            # nothing comes back from infinity
+            finite = (rounded.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) != 0x7F800000
+            value = tl.where(coarse & finite, rounded, value)
     return value
 
 
