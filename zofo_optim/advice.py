@@ -50,7 +50,7 @@ class Advice:
                 "is no group with mode='fo'; leave it out",
             )
         frozen = sum(not p.requires_grad for p in first_order)
-        if 0 < frozen < len(first_order) and not groups:
+        if frozen and not groups:
             self.once(
                 "frozen",
                 f"{frozen} of {len(first_order)} first-order parameters have requires_grad=False "
@@ -84,6 +84,15 @@ class Advice:
                 "closure returned a loss without a graph and did not call backward, so the "
                 "first-order groups got no gradients; return the loss tensor itself",
             )
+        if evaluations[0].left:
+            self.once(
+                "left",
+                "closure called backward for something that the loss which it returned does not "
+                "come from, and left gradients in first-order parameters, to which those of the "
+                "returned loss were added. If both are one loss, return the tensor that backward "
+                "was called on, or its detached value; else clear the gradients after the first "
+                "backward",
+            )
         for evaluation in evaluations if groups else ():
             dtype = getattr(evaluation.returned, "dtype", None)
             if dtype in (torch.float16, torch.bfloat16):
@@ -111,6 +120,6 @@ def about_settings(settings: Settings, saved: dict[str, Any], groups: Sequence[Z
         warnings.warn(
             "state_dict was saved by an optimizer constructed with "
             + ", ".join(others)
-            + "; the same path is followed only with the same settings",
+            + "; the same path is followed only with the same settings, which HybridZOFO(...) takes",
             stacklevel=caller_level(),
         )

@@ -8,6 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zofo_kernels.memory import has_memory
+
+_ROOM = 1 << 28
+"""Bytes that the first step copies at most; past that, the largest buffers go by their versions."""
+_COPIED = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+)
+"""Other dtypes cannot be compared everywhere; they hold packed weights, which no run changes."""
+
 
 class ParamGroups(list[dict[str, Any]]):
     """Parameter groups, and the model that they are of."""
@@ -33,6 +44,10 @@ class _Content(NamedTuple):
         if getattr(self.module, self.name) is not self.tensor:  # replaced, not written
             setattr(self.module, self.name, self.tensor)
         self.tensor.copy_(self.elements)
+
+
+def _can_be_copied(tensor: Tensor) -> bool:
+    return tensor.dtype in _COPIED and not tensor.is_nested and has_memory(tensor)
 
 
 def module_of(params: Any, restore_buffers: bool | nn.Module) -> nn.Module | None:
@@ -111,13 +126,15 @@ class Buffers:
                     content.put_back()
 
     def _contents(self) -> dict[int, _Content]:
-        """Of those that change, where they are not None."""
-        found = {}
-        for place in self._changing:
-            module, name = self._places[place]
-            tensor = getattr(module, name, None)
-            if tensor is not None:
-                found[place] = _Content(module, name, tensor, tensor.detach().clone())
+        """Of those that change, where they can be copied: not None, sparse, on meta, or packed."""
+        tensors = {place: getattr(*self._places[place], None) for place in self._changing}
+        here = {k: t for k, t in tensors.items() if t is not None and _can_be_copied(t)}
+        found, used = {}, 0
+        for place, tensor in sorted(here.items(), key=lambda item: item[1].nbytes):
+            used += tensor.nbytes
+            if self._unknown and used > _ROOM:
+                break
+            found[place] = _Content(*self._places[place], tensor, tensor.detach().clone())
         return found
 
     def _now(self) -> list[tuple[int, int]]:

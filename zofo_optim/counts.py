@@ -7,11 +7,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _ROOM = 10_000
-"""Larger dictionaries are data, not counts."""
+"""Larger dictionaries are data, not counts; larger lists only get longer."""
+_DEPTH = 4
+"""Of dictionaries in dictionaries."""
 
 Undo = Callable[[], None]
 
@@ -33,7 +36,7 @@ class Counts:
             if "dataset" not in name and (undo := _undo(value)) is not None:
                 self._kept.append((name, value, undo))
 
-    @torch.no_grad()
+    @torch.inference_mode()  # where torch may write all tensors
     def restore(self) -> None:
         """As they were; the objects are the same ones."""
         for name, value, undo in self._kept:
@@ -41,32 +44,37 @@ class Counts:
             undo()
 
 
-def _undo(value: Any) -> Undo | None:
+def _undo(value: Any, depth: int = 0) -> Undo | None:
     """What takes back changes that are made to ``value`` from now on; None if it is no count."""
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, np.number)):
         return lambda: None
     if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
         return _of_tensor(value)
-    if isinstance(value, dict) and len(value) <= _ROOM:
-        return _of_dictionary(value)
+    if isinstance(value, dict) and len(value) <= _ROOM and depth < _DEPTH:
+        return _of_dictionary(value, depth)
     if isinstance(value, (list, deque)):
         return _of_list(value)
     return None
 
 
 def _of_tensor(value: Tensor) -> Undo:
-    content, version = value.clone(), value._version
+    content, version = value.clone(), _version(value)
 
     def undo() -> None:
-        if value._version != version:
+        if version is None or _version(value) != version:
             value.copy_(content)
 
     return undo
 
 
-def _of_dictionary(value: dict[Any, Any]) -> Undo:
+def _version(value: Tensor) -> int | None:
+    """None where torch counts none."""
+    return None if value.is_inference() else value._version
+
+
+def _of_dictionary(value: dict[Any, Any], depth: int) -> Undo:
     items = dict(value)
-    inner = [found for item in items.values() if (found := _undo(item)) is not None]
+    inner = [found for item in items.values() if (found := _undo(item, depth + 1)) is not None]
 
     def undo() -> None:
         if not _same([*items, *items.values()], [*value, *value.values()]):
@@ -79,6 +87,13 @@ def _of_dictionary(value: dict[Any, Any]) -> Undo:
 
 
 def _of_list(value: list[Any] | deque[Any]) -> Undo:
+    if isinstance(value, list) and len(value) > _ROOM:
+        length = len(value)
+
+        def shorten() -> None:
+            del value[length:]
+
+        return shorten
     items = list(value)
 
     def undo() -> None:

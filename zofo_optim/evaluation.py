@@ -62,12 +62,18 @@ class Evaluation(NamedTuple):
     """The same as a detached 0-dim tensor of at least fp32, without a GradScaler's scale."""
     backpropagated: bool
     """Whether gradients were taken, by the closure or by us."""
+    left: bool = False
+    """Whether all its calls of backward were such, and left gradients that ours were added to."""
     inner: frozenset[int] = frozenset()
     """Which of the closure's calls of backward its loss depends on; see :class:`ClosureWatch`."""
 
 
 def evaluate(
-    closure: Closure, *, gradients: bool, inner: frozenset[int] = frozenset()
+    closure: Closure,
+    *,
+    gradients: bool,
+    inner: frozenset[int] = frozenset(),
+    first_order: Sequence[Tensor] = (),
 ) -> Evaluation:
     """Run the closure once.
 
@@ -78,6 +84,7 @@ def evaluate(
             ``no_grad`` with the closure's own backward calls swallowed.
         inner: calls of backward to make although ``gradients`` is False, under ``enable_grad``,
             as an evaluation with gradients found them.
+        first_order: the parameters that gradients are for.
 
     Raises:
         TypeError, ValueError: the closure did not return a real scalar.
@@ -86,6 +93,7 @@ def evaluate(
     torch.clear_autocast_cache()
     watch = ClosureWatch(swallow=not gradients, inner=inner)
     recording = torch.is_grad_enabled()
+    before = [_gradient(p) for p in first_order]
     try:
         with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
             returned = closure()
@@ -97,6 +105,8 @@ def evaluate(
         watch.stop()
         torch.set_grad_enabled(recording)
     backpropagated = calls > len(inner)
+    after = [_gradient(p) for p in first_order] if gradients and calls else before
+    left = not backpropagated and after != before and any(p.grad is not None for p in first_order)
     if gradients and not backpropagated and loss.requires_grad:
         with interruptible():
             loss.backward()  # type: ignore[no-untyped-call]
@@ -104,7 +114,12 @@ def evaluate(
     loss = plain.detach().reshape(())  # a scale is for gradients
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-    return Evaluation(returned, loss, backpropagated, inner)
+    return Evaluation(returned, loss, backpropagated, left, inner)
+
+
+def _gradient(p: Tensor) -> tuple[int, int] | None:
+    """Changes when somebody adds to it."""
+    return None if p.grad is None else (id(p.grad), p.grad._version)
 
 
 def scalar_loss(returned: Any) -> Tensor:
@@ -191,7 +206,12 @@ class Runs:
                 self._evaluator.buffers.rewind()
             inner = frozenset() if gradients else self._inner
             with self._evaluator.first_of_all(self._devices is not None):
-                result = evaluate(self._closure, gradients=gradients, inner=inner)
+                result = evaluate(
+                    self._closure,
+                    gradients=gradients,
+                    inner=inner,
+                    first_order=self._first_order if gradients else (),
+                )
             self._inner = result.inner
         finally:
             self._evaluator.running = None

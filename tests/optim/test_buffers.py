@@ -133,3 +133,24 @@ def test_groups_are_a_list_and_a_copied_optimizer_works():
     assert isinstance(hybrid_param_groups(model, verbose=False), list)
     with pytest.warns(UserWarning, match="closure gave two losses"):  # a copy restores no buffers
         copy.deepcopy(optimizer).step(model)
+
+
+def test_buffers_that_cannot_be_copied_are_left_alone():
+    model = Counting()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("rows", torch.eye(3).to_sparse_csr())
+    model.register_buffer("meta", torch.ones(3, device="meta"))
+    model.register_buffer("packed", torch.ones(3).to(torch.float8_e4m3fn))
+    stepped(model, 3)
+    assert float(model.counted) == 3
+
+
+def test_large_buffers_go_by_their_versions(monkeypatch):
+    """The first step takes no copies of them; those that change are copied from then on."""
+    monkeypatch.setattr("zofo_optim.buffers._ROOM", 0)
+    model = Counting()
+    optimizer = stepped(model, 1)
+    changed = float(model.counted)
+    optimizer.zero_grad()
+    optimizer.step(model)
+    assert model.counted == changed + 1

