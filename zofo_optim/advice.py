@@ -120,6 +120,6 @@ def about_settings(settings: Settings, saved: dict[str, Any], groups: Sequence[Z
         warnings.warn(
             "state_dict was saved by an optimizer constructed with "
             + ", ".join(others)
-            + "; the same path is followed only with the same settings, which HybridZOFO(...) takes",
+            + "; the same path is followed only with these, as arguments of HybridZOFO",
             stacklevel=caller_level(),
         )
