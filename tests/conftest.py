@@ -99,6 +99,17 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def modes():
+    """A test leaves no torch-function mode behind: each would slow all later ones."""
+    before = torch._C._len_torch_function_stack()
+    yield
+    after = torch._C._len_torch_function_stack()
+    while torch._C._len_torch_function_stack() > before:
+        torch._C._pop_torch_function_stack()
+    assert after == before
+
+
 @pytest.fixture
 def threads():
     """``torch.set_num_threads``, undone after the test."""

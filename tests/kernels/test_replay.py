@@ -48,7 +48,7 @@ def in_turn(tensors, passes, **options):
             )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.lists(one_pass(), max_size=4),
     st.lists(st.tuples(st.integers(0, 500), st.sampled_from(DTYPES)), max_size=3),
