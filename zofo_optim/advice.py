@@ -93,6 +93,13 @@ class Advice:
                 "was called on, or its detached value; else clear the gradients after the first "
                 "backward",
             )
+        if groups and evaluations[0].scaled:
+            self.once(
+                "scaled loss",
+                "closure returned a loss that it computed from what a GradScaler had scaled, so "
+                "the zeroth-order step is multiplied by that scale; compute with the loss itself, "
+                "and return it: scaler.scale(loss / n).backward(), then return loss / n",
+            )
         for evaluation in evaluations if groups else ():
             dtype = getattr(evaluation.returned, "dtype", None)
             if dtype in (torch.float16, torch.bfloat16):

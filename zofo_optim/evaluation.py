@@ -62,6 +62,8 @@ class Evaluation(NamedTuple):
     """The same as a detached 0-dim tensor of at least fp32, without a GradScaler's scale."""
     backpropagated: bool
     """Whether gradients were taken, by the closure or by us."""
+    scaled: bool = False
+    """Whether the loss has a GradScaler's scale in it that cannot be taken off."""
     left: bool = False
     """Whether all its calls of backward were such, and left gradients that ours were added to."""
     inner: frozenset[int] = frozenset()
@@ -99,6 +101,7 @@ def evaluate(
             returned = closure()
         loss = scalar_loss(returned)
         calls, plain = watch.calls, watch.unscaled(loss)
+        scaled = gradients and watch.holds_a_scale(loss)
         inner = watch.inner_calls(loss) if gradients else inner
     finally:
         # Ctrl-C at the block's edges can skip their own undoing
@@ -114,7 +117,7 @@ def evaluate(
     loss = plain.detach().reshape(())  # a scale is for gradients
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-    return Evaluation(returned, loss, backpropagated, left, inner)
+    return Evaluation(returned, loss, backpropagated, scaled, left, inner)
 
 
 def _gradient(p: Tensor) -> tuple[int, int] | None:

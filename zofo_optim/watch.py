@@ -14,6 +14,9 @@ from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_back
 
 from .capture import capturing, check_replayable
 
+_NEAR = 50
+"""Operations between a loss and what it was computed from: divisions, sums, means."""
+
 
 class ClosureWatch(TorchFunctionMode):
     """Notices, or swallows, the closure's own calls of backward; refuses what graphs cannot do.
@@ -58,6 +61,13 @@ class ClosureWatch(TorchFunctionMode):
         """The loss without the scale, where it is what a GradScaler's ``scale`` gave last."""
         scaled, plain = self._scaled
         return plain if loss is scaled else loss
+
+    def holds_a_scale(self, loss: Tensor) -> bool:
+        """Whether the loss was computed from what a GradScaler's ``scale`` gave last."""
+        scaled, _ = self._scaled
+        if scaled is None or scaled is loss or scaled.grad_fn is None:
+            return False
+        return _is_near(_node(loss), scaled.grad_fn)
 
     def stop(self) -> None:
         """Only pass calls on, should a Ctrl-C have kept the mode from being left."""
@@ -115,6 +125,19 @@ def _meet(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
                     seen[side][id(node)] = node
                     below += [n for n, _ in getattr(node, "next_functions", ()) if _operates(n)]
             fronts[side] = below
+    return False
+
+
+def _is_near(root: Any, wanted: Any) -> bool:
+    """Whether an operation is among the last ones of a graph: the rest may be thousands."""
+    front = [root]
+    for _ in range(_NEAR):
+        if not front:
+            return False
+        node = front.pop(0)
+        if node is wanted:
+            return True
+        front += [n for n, _ in getattr(node, "next_functions", ()) if n is not None]
     return False
 
 

@@ -1,11 +1,13 @@
 """Other people's loops: accelerate, GradScaler, clipping, compiled models, the Trainer."""
 
 import functools
+import warnings
 
 import pytest
 import torch
 from conftest import needs_compiler
 from torch import nn
+from torch.nn import Parameter
 from toys import Net, Toy, equal, run
 
 from zofo_optim import HybridZOFO
@@ -56,6 +58,29 @@ def test_a_grad_scaler_loop_in_two_phases():
     assert equal(net.values(), plain.values())
     assert not equal(net.values(), Net().values())
     assert scaler.get_scale() == 2.0**14
+
+
+@pytest.mark.parametrize("style", ["scaled / 2", "scaled", "plain", "plain / 2"])
+def test_a_loss_that_keeps_a_scale_is_warned_of(style):
+    x, y = Parameter(torch.ones(2), requires_grad=False), Parameter(torch.ones(2))
+    optimizer = HybridZOFO([{"params": [x], "mode": "zo", "lr": 1e-3}, {"params": [y]}], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+
+    def closure():
+        loss = (x * y).square().sum()
+        scaled = scaler.scale(loss)
+        if style.startswith("scaled"):
+            return scaled / 2 if "/" in style else scaled
+        (scaled / 2).backward()
+        return loss / 2 if "/" in style else loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.backward(closure)
+    told = [w for w in caught if "GradScaler" in str(w.message)]
+    assert len(told) == (style == "scaled / 2")
 
 
 def test_a_grad_scaler_that_finds_inf_skips_the_whole_step():
