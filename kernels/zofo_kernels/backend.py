@@ -55,6 +55,8 @@ class Backend(Protocol):
     ) -> None:
         """w <- round(w0 - (sum_s (lr c_s) z_s + (lr weight_decay) w0)), in place.
 
+        A z of low rank is a sum of terms: see ``structure.py``.
+
         w0 = RN(w - recover.scale z'), or w where nothing is to be recovered. The order of the
         roundings is part of the definition: the products lr c_s and lr weight_decay in the
         compute dtype, the sum over s from the left, then the decay, then the subtraction. Where
@@ -78,7 +80,9 @@ class Backend(Protocol):
         """All passes of the program: to the bit what ``perturb`` and ``update`` give in turn."""
 
     def fill_noise(self, out: Region, direction: Direction) -> None:
-        """out <- z, made in float32 and rounded to the dtype; what it held does not matter."""
+        """out <- z, rounded to the dtype; what it held does not matter.
+
+        Full noise is made in float32, also where the dtype is float64."""
 
 
 def replay_in_turn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -16,24 +16,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import cpu_kernels as kernels
+from .backend import replay_in_turn
+from .cpu_tables import (
+    Factors,
+    Table,
+    in_parts,
+    key_rows,
+    roots,
+    size_of_factors,
+    tables,
+    with_factors,
+)
 from .direction import Direction, Shift
-from .distributions import BY_NAME
 from .memo import kept
 from .program import Program
-from .region import Region, Regions
+from .region import Region
 
 if sys.byteorder != "little":
     raise ImportError("the numba kernels need a little-endian host")
 
 _MIN_PER_THREAD = 32768  # elements; below that a thread costs more than it saves
 _PIECE = 512 * kernels.CHUNK  # elements a thread takes at a time
-_STORAGE = {
-    torch.float32: (kernels.FP32, np.float32),
-    torch.bfloat16: (kernels.BF16, np.uint16),
-    torch.float16: (kernels.FP16, np.uint16),
-    torch.float64: (kernels.FP64, np.float64),
-}
-
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
@@ -57,24 +60,6 @@ def _get_pool(threads: int) -> ThreadPoolExecutor:
     return _pool
 
 
-def _key_rows(directions: Sequence[Direction]) -> NDArray[np.int64]:
-    """Key low, key high and distribution of each direction: int64, shape (directions, 3)."""
-    if len(directions) == 1 and type(directions[0].step) is int:
-        return _fixed_key_row(directions[0])
-    return _make_key_rows(directions)
-
-
-@functools.lru_cache(maxsize=64)
-def _fixed_key_row(direction: Direction) -> NDArray[np.int64]:
-    """Of a direction whose step is a number: a tensor may change."""
-    return _make_key_rows([direction])
-
-
-def _make_key_rows(directions: Sequence[Direction]) -> NDArray[np.int64]:
-    rows = [(*d.key(), BY_NAME[d.distribution].code) for d in directions]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), 3)
-
-
 def _coarse_rows(shifts: Sequence[Shift], dtype: torch.dtype) -> NDArray[np.int64]:
     """What ``run_passes`` calls ``coarse``: int64, shape (shifts, 2)."""
     if len(shifts) == 1:
@@ -89,54 +74,10 @@ def _coarse_row(size: float, back: bool) -> NDArray[np.int64]:
     return np.array([[np.float32(size).view(np.int32), back]], dtype=np.int64)
 
 
-class _Table(NamedTuple):
-    """Runs of one dtype: their elements in all, and the kernel's first arguments."""
-
-    dtype: torch.dtype
-    elements: int
-    columns: tuple[Any, ...]
-
-
-def _tables(regions: Sequence[Region]) -> list[_Table]:
-    return _kept_tables(regions) if type(regions) is Regions else _build(regions)
-
-
-@kept
-def _kept_tables(regions: Regions) -> list[_Table]:
-    return _build(regions)
-
-
-def _build(regions: Sequence[Region]) -> list[_Table]:
-    """A table for each dtype, a row for each run."""
-    by_dtype: dict[torch.dtype, list[Region]] = {}
-    for region in regions:
-        by_dtype.setdefault(region.tensor.dtype, []).append(region)
-    tables = []
-    for dtype, alike in by_dtype.items():
-        (code, storage), width = _STORAGE[dtype], dtype.itemsize
-        rows = [
-            (region.tensor.data_ptr() + width * start, size, region.parameter, offset)
-            for region in alike
-            for start, size, offset in region.runs()
-        ]
-        addresses, sizes, indices, offsets = zip(*rows, strict=True)
-        columns = (
-            np.empty(0, dtype=storage),
-            code,
-            np.array(addresses, dtype=np.int64),
-            np.array(sizes, dtype=np.int64),
-            np.array(indices, dtype=np.int64),
-            np.array(offsets, dtype=np.uint64),
-        )
-        tables.append(_Table(dtype, sum(sizes), columns))
-    return tables
-
-
-_NO_KEYS = _key_rows([])
 _COMPUTE = {torch.float32: np.float32, torch.float64: np.float64}
 _NO_STEPS = {kind: np.empty(0, dtype=numpy_kind) for kind, numpy_kind in _COMPUTE.items()}
 _NO_DECAY = {kind: np.zeros(1, dtype=numpy_kind) for kind, numpy_kind in _COMPUTE.items()}
-_ONE, _NONE_OF_ONE = np.array([1]), np.array([0])
+_NONE = np.empty(0, dtype=np.float32)
 
 
 def _run(
@@ -149,11 +90,13 @@ def _run(
     stochastic: bool = False,
 ) -> None:
     """One pass: shifts, then the update where directions are given."""
-    shift_keys, update_keys = _key_rows([s.direction for s in shifts]), _key_rows(directions)
+    along = [*(s.direction for s in shifts), *directions]
     shift_ends, key_ends = np.array([len(shifts)]), np.array([len(directions)])
+    parts = in_parts(regions, along)
+    memory = np.empty(max(size_of_factors(part, along) for part in parts), dtype=np.float32)
     launches = []
-    for dtype, total, table in _tables(regions):
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for table in (table for part in parts for table in tables(part)):
+        compute = torch.float64 if table.dtype == torch.float64 else torch.float32
         scales = torch.tensor([s.scale for s in shifts], dtype=compute, device="cpu").numpy()
         steps, decay = _NO_STEPS[compute], _NO_DECAY[compute]
         if coefficients is not None and lr is not None:
@@ -162,35 +105,61 @@ def _run(
             if weight_decay != 0:
                 factor = torch.tensor(weight_decay, dtype=compute, device="cpu")
                 decay = (rate * factor).reshape(1).numpy()
-        coarse = _coarse_rows(shifts, dtype)
-        keys = shift_ends, shift_keys, scales, coarse, key_ends, update_keys
-        launches.append((total, table, (*keys, steps, decay, stochastic)))
+        keys, factors = with_factors(along, table, memory)
+        divisors, cut = roots(along, _COMPUTE[compute]), len(shifts)
+        program = (
+            *(shift_ends, keys[:cut], scales, divisors[:cut], _coarse_rows(shifts, table.dtype)),
+            *(key_ends, keys[cut:], steps, divisors[cut:], decay, stochastic),
+        )
+        launches.append(_Launch(table, program, factors))
     _launch(launches)
 
 
-def _launch(launches: Sequence[tuple[int, tuple[Any, ...], tuple[Any, ...]]]) -> None:
-    """Each dtype in turn; nothing is allocated or compiled once the first weight is written."""
+class _Launch(NamedTuple):
+    table: Table
+    program: tuple[Any, ...]
+    """What ``run_passes`` takes after the range, but for the factors."""
+    factors: Factors
+
+    def run(self, low: int, high: int) -> None:
+        factors = self.factors
+        kernels.run_passes(
+            *self.table.columns, low, high, *self.program, factors.memory, factors.units
+        )
+
+
+def _launch(launches: Sequence[_Launch]) -> None:
+    """Each table in turn; nothing is allocated or compiled once the first weight is written."""
     if len(launches) > 1:
-        for _, table, program in launches:
-            kernels.run_passes(*table, 0, 0, *program)
-    for total, table, program in launches:
-        _in_threads(total, table, program)
+        for launch in launches:
+            launch.run(0, 0)
+    for launch in launches:
+        elements, directions = launch.table.elements, len(launch.factors.rows)
+        if directions:
+            threads = _threads(directions * launch.factors.units)
+            _in_threads(launch.factors.fill, directions, -(-directions // threads))
+        # whole chunks, so that no chunk's noise is drawn twice
+        size = -(-elements // _threads(elements) // kernels.CHUNK) * kernels.CHUNK
+        _in_threads(launch.run, elements, min(_PIECE, size))
 
 
-def _in_threads(total: int, table: tuple[Any, ...], program: tuple[Any, ...]) -> None:
-    """Elements [0, total) in pieces, taken by the threads as they come free.
+def _threads(elements: int) -> int:
+    """As many as they keep busy."""
+    return max(1, min(torch.get_num_threads(), elements // _MIN_PER_THREAD))
+
+
+def _in_threads(do: Callable[[int, int], None], total: int, size: int) -> None:
+    """``do(low, high)`` for pieces of [0, total) of that size, by the threads as they come free.
 
     Pieces, since a core may be busy for a while: torch's own threads spin on after each of its
     operations.
     """
-    threads = max(1, min(torch.get_num_threads(), total // _MIN_PER_THREAD))
-    # whole chunks, so that no chunk's noise is drawn twice
-    size = min(_PIECE, -(-total // threads // kernels.CHUNK) * kernels.CHUNK)
     pieces = iter([(low, min(low + size, total)) for low in range(0, total, size)])
+    threads = min(torch.get_num_threads(), -(-total // size))
 
     def work() -> None:
         for low, high in pieces:  # next() of a list's iterator is atomic
-            kernels.run_passes(*table, low, high, *program)
+            do(low, high)
 
     futures: list[Future[None]] = []
     try:
@@ -212,13 +181,7 @@ def perturb_copy(regions: Sequence[Region], sources: Sequence[Tensor], shift: Sh
     """See :meth:`Backend.perturb_copy`. Called for many small tensors, so it must cost little."""
     for region, source in zip(regions, sources, strict=True):
         region.tensor.copy_(source)
-    keys = _key_rows([shift.direction])
-    for dtype, total, table in _tables(regions):
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        scales = np.array([shift.scale], dtype=_NO_STEPS[compute].dtype)
-        update = _NONE_OF_ONE, _NO_KEYS, _NO_STEPS[compute], _NO_DECAY[compute], False
-        coarse = _coarse_rows([shift], dtype)
-        _in_threads(total, table, (_ONE, keys, scales, coarse, *update))
+    _run(regions, [shift])
 
 
 def update(
@@ -237,11 +200,21 @@ def update(
 
 def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> None:
     """See :meth:`Backend.replay`. Each chunk goes through all passes while it is in the cache."""
+    if any(direction.rank for direction in _directions(program)):
+        replay_in_turn(perturb, update, regions, program, stochastic)  # else factors are many
+        return
     launches = []
-    for dtype, total, table in _tables(regions):
-        compute = np.float64 if dtype == torch.float64 else np.float32
-        launches.append((total, table, (*_arrays(program, dtype, compute), stochastic)))
+    for table in tables(regions):
+        compute = np.float64 if table.dtype == torch.float64 else np.float32
+        arrays = _arrays(program, table.dtype, compute)
+        launches.append(_Launch(table, (*arrays, stochastic), with_factors((), table, _NONE)[1]))
     _launch(launches)
+
+
+def _directions(program: Program) -> Iterator[Direction]:
+    for one in program.passes:
+        yield from (shift.direction for shift in one.shifts)
+        yield from one.directions
 
 
 @kept
@@ -259,14 +232,17 @@ def _arrays(program: Program, dtype: torch.dtype, compute: type) -> tuple[Any, .
         decay = array(one.weight_decay for one in passes)
         steps = np.repeat(lr, counts) * array(c for one in passes for c in one.coefficients)
         decays = np.where(decay == 0, decay, lr * decay)
+    along = [direction for one in passes for direction in one.directions]
     return (
         np.cumsum([len(one.shifts) for one in passes]),
-        _key_rows([shift.direction for shift in shifts]),
+        key_rows([shift.direction for shift in shifts]),
         array(shift.scale for shift in shifts),
+        roots((shift.direction for shift in shifts), compute),
         _coarse_rows(shifts, dtype),
         np.cumsum(counts),
-        _key_rows([direction for one in passes for direction in one.directions]),
+        key_rows(along),
         steps,
+        roots(along, compute),
         decays,
     )
 

@@ -13,24 +13,11 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from . import distributions
-from .cpu_random import (
-    FAST,
-    add_signs,
-    bits_from_float,
-    compiled,
-    float_from_bits,
-    gaussian,
-    philox,
-    rademacher,
-)
+from .cpu_noise import BLOCK, CHUNK, COLUMNS, KIND, RADEMACHER, RANK, add_terms, noise
+from .cpu_random import FAST, add_signs, bits_from_float, compiled, float_from_bits, philox
 
-CHUNK = 2048  # elements: a multiple of 128, so that chunks start at Philox blocks
 BITS_AT_ONCE = 64  # elements whose shifts get rounding bits if one is coarse: 8 Philox calls
 FP32, BF16, FP16, FP64 = 0, 1, 2, 3
-GAUSSIAN, RADEMACHER = distributions.GAUSSIAN.code, distributions.RADEMACHER.code
-GAUSSIAN_PER_CALL = distributions.GAUSSIAN.elements_per_call
-RADEMACHER_PER_CALL = distributions.RADEMACHER.elements_per_call
 _F, _U = np.float32, np.uint32
 
 # The order and number of roundings is part of the definition: no fused multiply-add.
@@ -159,24 +146,15 @@ def _round_stochastic(code, x, halves, count):
 
 
 @compiled(**FAST)
-def _noise(distribution, words, z, start, count, index, key0, key1):
-    """Noise of elements from start on, into z; returns where start lies in z."""
-    per_call = GAUSSIAN_PER_CALL if distribution == GAUSSIAN else RADEMACHER_PER_CALL
-    first = start // np.uint64(per_call)
-    lead = np.int64(start - first * np.uint64(per_call))
-    blocks = (lead + count + per_call - 1) // per_call
-    philox(words, blocks, first, index, 0, key0, key1)
-    if distribution == GAUSSIAN:
-        gaussian(words, 4 * blocks, z)
-    else:
-        rademacher(words, 4 * blocks, z)
-    return lead
-
-
-@compiled(**FAST)
 def _add_scaled(x, scale, z, count):
     for i in range(count):
         x[i] += scale * z[i]
+
+
+@compiled(**EXACT)
+def _add(x, y, count):
+    for i in range(count):
+        x[i] = x[i] + y[i]
 
 
 @compiled(**EXACT)
@@ -215,16 +193,16 @@ def _round_some(code, x, before, coarse_from, back, halves, flip, count):
 
 @compiled(**FAST)
 def _round_shifted(
-    code, x, before, z, scale, coarse_from, back, words, start, count, index, key0, key1
+    code, x, before, z, scale, flip, coarse_from, back, words, start, count, index, key0, key1
 ):
     """Bits are drawn where a weight is coarse, and these parts done anew; most are fine.
 
     Args:
         x: fp32 before + scale z, of ``count`` elements from ``start`` on; rounded here.
+        flip: what complements the bits of shifts to the negative side, or 0.
         coarse_from, back: see ``run_passes``.
         words: room for the bits.
     """
-    flip = _U(0xFFFF) if scale < 0 else _U(0)
     _round_nearest(code, x, count)
     for low in range(0, count, BITS_AT_ONCE):
         some = min(BITS_AT_ONCE, count - low)
@@ -271,6 +249,12 @@ def _shift_by_signs(x, words, start, count, index, shifts, scales):
         x[i] += -scale if bit else scale
 
 
+@compiled(**EXACT)
+def _same(a, b):
+    """Whether two rows of keys are of one direction."""
+    return a[0] == b[0] and a[1] == b[1] and a[KIND] == b[KIND] and a[RANK] == b[RANK]
+
+
 @compiled(**FAST)
 def _process(
     code,
@@ -279,13 +263,18 @@ def _process(
     start,
     count,
     index,
+    place,
     shifts,
     scales,
+    roots,
     coarse,
     keys,
     steps,
+    step_roots,
     decay,
     stochastic,
+    factors,
+    units,
     words,
     z,
     total,
@@ -297,49 +286,71 @@ def _process(
         _decode(code, memory, x, count)
     lead = np.int64(-1)
     for k in range(shifts.shape[0]):
-        fresh = (
-            k == 0
-            or shifts[k, 0] != shifts[k - 1, 0]
-            or shifts[k, 1] != shifts[k - 1, 1]
-            or shifts[k, 2] != shifts[k - 1, 2]
-        )
-        if fresh:
-            lead = _noise(shifts[k, 2], words, z, start, count, index, shifts[k, 0], shifts[k, 1])
+        key, scale = shifts[k], scales[k]
+        flip = _U(0xFFFF) if scale < 0 else _U(0)
+        low_rank = key[RANK] > 0 and place[COLUMNS] > 0
         stepped = coded and _largest(x, 0, count) >= _U(coarse[k, 0])
         if stepped:
             _copy(x, before, count)
-        _add_scaled(x, scales[k], z[lead : lead + count], count)
-        if stepped:
+        if low_rank:
+            weight = scale * roots[k]
+            add_terms(
+                total, weight, factors, units, key[BLOCK], key[RANK], place, start, count, True
+            )
+            _add(x, total, count)
+        else:
+            if k == 0 or not _same(key, shifts[k - 1]):
+                lead = noise(key[KIND], words, z, start, count, index, 0, key[0], key[1])
+            _add_scaled(x, scale, z[lead : lead + count], count)
+        if stepped and low_rank:
             _round_shifted(
                 code,
                 x,
                 before,
-                z[lead : lead + count],
-                scales[k],
+                total[:count],
+                _F(1),
+                flip,
                 _U(coarse[k, 0]),
                 coarse[k, 1] != 0,
                 words,
                 start,
                 count,
                 index,
-                shifts[k, 0],
-                shifts[k, 1],
+                key[0],
+                key[1],
+            )
+        elif stepped:
+            _round_shifted(
+                code,
+                x,
+                before,
+                z[lead : lead + count],
+                scale,
+                flip,
+                _U(coarse[k, 0]),
+                coarse[k, 1] != 0,
+                words,
+                start,
+                count,
+                index,
+                key[0],
+                key[1],
             )
         elif coded:
             _round_nearest(code, x, count)
     if steps.shape[0] > 0:
         total[:count] = 0
         for s in range(steps.shape[0]):
-            same = (
-                s == 0
-                and shifts.shape[0] > 0
-                and steps.shape[0] == 1
-                and keys[0, 0] == shifts[-1, 0]
-                and keys[0, 1] == shifts[-1, 1]
-                and keys[0, 2] == shifts[-1, 2]
-            )
-            if not same:
-                lead = _noise(keys[s, 2], words, z, start, count, index, keys[s, 0], keys[s, 1])
+            key = keys[s]
+            if key[RANK] > 0 and place[COLUMNS] > 0:
+                weight = steps[s] * step_roots[s]
+                add_terms(
+                    total, weight, factors, units, key[BLOCK], key[RANK], place, start, count, False
+                )
+                continue
+            same = s == 0 and shifts.shape[0] > 0 and steps.shape[0] == 1
+            if not same or not _same(key, shifts[-1]):
+                lead = noise(key[KIND], words, z, start, count, index, 0, key[0], key[1])
             _accumulate(total, steps[s], z[lead : lead + count], count)
         _subtract(x, total, decay, count)
         if coded:
@@ -376,32 +387,41 @@ def run_passes(
     sizes,
     indices,
     offsets,
+    places,
     begin,
     end,
     shift_ends,
     shifts,
     scales,
+    roots,
     coarse,
     key_ends,
     keys,
     steps,
+    step_roots,
     decays,
     stochastic,
+    factors,
+    units,
 ):
     """All passes over elements [begin, end), chunk by chunk: shifts, then an update if it has one.
 
     Args:
         example: an empty array of the storage type: float32, float64 or uint16.
         code: FP32, BF16, FP16 or FP64.
-        addresses, sizes, indices, offsets: the table, one row a run of contiguous weights.
+        addresses, sizes, indices, offsets, places: the table, one row a run of contiguous
+            weights; places: int64 (runs, 4), see ``cpu_noise``.
         begin, end: range in the concatenation of the runs; threads get disjoint ranges.
         shift_ends, key_ends: for each pass, the end of its rows in those below.
-        shifts: int64 (k, 3): key low, key high, distribution of each shift; scales: (k,).
+        shifts: int64 (k, 5), see ``cpu_noise``: direction of each shift; scales: (k,).
+        roots: (k,), 1 / sqrt(rank) of each direction of low rank.
         coarse: int64 (k, 2): the size, in fp32's bits, from which on weights are coarse; whether
             the shift takes off another one.
-        keys: int64 (S, 3) likewise for the updates' directions; steps: (S,), lr times c_s.
+        keys: int64 (S, 5) likewise for the updates' directions; steps: (S,), lr times c_s.
+        step_roots: (S,), likewise.
         decays: for each pass lr times weight decay. stochastic: round 16-bit updates
             stochastically.
+        factors, units: see ``fill_factors``; of all directions of low rank.
     """
     words = np.empty(CHUNK // 2, np.uint32)
     z = np.empty(CHUNK, np.float32)
@@ -420,19 +440,25 @@ def run_passes(
             memory = run[low : low + count]
             shift, key = 0, 0
             for k in range(shift_ends.shape[0]):
-                its_shifts, its_scales, its_coarse = (
+                its_shifts, its_scales, its_roots, its_coarse = (
                     shifts[shift : shift_ends[k]],
                     scales[shift : shift_ends[k]],
+                    roots[shift : shift_ends[k]],
                     coarse[shift : shift_ends[k]],
                 )
-                its_keys, its_steps = keys[key : key_ends[k]], steps[key : key_ends[k]]
+                its_keys, its_steps, its_step_roots = (
+                    keys[key : key_ends[k]],
+                    steps[key : key_ends[k]],
+                    step_roots[key : key_ends[k]],
+                )
                 shift, key = shift_ends[k], key_ends[k]
                 signs_only = (
                     code == FP32
                     and lead == 0
                     and its_steps.shape[0] == 0
                     and its_shifts.shape[0] == 1
-                    and its_shifts[0, 2] == RADEMACHER
+                    and its_shifts[0, KIND] == RADEMACHER
+                    and (its_shifts[0, RANK] == 0 or places[t, COLUMNS] == 0)
                 )
                 if signs_only:
                     _shift_by_signs(memory, words, start, count, indices[t], its_shifts, its_scales)
@@ -444,13 +470,18 @@ def run_passes(
                     start,
                     count,
                     indices[t],
+                    places[t],
                     its_shifts,
                     its_scales,
+                    its_roots,
                     its_coarse,
                     its_keys,
                     its_steps,
+                    its_step_roots,
                     decays[k],
                     stochastic,
+                    factors,
+                    units,
                     words,
                     z,
                     total,

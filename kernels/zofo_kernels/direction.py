@@ -2,7 +2,8 @@
 
 The value of element ``j`` of the ``i``-th zeroth-order parameter depends on
 ``(seed, step, sample, i, j)`` and on nothing else: not on the device, the dtype, the launch
-shape, the sharding or the order of draws.  Recorded runs depend on this definition, and on how
+shape, the sharding or the order of draws.  (Where a direction has low rank, what depends on these
+are the factors of its matrices: see ``structure.py``.)  Recorded runs depend on this definition, and on how
 shifts along a direction round, so it is versioned: a direction carries its version, and all
 versions stay implemented.
 
@@ -29,6 +30,7 @@ NOISE_VERSION = 2
 """Version of the noise definition (hash, counter layout, transforms, rounding of shifts)."""
 NOISE_VERSIONS = (1, 2)
 """All that are implemented."""
+LARGEST_RANK = 1 << 16
 KEY_VERSION = 1
 """What the hash of a key begins with; these versions draw the same noise."""
 
@@ -62,6 +64,8 @@ class Direction(NamedTuple):
         sample: the index s of the direction within the step.
         distribution: ``"gaussian"``, N(0, 1) an element, or ``"rademacher"``, +1 or -1.
         version: of the noise definition; default :data:`NOISE_VERSION`.
+        rank: of each matrix's part of it, or 0, full noise; see ``structure.py``. Versions from 2
+            on have low rank.
     """
 
     seed: int
@@ -69,6 +73,7 @@ class Direction(NamedTuple):
     sample: int = 0
     distribution: str = "gaussian"
     version: int = NOISE_VERSION
+    rank: int = 0
 
     def key(self) -> tuple[int, int]:
         """The 64-bit Philox key as two 32-bit words, low word first. Waits for a tensor step."""
@@ -110,7 +115,7 @@ def check_direction(direction: Direction) -> None:
     """
     if not isinstance(direction, Direction):
         raise TypeError(f"direction must be a zofo_kernels.Direction, got {direction!r}")
-    for name in ("seed", "step", "sample"):
+    for name in ("seed", "step", "sample", "rank"):
         value = getattr(direction, name)
         if name == "step" and isinstance(value, Tensor):
             if value.dtype != torch.int64 or value.dim() != 0:
@@ -125,6 +130,11 @@ def check_direction(direction: Direction) -> None:
             raise ValueError(f"{name} must be in [0, 2**64), got {value}")
     if type(direction.version) is not int or direction.version not in NOISE_VERSIONS:
         raise ValueError(f"version must be one of {NOISE_VERSIONS}, got {direction.version!r}")
+    if direction.rank > LARGEST_RANK or (direction.rank and direction.version == 1):
+        raise ValueError(
+            f"rank must be in [0, {LARGEST_RANK}], and 0 where version is 1, got "
+            f"{direction.rank} in version {direction.version}"
+        )
     if direction.distribution not in DISTRIBUTIONS:
         raise ValueError(
             f"distribution must be one of {DISTRIBUTIONS}, got {direction.distribution!r}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .region import Region, Regions
+from .structure import Matrix
 
 _ALIGNMENT = 64
 """Bytes; where copies begin."""
@@ -25,6 +26,7 @@ class _Strided(NamedTuple):
     offset: int
     row_length: int
     row_stride: int
+    matrix: Matrix | None
 
     def copied(self, buffer: dict[torch.dtype, Tensor]) -> Region:
         tensor, start, *place = self

@@ -22,6 +22,7 @@ from .dispatch import backend_for
 from .interrupt import uninterrupted
 from .program import Program
 from .region import Region, regions_of_rows
+from .structure import matrix_of
 from .weights import DTYPES, Weights, as_weights, check_places, check_weight
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -33,6 +34,7 @@ def noise(
     *,
     index: int = 0,
     offset: int = 0,
+    full_shape: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backend: str = "auto",
@@ -44,19 +46,21 @@ def noise(
         direction: which noise; see :class:`Direction`.
         index: the parameter's index among the zeroth-order parameters.
         offset: number of the first element in the full parameter.
-        dtype: float32, float64, bfloat16 or float16; z is computed in fp32, then rounded.
+        full_shape: of the full parameter, which low rank depends on; default ``shape``.
+        dtype: float32, float64, bfloat16 or float16; z is computed in fp32, then rounded (of low
+            rank, in fp64 for fp64).
         device: where the result lives.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        Tensor of ``shape`` with E[z] = 0 and E[z^2] = 1, |z| < 5.8 for Gaussian noise.
+        Tensor of ``shape`` with E[z] = 0 and E[z^2] = 1, |z| < 5.8 for full Gaussian noise.
     """
     check_direction(direction)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     with torch.inference_mode():
-        for where, regions in Weights([out], [index], [offset]).layout().parts():
+        for where, regions in Weights([out], [index], [offset], shapes=[full_shape]).layout().parts():
             backend_for(where, backend).fill_noise(regions[0], direction)
     return out
 
@@ -116,6 +120,7 @@ def perturbed(
     *,
     index: int = 0,
     offset: int = 0,
+    full_shape: Sequence[int] | None = None,
     rows: Tensor | None = None,
     backend: str | Backend = "auto",
 ) -> Tensor:
@@ -123,6 +128,7 @@ def perturbed(
 
     Args:
         tensor, direction, scale, index, offset: see :func:`perturb_`.
+        full_shape: of the parameter that ``tensor`` is a part of; default the tensor's own.
         rows: for a matrix, row numbers of any shape: ``perturbed(tensor, ...)[rows]`` to the bit,
             without the rest. The host reads them.
         backend: a name, or what ``backend_for`` gave, which saves looking it up.
@@ -132,17 +138,18 @@ def perturbed(
     check_finite("scale", scale)
     check_places([index], [offset], [tensor.numel()])
     shift = Shift(direction, float(scale))
+    matrix = matrix_of(tensor.shape if full_shape is None else full_shape)
     engine = backend_for(tensor.device, backend) if isinstance(backend, str) else backend
     if rows is not None:
         out = torch.embedding(tensor.detach(), rows).resolve_neg()
         if out.numel() > 0:
             copies, numbers = out.view(-1, tensor.shape[1]), rows.flatten().tolist()
-            engine.perturb(regions_of_rows(copies, numbers, index, offset), [shift])
+            engine.perturb(regions_of_rows(copies, numbers, index, offset, matrix), [shift])
         return out
     content = tensor.detach().resolve_neg().contiguous()
     out = torch.empty_like(content)
     if out.numel() > 0:
-        engine.perturb_copy([Region(out, index, offset)], [content], shift)
+        engine.perturb_copy([Region(out, index, offset, matrix=matrix)], [content], shift)
     return out
 
 

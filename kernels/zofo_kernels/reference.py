@@ -14,7 +14,7 @@ and none after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from .direction import (
 from .distributions import BY_NAME, GAUSSIAN
 from .program import Program
 from .region import Region
+from .structure import STREAM_LEFT, STREAM_RIGHT
 
 CHUNK = 1 << 18  # elements at a time: bounds the temporaries; a multiple of SMALLEST
 SMALLEST = 1 << 10  # elements of a chunk that is not halved; a multiple of 128
@@ -113,12 +114,26 @@ def _window(per_call: int, start: int, count: int) -> tuple[int, int, int]:
 def direction_values(
     direction: Direction, index: int, start: int, count: int, device: torch.device
 ) -> Tensor:
-    """z of elements [start, start + count) of parameter ``index``: float32, shape (count,)."""
+    """Full noise of elements [start, start + count) of a parameter: float32, shape (count,)."""
+    return _values(direction, index, STREAM_DIRECTION, start, count, device)
+
+
+def _values(
+    direction: Direction, index: int, stream: int, start: int, count: int, device: torch.device
+) -> Tensor:
     distribution = BY_NAME[direction.distribution]
     first, blocks, lead = _window(distribution.elements_per_call, start, count)
-    words = random_words(direction, index, STREAM_DIRECTION, first, blocks, device)
+    words = random_words(direction, index, stream, first, blocks, device)
     make = gaussian_from_words if distribution is GAUSSIAN else rademacher_from_words
     return make(words).flatten()[lead : lead + count]
+
+
+def factor_values(
+    direction: Direction, index: int, stream: int, first: int, count: int, device: torch.device
+) -> Tensor:
+    """Rows [first, first + count) of a factor, U or V: float32, shape (count, rank)."""
+    rank = direction.rank
+    return _values(direction, index, stream, first * rank, count * rank, device).view(count, rank)
 
 
 def rounding_values(
@@ -203,13 +218,42 @@ def _out_of_memory(error: BaseException) -> bool:
     return "allocate memory" in message or "out of memory" in message
 
 
-def _write(region: Region, source: Tensor, compute: Callable[[Tensor, int, int], Tensor]) -> None:
-    """region <- compute(w, index, offset) for the chunks w of ``source``.
+def terms(
+    scale: Tensor, direction: Direction, region: Region, start: int, count: int
+) -> Iterator[Tensor]:
+    """What makes ``scale z`` of elements [start, start + count) when added up: shape (count,).
+
+    Args:
+        scale: 0-dim, in the compute dtype, which the terms have too.
+        direction: of z.
+        region: of which the elements are.
+        start: index of the first one in the full parameter.
+    """
+    index, matrix, device = region.parameter, region.matrix, scale.device
+    if not direction.rank or matrix is None:
+        yield scale * direction_values(direction, index, start, count, device).to(scale.dtype)
+        return
+    element = torch.arange(start, start + count, device=device)
+    row, column = element // matrix.columns, element % matrix.columns
+    column += row // matrix.rows * matrix.columns  # a stack's matrices one after the other
+    first, last = int(row[0]), int(row[-1])
+    left = factor_values(direction, index, STREAM_LEFT, first, last - first + 1, device)
+    low = first // matrix.rows * matrix.columns
+    columns = (last // matrix.rows + 1) * matrix.columns - low
+    right = factor_values(direction, index, STREAM_RIGHT, low, columns, device)
+    root = torch.tensor(1 / math.sqrt(direction.rank), dtype=scale.dtype, device=device)
+    for k in range(direction.rank):
+        u, v = left[:, k].to(scale.dtype), right[:, k].to(scale.dtype)
+        yield scale * root * u[row - first] * v[column - low]
+
+
+def _write(region: Region, source: Tensor, compute: Callable[[Tensor, Region, int], Tensor]) -> None:
+    """region <- compute(w, region, start) for the chunks w of ``source``.
 
     Args:
         source: what is read: the region's tensor, or one of the same shape and dtype.
-        compute: from a flat chunk, its parameter's index and the index of its first element
-            there to a tensor of the chunk's shape and dtype; must not write to the chunk.
+        compute: from a flat chunk, its region and the index of its first element in the full
+            parameter to a tensor of the chunk's shape and dtype; must not write to the chunk.
     """
     before, after = source.view(-1), region.tensor.view(-1)
     for start, elements, offset in region.runs():
@@ -218,7 +262,7 @@ def _write(region: Region, source: Tensor, compute: Callable[[Tensor, int, int],
             low, high = start + done, start + min(done + size, elements)
             chunk = before[low:high]
             try:
-                value = compute(chunk, region.parameter, offset + done)
+                value = compute(chunk, region, offset + done)
             except (MemoryError, RuntimeError) as error:
                 if chunk.numel() <= SMALLEST or not _out_of_memory(error):
                     raise
@@ -228,15 +272,15 @@ def _write(region: Region, source: Tensor, compute: Callable[[Tensor, int, int],
             done += size
 
 
-def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
+def _shifted(w: Tensor, shift: Shift, region: Region, start: int) -> Tensor:
     """round(w + scale z), computed in the compute dtype, returned in w's dtype.
 
     To nearest, but for coarse weights: see ``direction.py``.
     """
-    compute = compute_dtype(w.dtype)
-    z = direction_values(shift.direction, index, start, w.numel(), w.device).to(compute)
+    compute, index = compute_dtype(w.dtype), region.parameter
     scale = torch.tensor(shift.scale, dtype=compute, device=w.device)
-    x = w.to(compute) + scale * z
+    first, *others = terms(scale, shift.direction, region, start, w.numel())
+    x = w.to(compute) + sum(others, first)
     coarse_from = shift.coarse_from(w.dtype)
     if math.isinf(coarse_from):
         return x.to(w.dtype)
@@ -252,9 +296,9 @@ def _shifted(w: Tensor, shift: Shift, index: int, start: int) -> Tensor:
 def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:
     """See :meth:`Backend.perturb`."""
 
-    def moved(w: Tensor, index: int, start: int) -> Tensor:
+    def moved(w: Tensor, region: Region, start: int) -> Tensor:
         for shift in shifts:
-            w = _shifted(w, shift, index, start)
+            w = _shifted(w, shift, region, start)
         return w
 
     for region in regions:
@@ -264,8 +308,8 @@ def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:
 def perturb_copy(regions: Sequence[Region], sources: Sequence[Tensor], shift: Shift) -> None:
     """See :meth:`Backend.perturb_copy`."""
 
-    def moved(w: Tensor, index: int, start: int) -> Tensor:
-        return _shifted(w, shift, index, start)
+    def moved(w: Tensor, region: Region, start: int) -> Tensor:
+        return _shifted(w, shift, region, start)
 
     for region, source in zip(regions, sources, strict=True):
         _write(region, source, moved)
@@ -289,14 +333,14 @@ def update(
         factors[compute] = steps.unbind(), decay
     back = None if recover is None else recover.taken_off()
 
-    def updated(w: Tensor, index: int, start: int) -> Tensor:
-        compute = compute_dtype(w.dtype)
+    def updated(w: Tensor, region: Region, start: int) -> Tensor:
+        compute, index = compute_dtype(w.dtype), region.parameter
         steps, decay = factors[compute]
-        value = (w if back is None else _shifted(w, back, index, start)).to(compute)
+        value = (w if back is None else _shifted(w, back, region, start)).to(compute)
         delta = torch.zeros_like(value)
         for direction, step in zip(directions, steps, strict=True):
-            z = direction_values(direction, index, start, w.numel(), w.device)
-            delta = delta + step * z.to(compute)
+            for term in terms(step, direction, region, start, w.numel()):
+                delta = delta + term
         if weight_decay != 0:
             delta = torch.where(decay == 0, delta, delta + decay * value)
         value = value - delta
@@ -317,7 +361,9 @@ def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> Non
 def fill_noise(out: Region, direction: Direction) -> None:
     """See :meth:`Backend.fill_noise`."""
 
-    def noise(w: Tensor, index: int, start: int) -> Tensor:
-        return direction_values(direction, index, start, w.numel(), w.device).to(w.dtype)
+    def noise(w: Tensor, region: Region, start: int) -> Tensor:
+        one = torch.ones((), dtype=compute_dtype(w.dtype), device=w.device)
+        first, *others = terms(one, direction, region, start, w.numel())
+        return sum(others, first).to(w.dtype)
 
     _write(out, out.tensor, noise)

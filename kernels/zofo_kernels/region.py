@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 from torch import Tensor
 
 from .memory import check_storage, is_gone
+from .structure import Matrix
 
 Run = tuple[int, int, int]
 """Elements that follow one another both in a region's memory and in the full parameter.
@@ -46,10 +47,12 @@ class Region(NamedTuple):
     row_length: int = 1
     row_stride: int = 1
     """From the first element of a row to that of the next, in the full parameter."""
+    matrix: Matrix | None = None
+    """What directions of low rank take the full parameter for; None: they have full noise."""
 
     def runs(self) -> Sequence[Run]:
         """The contiguous parts in order: a single one, or one a row where there are gaps."""
-        tensor, _, offset, length, stride = self
+        tensor, _, offset, length, stride, _ = self
         size = tensor.numel()
         if length in (stride, size):
             return ((0, size, offset),)
@@ -57,7 +60,11 @@ class Region(NamedTuple):
 
 
 def regions_of_rows(
-    rows: Tensor, numbers: Sequence[int], parameter: int, offset: int = 0
+    rows: Tensor,
+    numbers: Sequence[int],
+    parameter: int,
+    offset: int = 0,
+    matrix: Matrix | None = None,
 ) -> list[Region]:
     """Regions of single rows of a full matrix, in any order: those that an embedding reads.
 
@@ -66,10 +73,11 @@ def regions_of_rows(
         numbers: of each row in the matrix, at least 0; a number may occur more than once.
         parameter: the matrix's index among the zeroth-order parameters.
         offset: index of the matrix's first element in the full parameter.
+        matrix: see :class:`Region`.
     """
     length = rows.shape[1]
     return [
-        Region(row, parameter, offset + number * length, length, length)
+        Region(row, parameter, offset + number * length, length, length, matrix)
         for row, number in zip(rows.unbind(), numbers, strict=True)
     ]
 
@@ -110,7 +118,7 @@ class Regions(Sequence[Region]):
             if not isinstance(region, Region):
                 kind = type(region).__name__
                 raise TypeError(f"regions[{position}] must be a zofo_kernels.Region, got {kind}")
-            tensor, parameter, offset, length, stride = region
+            tensor, parameter, offset, length, stride, matrix = region
             device = self.items[0].tensor.device
             if tensor.device != device:
                 raise ValueError(f"regions must be on one device, got {device}, {tensor.device}")
@@ -127,6 +135,8 @@ class Regions(Sequence[Region]):
                     f"regions[{position}] must have a parameter in [0, 2**32) and elements in "
                     f"[0, 2**63), got parameter {parameter} and elements [{offset}, {end})"
                 )
+            if matrix is not None and min(matrix) < 1:
+                raise ValueError(f"regions[{position}] must have a matrix with elements: {matrix}")
 
     @overload
     def __getitem__(self, place: int) -> Region: ...

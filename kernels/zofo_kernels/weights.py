@@ -11,6 +11,7 @@ from ._torch_compat import increment_versions, is_wrapper_subclass
 from .layout import Layout
 from .memory import check_storage, first_shared, overlaps_itself
 from .region import Region, extent
+from .structure import matrix_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -127,6 +128,8 @@ class Weights:
             rows, such as ``Shard(1)``: the length of a row, and the stride of rows in the full
             parameter; see :class:`Region`. None for one whose elements follow one another;
             default None for all.
+        shapes: of each tensor's full parameter, which directions of low rank depend on; None, the
+            default, for those that are their parameter's.
 
     Raises:
         TypeError, ValueError: indices, offsets or rectangles that cannot be; tensors that cannot
@@ -139,6 +142,7 @@ class Weights:
         indices: Sequence[int] | None = None,
         offsets: Sequence[int] | None = None,
         rectangles: Sequence[tuple[int, int] | None] | None = None,
+        shapes: Sequence[Sequence[int] | None] | None = None,
     ) -> None:
         if isinstance(tensors, Tensor):
             raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor]")
@@ -146,6 +150,11 @@ class Weights:
         sizes = [t.numel() if isinstance(t, Tensor) else 0 for t in self.tensors]
         self._rectangles, extents = _check_rectangles(rectangles, sizes)
         self.indices, self.offsets = check_places(indices, offsets, extents)
+        self._shapes = [None] * len(sizes) if shapes is None else list(shapes)
+        if len(self._shapes) != len(sizes):
+            raise ValueError(
+                f"shapes must have one entry a tensor ({len(sizes)}), got {len(self._shapes)}"
+            )
         self._seen: list[tuple[object, ...]] | None = None
         self._layout = Layout([])
 
@@ -160,22 +169,24 @@ class Weights:
     def _signature(self) -> list[tuple[object, ...]]:
         """What must not change for addresses to hold; a storage that is freed moves, too."""
         return [
-            (t.data_ptr(), t.dtype, t.numel(), t.is_contiguous() or (t.shape, t.stride()))
+            (t.data_ptr(), t.dtype, t.shape, t.is_contiguous() or t.stride())
             for t in self.tensors
         ]
 
     def _lay_out(self) -> Layout:
         regions: list[Region] = []
         seen: set[int] = set()
-        every = zip(self.tensors, self.indices, self.offsets, self._rectangles, strict=True)
-        for position, (tensor, index, offset, rectangle) in enumerate(every):
+        places = zip(self.indices, self.offsets, self._rectangles, strict=True)
+        every = zip(self.tensors, places, self._shapes, strict=True)
+        for position, (tensor, (index, offset, rectangle), shape) in enumerate(every):
             check_weight(tensor, f"tensors[{position}]")
             if tensor.numel() == 0:
                 continue
             if id(tensor) in seen:
                 raise ValueError(f"tensors[{position}] must not be in the list twice")
             seen.add(id(tensor))
-            regions.append(Region(tensor, index, offset, *rectangle))
+            matrix = matrix_of(tensor.shape if shape is None else shape)
+            regions.append(Region(tensor, index, offset, *rectangle, matrix))
         if shared := first_shared(self.tensors):
             first, second = shared
             raise ValueError(f"tensors[{second}] must not share memory with tensors[{first}]")
