@@ -97,12 +97,12 @@ class Estimate:
             clean[0] & clean[-1] if clean else None,
         )
 
-    def updates(self, groups: Sequence[ZOGroup], rule: Rule, distribution: str) -> list[Update]:
+    def updates(self, groups: Sequence[ZOGroup], rule: Rule) -> list[Update]:
         """What the step will do, one a group; a group that was added since is left out."""
         if self.coefficients is None:
             return []
         return [
-            rule(group, distribution, coefficients, self._gate(group.options["lr"]))
+            rule(group, coefficients, self._gate(group.options["lr"]))
             for group, coefficients in zip(groups, self.coefficients, strict=False)
         ]
 

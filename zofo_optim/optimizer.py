@@ -68,6 +68,9 @@ class HybridZOFO(GroupsAndState):
             error O(mu^2)).
         num_samples: number q of directions averaged in a step.
         distribution: "gaussian" or "rademacher".
+        structure: of directions. "full", or "low_rank": U V^T / sqrt(rank) for each matrix, full
+            for vectors; "streamed" evaluates these without a copy of a weight.
+        rank: of low-rank directions.
         perturbation: "in_place" moves the weights and back, which rounds; "streamed" hands torch
             functions perturbed copies and writes weights in updates only.
         zo_rule: how coefficients become an update of ZO weights; "sgd".
@@ -118,6 +121,8 @@ class HybridZOFO(GroupsAndState):
         estimator: str = "two_sided",
         num_samples: int = 1,
         distribution: str = "gaussian",
+        structure: str = "full",
+        rank: int = 1,
         perturbation: str = "in_place",
         zo_rule: str = "sgd",
         rounding: str = "stochastic",
@@ -134,8 +139,9 @@ class HybridZOFO(GroupsAndState):
         shared.update(nesterov=nesterov, maximize=maximize, capturable=capturable)
         check_kinds(shared := plain(shared))
         chosen = dict(estimator=estimator, num_samples=num_samples, distribution=distribution)
-        chosen.update(perturbation=perturbation, zo_rule=zo_rule, rounding=rounding)
-        chosen.update(nonfinite=nonfinite, backend=backend, noise_version=noise_version)
+        chosen.update(structure=structure, rank=rank, perturbation=perturbation, zo_rule=zo_rule)
+        chosen.update(rounding=rounding, nonfinite=nonfinite, backend=backend)
+        chosen.update(noise_version=noise_version)
         settings = Settings(**plain(chosen), capturable=value_of(shared["capturable"]))
         options = first_order_options(fo_optimizer, shared, plain(fo_options))
         first_order = FirstOrder(fo_optimizer, *options)
@@ -247,7 +253,7 @@ class HybridZOFO(GroupsAndState):
             raise RuntimeError(NO_ESTIMATE)
         # what can fail for lack of memory comes before any weight changes
         settings = self._settings
-        updates = estimate.updates(groups, RULES[settings.zo_rule], settings.distribution)
+        updates = estimate.updates(groups, RULES[settings.zo_rule])
         if estimate.first_order_is_healthy(self._fo.parameters()):
             self._fo.step()
         perturbation.update(updates)

@@ -33,19 +33,19 @@ class Update(NamedTuple):
         )
 
 
-Rule = Callable[[ZOGroup, str, Tensor, Tensor], Update]
-"""A rule takes the group, the distribution of its directions, the coefficients of this step's
+Rule = Callable[[ZOGroup, Tensor, Tensor], Update]
+"""A rule takes the group, the coefficients of this step's
 directions, shape (num_samples,), and the learning rate, 0-dim; both tensors are on the device,
 and a rule does not wait for it. It changes nothing: the update is applied, or not, by others.
 Directions are the group's own, samples 0 to num_samples - 1 in order: a journal records no more
 than their coefficients."""
 
 
-def sgd(group: ZOGroup, distribution: str, coefficients: Tensor, lr: Tensor) -> Update:
+def sgd(group: ZOGroup, coefficients: Tensor, lr: Tensor) -> Update:
     """Gradient descent along the estimate (Ma, Yu, Huang 2026, Algorithm 1)."""
     options = group.options
     return Update(
-        tuple(group.direction(s, distribution) for s in range(coefficients.numel())),
+        tuple(group.direction(s) for s in range(coefficients.numel())),
         -coefficients if options["maximize"] else coefficients,
         lr,
         float(options["weight_decay"]),

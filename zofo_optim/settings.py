@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zofo_kernels import BACKENDS, DISTRIBUTIONS, NOISE_VERSIONS, ROUNDINGS, unavailable_reason
+from zofo_kernels import (
+    BACKENDS,
+    DISTRIBUTIONS,
+    LARGEST_RANK,
+    NOISE_VERSIONS,
+    ROUNDINGS,
+    STRUCTURES,
+    unavailable_reason,
+)
 
 from .estimators import ESTIMATORS
 from .rules import RULES
@@ -29,11 +37,14 @@ class Settings:
     backend: str
     capturable: bool
     noise_version: int
+    structure: str = "full"
+    rank: int = 1
 
     def __post_init__(self) -> None:
         choices = {
             "estimator": tuple(ESTIMATORS),
             "distribution": tuple(DISTRIBUTIONS),
+            "structure": tuple(STRUCTURES),
             "perturbation": PERTURBATIONS,
             "rounding": ROUNDINGS,
             "zo_rule": tuple(RULES),
@@ -47,9 +58,22 @@ class Settings:
         version = self.noise_version
         if type(version) is not int or version not in NOISE_VERSIONS:
             raise ValueError(f"noise_version must be one of {NOISE_VERSIONS}, got {version!r}")
-        samples = self.num_samples
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-            raise ValueError(f"num_samples must be an int >= 1, got {samples!r}")
+        for name in ("num_samples", "rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        if self.rank > LARGEST_RANK:
+            raise ValueError(f"rank must be at most {LARGEST_RANK}, got {self.rank}")
+        if self.structure == "full" and self.rank != 1:
+            raise ValueError(
+                f"rank must be left alone where structure='full', got {self.rank}; did you mean "
+                "structure='low_rank'?"
+            )
+        if self.structure == "low_rank" and version == 1:
+            raise ValueError(
+                "noise_version must be 2 or later where structure='low_rank', got 1, which has "
+                "full directions only"
+            )
         if self.backend != "auto":
             reason = unavailable_reason(self.backend)
             if reason is not None:
@@ -58,6 +82,11 @@ class Settings:
             raise ValueError(
                 "nonfinite must be 'skip' where capturable=True, as a captured step cannot raise"
             )
+
+    @property
+    def direction_rank(self) -> int:
+        """What directions call their rank: 0 where they are full."""
+        return self.rank if self.structure == "low_rank" else 0
 
     def of_the_path(self) -> dict[str, Any]:
         """Those by which the weights would come out differently."""

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zofo_kernels import NOISE_VERSION, Direction, Weights
+
+
+class Noise(NamedTuple):
+    """What all directions of an optimizer have in common; see :class:`zofo_kernels.Direction`."""
+
+    distribution: str = "gaussian"
+    version: int = NOISE_VERSION
+    rank: int = 0
 
 
 @dataclass
@@ -22,7 +30,7 @@ class ZOGroup:
 
     weights: Weights
     options: dict[str, Any]
-    noise_version: int = NOISE_VERSION
+    noise: Noise = Noise()
 
     @property
     def params(self) -> list[Tensor]:
@@ -48,19 +56,16 @@ class ZOGroup:
     def mu(self) -> float:
         return float(self.options["mu"])
 
-    def direction(self, sample: int, distribution: str) -> Direction:
+    def direction(self, sample: int) -> Direction:
         """Direction ``sample`` of the group's present step."""
-        options = self.options
-        return Direction(
-            options["seed"], options["zo_step"], sample, distribution, self.noise_version
-        )
+        return Direction(self.options["seed"], self.options["zo_step"], sample, *self.noise)
 
 
 class Tables:
     """The groups' :class:`zofo_kernels.Weights`, kept from step to step with their addresses."""
 
-    def __init__(self, noise_version: int = NOISE_VERSION) -> None:
-        self._noise_version = noise_version
+    def __init__(self, noise: Noise) -> None:
+        self._noise = noise
         self._kept: list[Weights] = []
 
     def groups(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
@@ -71,7 +76,7 @@ class Tables:
             if options.get("mode") == "zo":
                 params = list(dict.fromkeys(options["params"]))
                 weights = self._weights(len(found), params, index)
-                found.append(ZOGroup(weights, options, self._noise_version))
+                found.append(ZOGroup(weights, options, self._noise))
                 index += len(params)
         return found
 

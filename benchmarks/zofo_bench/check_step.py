@@ -81,7 +81,7 @@ def check_step(
         return torch.cat(parts) if parts else torch.empty(0)
 
     before = look()
-    direction = group.direction(0, distribution) if group is not None else None
+    direction = group.direction(0) if group is not None else None
     watch = _Watch(closure, look)
     optimizer.step(watch)
     visits = _visits(signs) if first else [(sign, False) for sign in signs]

@@ -12,6 +12,7 @@ from .direction import Direction, Shift
 from .memo import kept
 from .program import Program
 from .region import Region
+from .structure import FactorJob
 
 
 class Backend(Protocol):
@@ -83,6 +84,14 @@ class Backend(Protocol):
         """out <- z, rounded to the dtype; what it held does not matter.
 
         Full noise is made in float32, also where the dtype is float64."""
+
+    def factors(
+        self, jobs: Sequence[FactorJob], directions: Sequence[Direction], device: torch.device
+    ) -> Tensor:
+        """Factors of directions of one rank r >= 1: float32, shape (directions, r, rows).
+
+        Rows are those of all jobs in turn; U and V are transposed, so that a column is contiguous.
+        """
 
 
 def replay_in_turn(

@@ -22,6 +22,7 @@ from .cpu_tables import (
     Table,
     in_parts,
     key_rows,
+    room_for,
     roots,
     size_of_factors,
     tables,
@@ -31,6 +32,7 @@ from .direction import Direction, Shift
 from .memo import kept
 from .program import Program
 from .region import Region
+from .structure import FactorJob
 
 if sys.byteorder != "little":
     raise ImportError("the numba kernels need a little-endian host")
@@ -134,13 +136,18 @@ def _launch(launches: Sequence[_Launch]) -> None:
         for launch in launches:
             launch.run(0, 0)
     for launch in launches:
-        elements, directions = launch.table.elements, len(launch.factors.rows)
-        if directions:
-            threads = _threads(directions * launch.factors.units)
-            _in_threads(launch.factors.fill, directions, -(-directions // threads))
+        elements = launch.table.elements
+        _fill(launch.factors)
         # whole chunks, so that no chunk's noise is drawn twice
         size = -(-elements // _threads(elements) // kernels.CHUNK) * kernels.CHUNK
         _in_threads(launch.run, elements, min(_PIECE, size))
+
+
+def _fill(factors: Factors) -> None:
+    directions = len(factors.rows)
+    if directions:
+        threads = _threads(directions * factors.units)
+        _in_threads(factors.fill, directions, -(-directions // threads))
 
 
 def _threads(elements: int) -> int:
@@ -245,6 +252,15 @@ def _arrays(program: Program, dtype: torch.dtype, compute: type) -> tuple[Any, .
         roots(along, compute),
         decays,
     )
+
+
+def factors(
+    jobs: Sequence[FactorJob], directions: Sequence[Direction], device: torch.device
+) -> Tensor:
+    """See :meth:`Backend.factors`."""
+    memory, rank = room_for(jobs, directions), directions[0].rank
+    _fill(memory)
+    return torch.from_numpy(memory.memory).view(len(directions), rank, memory.units)
 
 
 def fill_noise(out: Region, direction: Direction) -> None:

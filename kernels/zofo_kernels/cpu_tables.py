@@ -17,7 +17,7 @@ from .direction import Direction
 from .distributions import BY_NAME
 from .memo import kept
 from .region import Region, Regions
-from .structure import STREAM_LEFT, STREAM_RIGHT
+from .structure import STREAM_LEFT, STREAM_RIGHT, FactorJob
 
 _STORAGE = {
     torch.float32: (kernels.FP32, np.float32),
@@ -194,6 +194,21 @@ def with_factors(
         elif direction.rank:
             row[cpu_noise.BLOCK] = found[direction][cpu_noise.BLOCK]
     return keys, Factors(memory, table.jobs, table.units, np.array(list(found.values())))
+
+
+def room_for(jobs: Sequence[FactorJob], directions: Sequence[Direction]) -> Factors:
+    """Memory for the factors of directions of one rank, a block after the other."""
+    places, units = _one_after_the_other(tuple(jobs))
+    keys, block = key_rows(directions).copy(), directions[0].rank * units
+    keys[:, cpu_noise.BLOCK] = np.arange(len(directions)) * block
+    return Factors(np.empty(len(directions) * block, dtype=np.float32), places, units, keys)
+
+
+@functools.lru_cache(maxsize=16)
+def _one_after_the_other(jobs: tuple[FactorJob, ...]) -> tuple[NDArray[np.int64], int]:
+    ends = np.cumsum([job.count for job in jobs])
+    starts = ends - [job.count for job in jobs]
+    return np.column_stack([np.array(jobs, dtype=np.int64), starts]), int(ends[-1])
 
 
 def in_parts(regions: Sequence[Region], directions: Sequence[Direction]) -> list[Sequence[Region]]:

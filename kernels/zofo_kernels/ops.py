@@ -1,4 +1,4 @@
-"""The operations on weights: noise, perturb_, perturbed, update_, replay_.
+"""The operations on weights: noise, factors, perturb_, perturbed, update_, replay_.
 
 All take a list of tensors as one flat vector: tensor ``i`` draws the noise of parameter
 ``indices[i]`` (default ``i``) from element ``offsets[i]`` (default 0) on. Tensors may have
@@ -11,6 +11,7 @@ gradients and those that were made in inference mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ from .dispatch import backend_for
 from .interrupt import uninterrupted
 from .program import Program
 from .region import Region, regions_of_rows
-from .structure import matrix_of
+from .structure import STREAM_LEFT, STREAM_RIGHT, FactorJob, matrix_of
 from .weights import DTYPES, Weights, as_weights, check_places, check_weight
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -151,6 +152,55 @@ def perturbed(
     if out.numel() > 0:
         engine.perturb_copy([Region(out, index, offset, matrix=matrix)], [content], shift)
     return out
+
+
+def factors(
+    shapes: Sequence[Sequence[int]],
+    directions: Sequence[Direction],
+    *,
+    indices: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    backend: str | Backend = "auto",
+) -> list[tuple[Tensor, Tensor]]:
+    """U and V of the low-rank directions of some parameters: z = U V^T / sqrt(rank).
+
+    Args:
+        shapes: of the full parameters, each of which is a matrix or a stack of matrices for
+            ``matrix_of``.
+        directions: S of them, of one rank r >= 1.
+        indices: the parameters' indices among the zeroth-order parameters; default 0, 1, ...
+        device: where they live.
+        backend: see :func:`perturbed`.
+
+    Returns:
+        For each parameter U^T, shape (S, r, m), and V^T, shape (S, r, n), float32; for a stack of
+        E matrices (S, r, E m) and (S, r, E n), one after the other. They share memory.
+    """
+    if not directions:
+        raise ValueError("directions must hold at least one direction, got none")
+    for direction in directions:
+        check_direction(direction)
+    ranks = sorted({direction.rank for direction in directions})
+    if len(ranks) > 1 or ranks[0] < 1:
+        raise ValueError(f"directions must be of one rank, at least 1, got ranks {ranks}")
+    jobs = []
+    places, _ = check_places(indices, None, [0] * len(shapes))
+    for position, (shape, parameter) in enumerate(zip(shapes, places, strict=True)):
+        matrix = matrix_of(shape)
+        if matrix is None:
+            raise ValueError(f"shapes[{position}] must be of a matrix, got {tuple(shape)}")
+        left = math.prod(shape) // matrix.columns
+        right = left // matrix.rows * matrix.columns
+        jobs += [
+            FactorJob(parameter, STREAM_LEFT, 0, left),
+            FactorJob(parameter, STREAM_RIGHT, 0, right),
+        ]
+    if not jobs:
+        return []
+    device = torch.device(device)
+    engine = backend_for(device, backend) if isinstance(backend, str) else backend
+    parts = engine.factors(jobs, directions, device).split([job.count for job in jobs], dim=-1)
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def update_(

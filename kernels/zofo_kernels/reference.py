@@ -31,7 +31,7 @@ from .direction import (
 from .distributions import BY_NAME, GAUSSIAN
 from .program import Program
 from .region import Region
-from .structure import STREAM_LEFT, STREAM_RIGHT
+from .structure import STREAM_LEFT, STREAM_RIGHT, FactorJob
 
 CHUNK = 1 << 18  # elements at a time: bounds the temporaries; a multiple of SMALLEST
 SMALLEST = 1 << 10  # elements of a chunk that is not halved; a multiple of 128
@@ -356,6 +356,14 @@ def update(
 def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> None:
     """See :meth:`Backend.replay`."""
     replay_in_turn(perturb, update, regions, program, stochastic)
+
+
+def factors(
+    jobs: Sequence[FactorJob], directions: Sequence[Direction], device: torch.device
+) -> Tensor:
+    """See :meth:`Backend.factors`."""
+    made = [[factor_values(d, *job, device).t() for job in jobs] for d in directions]
+    return torch.stack([torch.cat(parts, dim=1) for parts in made])
 
 
 def fill_noise(out: Region, direction: Direction) -> None:

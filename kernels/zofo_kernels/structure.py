@@ -38,6 +38,15 @@ class Matrix(NamedTuple):
     columns: int
 
 
+class FactorJob(NamedTuple):
+    """Rows of a parameter's U or V that are to be made."""
+
+    parameter: int
+    stream: int
+    first: int
+    count: int
+
+
 def matrix_of(shape: Sequence[int]) -> Matrix | None:
     """What a direction of low rank takes a parameter of this shape for; None: full noise.
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import reference
 from . import triton_kernels as kernels
 from .backend import replay_in_turn
 from .direction import KEY_VERSION, Direction, Shift
@@ -27,6 +28,7 @@ from .distributions import BY_NAME
 from .memo import kept
 from .program import Program
 from .region import Region, Regions
+from .structure import FactorJob
 
 _OLDEST = (3, 4)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
@@ -326,6 +328,13 @@ def update(
 def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> None:
     """See :meth:`Backend.replay`."""
     replay_in_turn(perturb, update, regions, program, stochastic)
+
+
+def factors(
+    jobs: Sequence[FactorJob], directions: Sequence[Direction], device: torch.device
+) -> Tensor:
+    """See :meth:`Backend.factors`."""
+    return reference.factors(jobs, directions, device)
 
 
 def fill_noise(out: Region, direction: Direction) -> None:

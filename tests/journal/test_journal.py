@@ -465,6 +465,6 @@ def test_other_in_place_changes_are_noticed(path):
     job = Job()
     with Journal(path).attach(job.optimizer):
         job.step(0)
-        perturb_([job.model[0].weight], job.optimizer.zo_groups()[0].direction(0, "gaussian"), 0.1)
+        perturb_([job.model[0].weight], job.optimizer.zo_groups()[0].direction(0), 0.1)
     with pytest.warns(UserWarning, match="not bit-identical"):
         assert replay(job.base, path).verified is False

@@ -104,12 +104,12 @@ def test_saved_is_exact(losses, clean):
 def test_updates(lr):
     estimate, _ = of([3.0, 1.0], mus=(0.5, 0.25))
     groups = [group(lr=lr), group(lr=lr), group(lr=lr)]  # the last one was added since
-    updates = estimate.updates(groups, RULES["sgd"], "rademacher")
+    updates = estimate.updates(groups, RULES["sgd"])
     assert [u.coefficients.tolist() for u in updates] == [[2.0], [4.0]]
     assert all(u.lr.shape == () and float(u.lr) == pytest.approx(0.1) for u in updates)
     useless, _ = of([NAN, 1.0])
-    assert float(useless.updates(groups, sgd, "gaussian")[0].lr) == 0.0
-    assert Estimate().updates(groups, sgd, "gaussian") == []
+    assert float(useless.updates(groups, sgd)[0].lr) == 0.0
+    assert Estimate().updates(groups, sgd) == []
 
 
 @pytest.mark.parametrize("ok", [True, False])

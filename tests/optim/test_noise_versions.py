@@ -58,7 +58,7 @@ def test_estimates_of_coarse_weights_are_unbiased(perturbation, distribution):
     def share(version):
         found = wanted = size = 0.0
         for slope, group in shares(version):
-            direction = group.direction(0, distribution)._replace(step=group.options["zo_step"] - 1)
+            direction = group.direction(0)._replace(step=group.options["zo_step"] - 1)
             v = (noise((2000,), direction).double() * gradient).sum().item()
             found, wanted, size = found + slope * v, wanted + v * v, size + 1
         return found / wanted

@@ -14,9 +14,9 @@ from zofo_optim.zo_groups import ZOGroup
 numbers = st.floats(-1e3, 1e3)
 
 
-def group(**options):
+def group(noise=Noise(), **options):
     defaults = dict(maximize=False, weight_decay=0.0, seed=3, zo_step=5)
-    return ZOGroup(Weights([Parameter(torch.ones(2), False)]), {**defaults, **options})
+    return ZOGroup(Weights([Parameter(torch.ones(2), False)]), {**defaults, **options}, noise)
 
 
 @given(
@@ -29,8 +29,8 @@ def group(**options):
 def test_sgd(numbers, lr, decay, maximize, distribution):
     coefficients, rate = torch.tensor(numbers), torch.tensor(lr)
     kept = coefficients.clone()
-    of = group(weight_decay=decay, maximize=maximize)
-    update = sgd(of, distribution, coefficients, rate)
+    of = group(Noise(distribution), weight_decay=decay, maximize=maximize)
+    update = sgd(of, coefficients, rate)
     samples = range(len(numbers))
     assert update.directions == tuple(Direction(3, 5, s, distribution) for s in samples)
     assert torch.equal(update.coefficients, -kept if maximize else kept)

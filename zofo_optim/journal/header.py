@@ -17,7 +17,9 @@ from .fingerprint import backend_name
 from .format import FORMAT_VERSION
 from .reader import Recording
 
-_MUST_MATCH = ("distribution", "rounding", "perturbation")
+_MUST_MATCH = ("distribution", "structure", "rank", "rounding", "perturbation")
+_BEFORE = {"structure": "full", "rank": 1}
+"""What headers that do not say it mean: those from before there was a choice."""
 
 
 def check_recordable(optimizer: HybridZOFO) -> None:
@@ -57,6 +59,8 @@ def header_of(
         "format": FORMAT_VERSION,
         "noise_version": settings.noise_version,
         "distribution": settings.distribution,
+        "structure": settings.structure,
+        "rank": settings.rank,
         "rounding": settings.rounding,
         "perturbation": settings.perturbation,
         "estimator": settings.estimator,
@@ -96,7 +100,7 @@ def _names(group: ZOGroup, known: dict[int, str] | None) -> list[str]:
 
 def check_same(recording: Recording, header: dict[str, Any]) -> None:
     """Raise JournalError where the journal is not of the optimizer that ``header`` is of."""
-    ours, theirs = header, recording.header
+    ours, theirs = header, {**_BEFORE, **recording.header}
     dtypes = {dtype for group in ours["groups"] for dtype in group["dtypes"]}
     rounds = not dtypes.isdisjoint(("bfloat16", "float16"))
     for key in ("noise_version", *_MUST_MATCH) if rounds else _MUST_MATCH:

@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from zofo_kernels import NOISE_VERSIONS, Direction, Pass, Program, Shift, Weights, replay_
 
 from ..checks import caller_level
+from ..zo_groups import Noise
 from .errors import JournalError
 from .fingerprint import backend_name, fingerprints
 from .format import Part
@@ -246,13 +248,17 @@ def _room(steps: int) -> int:
     return max(SMALLEST_PIECE, PIECE_STEPS // max(steps, 1))
 
 
-def _pieces(places: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[Weights, int]]:
+def _pieces(whole: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[Weights, int]]:
     """The tensors as lists of views of together about ``room`` elements, with their places."""
     views: list[Tensor] = []
-    indices: list[int] = []
-    offsets: list[int] = []
+    places: list[tuple[int, int, torch.Size]] = []
     used = 0
-    for tensor, index in places:
+
+    def weights() -> Weights:
+        indices, offsets, shapes = zip(*places, strict=True)
+        return Weights(views, indices, offsets, shapes=shapes)
+
+    for tensor, index in whole:
         content = tensor.detach()
         dense = content.resolve_neg().contiguous()
         copied = dense.data_ptr() != content.data_ptr()
@@ -260,32 +266,32 @@ def _pieces(places: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[W
         for low in range(0, flat.numel(), room):
             piece = flat[low : low + room]
             if used and used + piece.numel() > room:
-                yield Weights(views, indices, offsets), used
-                views, indices, offsets, used = [], [], [], 0
+                yield weights(), used
+                views, places, used = [], [], 0
             views.append(piece)
-            indices.append(index)
-            offsets.append(low)
+            places.append((index, low, tensor.shape))
             used += piece.numel()
         if copied:  # before the copy is written back
             if used:
-                yield Weights(views, indices, offsets), used
-            views, indices, offsets, used = [], [], [], 0
+                yield weights(), used
+            views, places, used = [], [], 0
             content.copy_(dense)
     if used:
-        yield Weights(views, indices, offsets), used
+        yield weights(), used
 
 
 def _program(parts: Sequence[Part], header: Mapping[str, Any]) -> Program:
     """One group's steps as passes over its weights."""
-    distribution, version = header["distribution"], header["noise_version"]
-    return Program(_pass(part, distribution, version) for part in parts)
+    rank = header["rank"] if header.get("structure", "full") == "low_rank" else 0
+    noise = Noise(header["distribution"], header["noise_version"], rank)
+    return Program(_pass(part, noise) for part in parts)
 
 
-def _pass(part: Part, distribution: str, version: int) -> Pass:
+def _pass(part: Part, noise: Noise) -> Pass:
     """Each move takes off what the one before it added; the update starts from where they end."""
 
     def along(sample: int) -> Direction:
-        return Direction(part.seed, part.step, sample, distribution, version)
+        return Direction(part.seed, part.step, sample, *noise)
 
     shifts: list[Shift] = []
     carried: Shift | None = None

@@ -20,7 +20,7 @@ from ..listeners import Listener
 from ..moves import Moves
 from ..rules import Update
 from ..settings import Settings
-from ..zo_groups import Tables, ZOGroup, is_same
+from ..zo_groups import Noise, Tables, ZOGroup, is_same
 
 Evaluate = Callable[[bool], Evaluation]
 """Runs the closure once: with gradients, or without."""
@@ -46,7 +46,7 @@ class Perturbation(ABC):
         self._settings = settings
         self._listener = listener
         self._advice = advice
-        self._tables = Tables(settings.noise_version)
+        self._tables = Tables(Noise(settings.distribution, settings.noise_version, settings.direction_rank))
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
         self._weights: list[Weights] = []  # what the verification is of
         self._verified = False
@@ -190,7 +190,7 @@ class Perturbation(ABC):
             self.moves.clear()
 
     def _shift(self, group: ZOGroup, sample: int, sign: int) -> Shift:
-        return Shift(group.direction(sample, self._settings.distribution), sign * group.mu)
+        return Shift(group.direction(sample), sign * group.mu)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -227,6 +227,7 @@ class Streaming(TorchFunctionMode):
             shift.scale,
             index=index,
             offset=offset,
+            full_shape=source.parameter.shape,
             rows=rows,
             backend=self._backends[parameter.device],
         )
