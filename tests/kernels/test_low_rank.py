@@ -196,7 +196,7 @@ def shards(tensor, dim, parts, index):
 
 
 @backends
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.sampled_from(OPERATIONS),
     shapes,

@@ -12,6 +12,8 @@ from torch import Tensor
 from zofo_kernels import Backend, Direction, Region, Regions, Shift, backend_for, factors, matrix_of
 from zofo_kernels._torch_compat import without_functorch
 
+from .base import written
+
 
 class Source(NamedTuple):
     """A parameter, its place in the noise, its name and the position of its group."""
@@ -41,6 +43,7 @@ class Displacement:
         """Their displacements of a matrix are left^T right, shape (S, r, m) and (S, r, n)."""
         left, right = self._matrices[id(source.parameter)]
         weights = [of_sample[source.group] / math.sqrt(self._rank) for of_sample in self._scales]
+        left = left.to(torch.promote_types(left.dtype, dtype))  # float64 has products of its own
         if len(set(weights)) == 1:
             return (left * weights[0]).to(dtype), right.to(dtype)
         each = torch.tensor(weights, dtype=left.dtype, device="cpu").to(left.device)
@@ -58,7 +61,9 @@ class LowRank:
     """
 
     def __init__(self, sources: Iterable[Source], backend: str) -> None:
-        whole = [s for s in sources if s.parameter.numel() > 0]
+        self._all = list(sources)
+        self._kinds = self._kinds_now()
+        whole = [s for s in self._all if s.parameter.numel() > 0]
         by_device: dict[torch.device, list[Source]] = {}
         for source in whole:
             by_device.setdefault(source.parameter.device, []).append(source)
@@ -72,13 +77,21 @@ class LowRank:
             for device, kinds in by_device.items()
             for some in _alike([s for s in kinds if matrix_of(s.parameter.shape) is None])
         ]
-        self._along: tuple[Direction, ...] = ()
+        self._along: tuple[Sequence[Direction], object] = (), None
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _kinds_now(self) -> list[tuple[object, ...]]:
+        return [(s.parameter.shape, s.parameter.dtype, s.parameter.device) for s in self._all]
+
+    def is_outdated(self) -> bool:
+        """Whether a parameter was converted, moved or given another shape since."""
+        return self._kinds_now() != self._kinds
 
     def factors(self, directions: Sequence[Direction]) -> dict[int, tuple[Tensor, Tensor]]:
         """U^T and V^T by ``id`` of the parameter, shape (S, r, m) and (S, r, n)."""
-        if self._along != tuple(directions):
-            self._along, self._factors = (), {}
+        now = [_number(direction) for direction in directions]
+        if self._along[1] != now:
+            self._along, self._factors = ((), None), {}
             for device, some in self._matrices.items():
                 with without_functorch(), torch.inference_mode(False):
                     made = factors(
@@ -89,7 +102,7 @@ class LowRank:
                         backend=self._engines[device],
                     )
                 self._factors |= {id(s.parameter): f for s, f in zip(some, made, strict=True)}
-            self._along = tuple(directions)
+            self._along = directions, now  # tensors among them keep their ids
         return self._factors
 
     def vectors(self, shifts: Sequence[Sequence[Shift]]) -> dict[int, Tensor]:
@@ -98,6 +111,14 @@ class LowRank:
         for some in self._vectors:
             found |= some.displaced(shifts)
         return found
+
+
+def _number(direction: Direction) -> tuple[object, ...]:
+    """Which noise it has, without waiting for a step that is on the device and may advance."""
+    step = direction.step
+    if isinstance(step, Tensor):
+        return (id(step), *written(step), *direction._replace(step=0))
+    return direction
 
 
 def _alike(sources: Iterable[Source]) -> Iterable[list[Source]]:
