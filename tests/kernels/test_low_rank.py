@@ -393,9 +393,21 @@ CALLS = [
     (lambda: factors([(3, 4)], []), ValueError, "directions must hold at least one.*got none"),
     (lambda: factors([(3, 4)], [Direction(1, 1)]), ValueError, r"of one rank, at least 1.*\[0\]"),
     (lambda: factors([(3, 4)], [along(rank=1), LOW]), ValueError, r"of one rank.*ranks \[1, 2\]"),
-    (lambda: factors([(3, 4), (3,)], [LOW]), ValueError, r"shapes\[1\] must be of a matrix.*\(3,\)"),
-    (lambda: factors([(3, 4)], [LOW], indices=[1, 2]), ValueError, r"indices must have one .*\(1\)"),
-    (lambda: Weights([W], shapes=[]), ValueError, r"shapes must have one entry a tensor \(1\), got 0"),
+    (
+        lambda: factors([(3, 4), (3,)], [LOW]),
+        ValueError,
+        r"shapes\[1\] must be of a matrix.*\(3,\)",
+    ),
+    (
+        lambda: factors([(3, 4)], [LOW], indices=[1, 2]),
+        ValueError,
+        r"indices must have one .*\(1\)",
+    ),
+    (
+        lambda: Weights([W], shapes=[]),
+        ValueError,
+        r"shapes must have one entry a tensor \(1\), got 0",
+    ),
     (
         lambda: Regions([Region(W, 0, matrix=(0, 3))]),
         ValueError,

@@ -220,7 +220,10 @@ NO_FORM = {
     **{name: COPIED[name] for name in COPIED if name not in ("a product with a vector",)},
     "convolution": CONVOLUTIONS["conv2d"],
     "a vector's product": (lambda w: F.linear(like(w)(5), w).expand(B, 4), dict(w=W)),
-    "a vector's product, unlike": (lambda w: F.linear(like(w)(6), w).expand(B, 4), dict(w=weight(4, 6))),
+    "a vector's product, unlike": (
+        lambda w: F.linear(like(w)(6), w).expand(B, 4),
+        dict(w=weight(4, 6)),
+    ),
     "a number": (lambda w: F.embedding(torch.tensor(2), w).expand(B, 5), dict(w=W)),
     "positions": (lambda w: F.embedding(torch.arange(4)[None], w).expand(B, 4, 5), dict(w=W)),
     "a layer norm of the weight": (

@@ -46,7 +46,9 @@ class Perturbation(ABC):
         self._settings = settings
         self._listener = listener
         self._advice = advice
-        self._tables = Tables(Noise(settings.distribution, settings.noise_version, settings.direction_rank))
+        self._tables = Tables(
+            Noise(settings.distribution, settings.noise_version, settings.direction_rank)
+        )
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
         self._weights: list[Weights] = []  # what the verification is of
         self._verified = False

@@ -116,7 +116,8 @@ class ClosedForms:
     def is_source(self, value: Any) -> bool:
         return id(value) in self._sources
 
-    def factors(self, source: Source, x: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, source: Source, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """See :meth:`Displacement.factors`."""
         dtype = x.dtype if x.is_floating_point() else source.parameter.dtype
         return self._at.factors(source, dtype)
 
@@ -135,7 +136,9 @@ class ClosedForms:
         rows = x.dim() > (width > 1)  # the features of one row, or a number, lead with nothing
         if self.examples is None and rows:
             self.examples = max(x.shape[0], 1)
-        if self.examples is None or (self.examples > 1 and not (rows and _divides(self.examples, x))):
+        if self.examples is None or (
+            self.examples > 1 and not (rows and _divides(self.examples, x))
+        ):
             source = self._sources.get(id(what))
             raise NoOwner(
                 "?" if source is None else source.name,
@@ -173,13 +176,13 @@ def _holds(values: Any, source: Source) -> bool:
 
 
 def _low_rank_part(
-    x: Tensor, right: Tensor, left: Tensor, start: Tensor | None
+    x: Tensor, right: Tensor, left: Tensor, weight: Any, start: Tensor | None
 ) -> Tensor:
-    """start + (x right^T) left: (S, N, d), (S, r, d), (S, r, m) -> (S, N, m)."""
+    """start + weight (x right^T) left: (S, N, d), (S, r, d), (S, r, m) -> (S, N, m)."""
     if x.shape[0] == 1:
-        t = (x[0] @ right[0].t()).unsqueeze(0)
+        t = (x[0] @ right[0].t()).unsqueeze(0) * weight
     else:
-        t = torch.bmm(x, right.transpose(1, 2))
+        t = torch.bmm(x, right.transpose(1, 2)) * weight
     if left.shape[1] == 1:
         return t * left if start is None else torch.addcmul(start, t, left)
     if start is None:
@@ -203,11 +206,11 @@ def _times(
     if transposed:
         weight = weight.t()
     parts = forms.by_example(x, weight.shape[0], source.parameter)
-    left, right = forms.factors(source, x)
+    left, right, scale = forms.factors(source, x)
     if not transposed:
         left, right = right, left
     start = None if bias is None else forms.vector(bias)
-    part = _low_rank_part(parts, right, left, start).reshape(-1, weight.shape[1])
+    part = _low_rank_part(parts, right, left, scale, start).reshape(-1, weight.shape[1])
     y = _plus_product(part, x.reshape(-1, weight.shape[0]), weight)
     return y.view(*x.shape[:-1], weight.shape[1])
 
@@ -270,9 +273,9 @@ def _embedding(
     if source is None or weight.dim() != 2 or max_norm is not None:  # which writes to the weight
         return None
     numbers = forms.by_example(input, 1, weight).squeeze(-1)  # (S, N)
-    left, right = forms.factors(source, weight)  # (S, r, rows), (S, r, n)
+    left, right, scale = forms.factors(source, weight)  # (S, r, rows), (S, r, n)
     y = F.embedding(input, weight.detach(), padding_idx)
-    rows = left.gather(2, numbers.unsqueeze(1).expand(-1, left.shape[1], -1).long())
+    rows = left.gather(2, numbers.unsqueeze(1).expand(-1, left.shape[1], -1).long()) * scale
     parts = y.view(len(left), -1, y.shape[-1])
     if left.shape[1] == 1:
         return torch.addcmul(parts, rows.transpose(1, 2), right).view(y.shape)
@@ -293,12 +296,12 @@ def _convolution(conv: Any) -> Form:
         source = forms.matrix(weight)
         if source is None or groups != 1 or forms.per_example or forms.is_source(input):
             return None
-        left, right = forms.factors(source, input)
+        left, right, scale = forms.factors(source, input)
         filters = right[0].view(right.shape[1], *weight.shape[1:])
         start = None if bias is None else forms.vector(bias)[0]
         y = conv(input, weight.detach(), start, stride, padding, dilation)
         t = conv(input, filters, None, stride, padding, dilation)
-        outer = left[0].t().view(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+        outer = (left[0] * scale).t().view(weight.shape[0], -1, *[1] * (weight.dim() - 2))
         return y + conv(t, outer)  # type: ignore[no-any-return]
 
     return form

@@ -23,6 +23,7 @@ from zofo_kernels._torch_compat import set_version
 from ..advice import Advice
 from ..evaluation import Evaluation
 from ..listeners import Listener
+from ..rules import Update
 from ..settings import Settings
 from ..zo_groups import ZOGroup
 from .base import Evaluate, Perturbation, same, written
@@ -75,6 +76,12 @@ class StreamedPerturbation(Perturbation):
     def restore(self) -> None:
         self._put_back()
         self._sign, self._shifts = 0, []
+
+    def update(self, updates: Sequence[Update]) -> None:
+        self._forms = None
+        if self._low_rank is not None:
+            self._low_rank.forget()
+        super().update(updates)
 
     def _shifts_of(self, sample: int) -> list[Shift]:
         return [self._shift(group, sample, self._sign) for group in self.groups]
@@ -143,9 +150,7 @@ class StreamedPerturbation(Perturbation):
             )
         return found
 
-    def _run_examples(
-        self, evaluate: Evaluate, gradient: bool, examples: int | None
-    ) -> Evaluation:
+    def _run_examples(self, evaluate: Evaluate, gradient: bool, examples: int | None) -> Evaluation:
         low_rank, first = self._low_rank, self._first_example
         assert low_rank is not None
 
