@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from zofo_kernels import Direction, Weights, noise
 from zofo_optim import HybridZOFO, Listener
 from zofo_optim.rules import RULES, sgd
-from zofo_optim.zo_groups import ZOGroup
+from zofo_optim.zo_groups import Noise, ZOGroup
 
 numbers = st.floats(-1e3, 1e3)
 
