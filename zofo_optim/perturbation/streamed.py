@@ -10,7 +10,7 @@ at w itself: losses that are subtracted come from the same arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -26,7 +26,14 @@ from ..listeners import Listener
 from ..settings import Settings
 from ..zo_groups import ZOGroup
 from .base import Evaluate, Perturbation, same, written
-from .streaming import Source, Streaming, uncompiled
+from .closed_forms import ClosedForms
+from .low_rank import Displacement, LowRank, Source
+from .streaming import Streaming, uncompiled
+
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of losses, relative where they are above 1, by the coarsest dtype that a form gives: models of
+float64 compute parts in float32."""
 
 
 class StreamedPerturbation(Perturbation):
@@ -38,6 +45,9 @@ class StreamedPerturbation(Perturbation):
         self._mode: Streaming | None = None
         self._kept: dict[int, _Kept] = {}  # parameters that verification displaces
         self._sources: dict[int, Source] = {}
+        self._low_rank: LowRank | None = None
+        self._forms: ClosedForms | None = None  # of the last evaluation
+        self._closed: Collection[int] | None = None  # ids; None: all that can be
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         self._put_back()
@@ -50,6 +60,8 @@ class StreamedPerturbation(Perturbation):
             for position, group in enumerate(self.groups)
             for parameter, index, name in zip(group.params, group.indices, group.names, strict=True)
         }
+        if self._settings.structure == "low_rank":
+            self._low_rank = LowRank(self._sources.values(), self._settings.backend)
 
     def move(self, sample: int, sign: int) -> None:
         self._shifts = [self._shift(group, sample, sign) for group in self.groups]
@@ -65,9 +77,22 @@ class StreamedPerturbation(Perturbation):
             with uncompiled():
                 return evaluate(gradient)
         displaced = self._kept.keys()
-        self._mode = Streaming(self._sources, self._shifts, self._settings.backend, displaced)
+        self._forms = None if self._low_rank is None else self._closed_forms(self._low_rank)
+        self._mode = Streaming(
+            self._sources, self._shifts, self._settings.backend, displaced, self._forms
+        )
         with uncompiled(), self._mode:
             return evaluate(gradient)
+
+    def _closed_forms(self, low_rank: LowRank) -> ClosedForms | None:
+        closed = {
+            where: source
+            for where, source in self._sources.items()
+            if where not in self._kept and (self._closed is None or where in self._closed)
+        }
+        if not closed:
+            return None
+        return ClosedForms(closed, Displacement(low_rank, [self._shifts]), per_example=False)
 
     # ---- verification -----------------------------------------------------------------------
 
@@ -85,11 +110,14 @@ class StreamedPerturbation(Perturbation):
         again = super().verify(evaluate, loss)
         if again is not None:  # then nothing can be said
             return again
-        missed = [
-            name
-            for part in _parts(list(self._sources.values()))
-            for name in self._unseen(part, evaluate, loss)
-        ]
+        if self._low_rank is not None:
+            loss = self._verify_closed_forms(evaluate, loss)
+        with self._in_closed_form(()):
+            missed = [
+                name
+                for part in _parts(list(self._sources.values()))
+                for name in self._unseen(part, evaluate, loss)
+            ]
         if missed:
             raise RuntimeError(
                 "closure must use zeroth-order parameters through torch functions where "
@@ -99,6 +127,45 @@ class StreamedPerturbation(Perturbation):
                 + "; use perturbation='in_place'"
             )
         return None
+
+    def _verify_closed_forms(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor:
+        """Compare with an evaluation by copies, whose loss is returned.
+
+        Raises:
+            RuntimeError: another loss; names the parameters.
+        """
+        assert self._forms is not None
+        room = TOLERANCE[self._forms.coarsest] * max(1.0, abs(loss.item()))
+        with self._in_closed_form(()):
+            by_copies = evaluate()
+
+        def wrong(some: Sequence[Source]) -> list[str]:
+            with self._in_closed_form({id(s.parameter) for s in some}):
+                if abs((evaluate() - by_copies).item()) <= room:
+                    return []
+            if len(some) == 1:
+                return [some[0].name]
+            half = len(some) // 2
+            return wrong(some[:half]) + wrong(some[half:]) or [s.name for s in some]
+
+        if not abs((loss - by_copies).item()) <= room:
+            raise RuntimeError(
+                f"closure gave the loss {loss.item():.8g} by closed forms of low-rank directions, "
+                f"and {by_copies.item():.8g} with perturbed copies of the weights: something reads "
+                "these zeroth-order parameters' layers in another way than a product with them: "
+                + ", ".join(wrong(list(self._sources.values())))
+                + "; use structure='full', or perturbation='in_place'"
+            )
+        return by_copies
+
+    @contextmanager
+    def _in_closed_form(self, parameters: Collection[int]) -> Iterator[None]:
+        """Only these, by ``id``; all others by copies."""
+        self._closed = parameters
+        try:
+            yield
+        finally:
+            self._closed = None
 
     def _of_two_losses(self, loss: Tensor, again: Tensor) -> str:
         return (

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,8 @@ from torch.overrides import TorchFunctionMode
 from zofo_kernels import Shift, backend_for, perturbed
 from zofo_kernels._torch_compat import in_functorch, without_functorch
 
-
-class Source(NamedTuple):
-    """A parameter, its place in the noise, its name and the position of its group."""
-
-    parameter: Tensor
-    noise_index: int
-    name: str
-    group: int
+from .closed_forms import ClosedForms
+from .low_rank import Source
 
 
 def _methods(*names: str) -> set[Any]:
@@ -114,6 +108,7 @@ class Streaming(TorchFunctionMode):
         shifts: each group's displacement.
         backend: of ``zofo_kernels``.
         displaced: ids of parameters that are displaced already: copied as they are.
+        forms: of calls that need no copy.
     """
 
     def __init__(
@@ -122,8 +117,10 @@ class Streaming(TorchFunctionMode):
         shifts: Sequence[Shift],
         backend: str,
         displaced: Collection[int] = (),
+        forms: ClosedForms | None = None,
     ) -> None:
         super().__init__()
+        self._forms = forms
         self._sources = sources
         self._shifts = shifts
         self._displaced = displaced
@@ -150,6 +147,10 @@ class Streaming(TorchFunctionMode):
             if func == _SET_DATA:
                 self._refuse(func, sources[id(args[0])])
             return func(*args, **kwargs)
+        if self._forms is not None and not in_functorch():
+            result = self._forms(func, args, kwargs)
+            if result is not None:
+                return result
         if func is F.embedding and self._few_rows(*args, **kwargs):
             return self._perturbed(sources[id(args[1])], rows=args[0])
         if func in _PARTS and args and id(args[0]) in sources:
@@ -206,7 +207,8 @@ class Streaming(TorchFunctionMode):
     def _laid_out(self, source: Source, part: Tensor | None) -> Tensor:
         content = wanted = source.parameter.detach() if part is None else part
         if id(source.parameter) not in self._displaced:
-            content = self._perturbed(source, part)
+            ready = None if self._forms is None or part is not None else self._forms.copy(source)
+            content = self._perturbed(source, part) if ready is None else ready
             if content.stride() == wanted.stride():
                 return content
         size, stride = wanted.size(), wanted.stride()

@@ -1,0 +1,305 @@
+"""What torch functions give at W + left^T right, without that sum: W itself is read, never copied.
+
+A linear map of x gives x W^T + (x right^T) left. The second part is made first, and the product
+with W added to it: matrix products accumulate in fp32, so that in 16 bits the sum rounds once, as
+a product with the displaced weight would.
+
+With one displacement all rows of an input share it. With S of them, one an example, an input
+leads with the S examples, or has the same number of rows for each, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zofo_kernels import matrix_of
+
+from .low_rank import Displacement, Source
+
+Form = Callable[..., "Tensor | None"]
+"""A form takes the function's arguments, after the :class:`ClosedForms`; None: it has none."""
+
+
+class NoOwner(RuntimeError):
+    """Rows of an input cannot be told apart by their example."""
+
+
+class ClosedForms:
+    """Closed forms at one displacement, for the calls that have one.
+
+    Args:
+        sources: by ``id`` of the parameter.
+        displacement: of all of them.
+        per_example: whether each example has its own.
+    """
+
+    def __init__(
+        self, sources: Mapping[int, Source], displacement: Displacement, *, per_example: bool
+    ) -> None:
+        self._sources = sources
+        self._at = displacement
+        self.per_example = per_example
+        self.coarsest = torch.float64
+        """Of the dtypes that forms have given."""
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The function's result, or None where it has no closed form.
+
+        Raises:
+            NoOwner: an input cannot be divided among the examples.
+        """
+        form = _FORMS.get(func)
+        result = None if form is None else form(self, *args, **kwargs)
+        if result is not None:
+            self.coarsest = max(self.coarsest, result.dtype, key=lambda d: torch.finfo(d).eps)
+        return result
+
+    def copy(self, source: Source) -> Tensor | None:
+        """A displaced vector, where all examples share it; None for a matrix."""
+        displaced = None if id(source.parameter) not in self._sources else self._at.vector(source)
+        if displaced is None or self.per_example:
+            return None
+        return displaced[0].view(source.parameter.shape)
+
+    # ---- what forms ask for ---------------------------------------------------------------------
+
+    def matrix(self, value: Any) -> Source | None:
+        """The source that ``value`` is, where it is a matrix."""
+        source = self._sources.get(id(value))
+        if source is None or value.dim() == 3 or matrix_of(value.shape) is None:
+            return None
+        return source
+
+    def is_source(self, value: Any) -> bool:
+        return id(value) in self._sources
+
+    def factors(self, source: Source, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = x.dtype if x.is_floating_point() else source.parameter.dtype
+        return self._at.factors(source, dtype)
+
+    def vector(self, value: Any) -> Tensor:
+        """A bias or the like, as (S, 1, n) or (1, n), displaced where it is a source."""
+        source = self._sources.get(id(value))
+        if source is None:
+            return value.view(1, -1)  # type: ignore[no-any-return]
+        displaced = self._at.vector(source)
+        if displaced is None:  # a matrix of that size: no bias of a linear map
+            raise NoOwner(source.name)
+        return displaced.unsqueeze(1) if self.per_example else displaced
+
+    def by_example(self, x: Tensor, width: int, what: Any) -> Tensor:
+        """x as (S, rows of an example, width); S is 1 where the direction is shared."""
+        samples = self._at.samples
+        if self.per_example and (x.dim() == 0 or x.shape[0] % samples):
+            name = self._sources[id(what)].name if id(what) in self._sources else "a parameter"
+            raise NoOwner(
+                f"the input of {name!r} has shape {tuple(x.shape)}, which is not led by the "
+                f"{samples} examples of the batch, nor by their rows in order"
+            )
+        return x.reshape(samples, -1, width)
+
+
+def _low_rank_part(
+    x: Tensor, right: Tensor, left: Tensor, start: Tensor | None
+) -> Tensor:
+    """start + (x right^T) left: (S, N, d), (S, r, d), (S, r, m) -> (S, N, m)."""
+    if x.shape[0] == 1:
+        t = (x[0] @ right[0].t()).unsqueeze(0)
+    else:
+        t = torch.bmm(x, right.transpose(1, 2))
+    if left.shape[1] == 1:
+        return t * left if start is None else torch.addcmul(start, t, left)
+    if start is None:
+        return torch.bmm(t, left)
+    return torch.baddbmm(start.expand(x.shape[0], 1, -1) if start.dim() == 3 else start, t, left)
+
+
+def _plus_product(start: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """start + x weight, rounded once where products accumulate in fp32; start may be written."""
+    fresh = start.dtype == x.dtype == weight.dtype and not torch.is_grad_enabled()
+    if fresh and not torch.is_autocast_enabled(x.device.type):
+        return torch.addmm(start, x, weight, out=start)
+    return torch.addmm(start, x, weight)
+
+
+def _times(
+    forms: ClosedForms, x: Tensor, source: Source, bias: Tensor | None, *, transposed: bool
+) -> Tensor:
+    """x W^T + bias where ``transposed``, else x W + bias."""
+    weight = source.parameter.detach()
+    left, right = forms.factors(source, x)
+    if transposed:
+        weight = weight.t()
+    else:
+        left, right = right, left
+    parts = forms.by_example(x, weight.shape[0], source.parameter)
+    start = None if bias is None else forms.vector(bias)
+    part = _low_rank_part(parts, right, left, start).reshape(-1, weight.shape[1])
+    y = _plus_product(part, x.reshape(-1, weight.shape[0]), weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _linear(
+    forms: ClosedForms, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
+    source = forms.matrix(weight)
+    if source is not None:
+        return _times(forms, input, source, bias, transposed=True)
+    if forms.per_example and not forms.is_source(weight):  # its bias is one
+        y = F.linear(input, weight)
+        return (forms.by_example(y, y.shape[-1], bias) + forms.vector(bias)).view(y.shape)
+    return None
+
+
+def _addmm(
+    forms: ClosedForms,
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: None = None,
+) -> Tensor | None:
+    source = forms.matrix(mat2)
+    plain = beta == 1 and alpha == 1 and out is None and input.dim() == 1
+    if source is None or not plain or forms.is_source(mat1):
+        return None
+    return _times(forms, mat1, source, input, transposed=False)
+
+
+def _matmul(forms: ClosedForms, input: Tensor, other: Tensor, *, out: None = None) -> Tensor | None:
+    source = forms.matrix(other)
+    if source is None or other.dim() != 2 or input.dim() < 2 or forms.is_source(input):
+        return None
+    return None if out is not None else _times(forms, input, source, None, transposed=False)
+
+
+def _embedding(
+    forms: ClosedForms,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *unused: Any,
+    **only_for_gradients: Any,
+) -> Tensor | None:
+    source = forms.matrix(weight)
+    if source is None or weight.dim() != 2 or max_norm is not None:  # which writes to the weight
+        return None
+    left, right = forms.factors(source, weight)  # (S, r, rows), (S, r, n)
+    y = F.embedding(input, weight.detach(), padding_idx)
+    numbers = forms.by_example(input, 1, weight).squeeze(-1)  # (S, N)
+    rows = left.gather(2, numbers.unsqueeze(1).expand(-1, left.shape[1], -1).long())
+    parts = y.view(len(left), -1, y.shape[-1])
+    if left.shape[1] == 1:
+        return torch.addcmul(parts, rows.transpose(1, 2), right).view(y.shape)
+    return torch.baddbmm(parts, rows.transpose(1, 2), right).view(y.shape)
+
+
+def _convolution(conv: Any) -> Form:
+    def form(
+        forms: ClosedForms,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        source = forms.matrix(weight)
+        if source is None or groups != 1 or forms.per_example:
+            return None
+        left, right = forms.factors(source, input)
+        filters = right[0].view(right.shape[1], *weight.shape[1:])
+        start = None if bias is None else forms.vector(bias)[0]
+        y = conv(input, weight.detach(), start, stride, padding, dilation)
+        t = conv(input, filters, None, stride, padding, dilation)
+        outer = left[0].t().view(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+        return y + conv(t, outer)  # type: ignore[no-any-return]
+
+    return form
+
+
+# ---- vectors, one an example: shared ones are copied -------------------------------------------
+
+
+def _scaled_and_shifted(forms: ClosedForms, x: Tensor, weight: Any, bias: Any) -> Tensor:
+    """x weight + bias over the last dimension, in at least fp32."""
+    y = forms.by_example(_wide(x), x.shape[-1], weight if forms.is_source(weight) else bias)
+    if weight is not None:
+        y = y * forms.vector(weight)
+    if bias is not None:
+        y = y + forms.vector(bias)
+    return y.view(x.shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _layer_norm(
+    forms: ClosedForms,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not forms.per_example or len(normalized_shape) != 1:
+        return None
+    y = F.layer_norm(_wide(input), normalized_shape, None, None, eps)
+    return _scaled_and_shifted(forms, y, weight, bias).to(input.dtype)
+
+
+def _rms_norm(
+    forms: ClosedForms,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor | None:
+    if not forms.per_example or len(normalized_shape) != 1:
+        return None
+    y = F.rms_norm(_wide(input), normalized_shape, None, eps)
+    return _scaled_and_shifted(forms, y, weight, None).to(input.dtype)
+
+
+def _of_two(multiply: bool) -> Form:
+    def form(forms: ClosedForms, a: Any, b: Any, **options: Any) -> Tensor | None:
+        if forms.is_source(a):
+            a, b = b, a
+        pair = isinstance(a, Tensor) and a.dim() > 1 and b.dim() == 1
+        if not forms.per_example or options or not pair or forms.is_source(a):
+            return None
+        if a.shape[-1] != b.shape[0]:
+            return None
+        kind = torch.result_type(a, b)
+        y = _scaled_and_shifted(forms, a, b if multiply else None, None if multiply else b)
+        return y.to(kind)
+
+    return form
+
+
+_FORMS: dict[Any, Form] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    F.embedding: _embedding,
+    F.conv2d: _convolution(F.conv2d),
+    F.conv3d: _convolution(F.conv3d),
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _of_two(True)),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _of_two(False)),
+}
+"""By the torch function that the mode sees."""

@@ -1,0 +1,145 @@
+"""Directions of low rank as closed forms need them: factors of matrices, displaced vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zofo_kernels import Backend, Direction, Region, Regions, Shift, backend_for, factors, matrix_of
+from zofo_kernels._torch_compat import without_functorch
+
+
+class Source(NamedTuple):
+    """A parameter, its place in the noise, its name and the position of its group."""
+
+    parameter: Tensor
+    noise_index: int
+    name: str
+    group: int
+
+
+class Displacement:
+    """What closed forms need of one evaluation: S displacements of every group, one a sample.
+
+    Args:
+        low_rank: of all sources.
+        shifts: of each sample, one a group.
+    """
+
+    def __init__(self, low_rank: LowRank, shifts: Sequence[Sequence[Shift]]) -> None:
+        self.samples = len(shifts)
+        self._matrices = low_rank.factors([of_sample[0].direction for of_sample in shifts])
+        self._vectors = low_rank.vectors(shifts)
+        self._rank = shifts[0][0].direction.rank
+        self._scales = [[shift.scale for shift in of_sample] for of_sample in shifts]
+
+    def factors(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Their displacements of a matrix are left^T right, shape (S, r, m) and (S, r, n)."""
+        left, right = self._matrices[id(source.parameter)]
+        weights = [of_sample[source.group] / math.sqrt(self._rank) for of_sample in self._scales]
+        if len(set(weights)) == 1:
+            return (left * weights[0]).to(dtype), right.to(dtype)
+        each = torch.tensor(weights, dtype=left.dtype, device="cpu").to(left.device)
+        return (left * each.view(-1, 1, 1)).to(dtype), right.to(dtype)
+
+    def vector(self, source: Source) -> Tensor | None:
+        """A displaced vector for each sample, flat, shape (S, n); None for a matrix."""
+        return self._vectors.get(id(source.parameter))
+
+
+class LowRank:
+    """Makes displacements of the sources, in memory that is kept from one to the next.
+
+    Factors are made once for all displacements along the same directions.
+    """
+
+    def __init__(self, sources: Iterable[Source], backend: str) -> None:
+        whole = [s for s in sources if s.parameter.numel() > 0]
+        by_device: dict[torch.device, list[Source]] = {}
+        for source in whole:
+            by_device.setdefault(source.parameter.device, []).append(source)
+        self._engines = {device: backend_for(device, backend) for device in by_device}
+        self._matrices = {
+            device: [s for s in some if matrix_of(s.parameter.shape) is not None]
+            for device, some in by_device.items()
+        }
+        self._vectors = [
+            _Vectors(some, self._engines[device])
+            for device, kinds in by_device.items()
+            for some in _alike([s for s in kinds if matrix_of(s.parameter.shape) is None])
+        ]
+        self._along: tuple[Direction, ...] = ()
+        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def factors(self, directions: Sequence[Direction]) -> dict[int, tuple[Tensor, Tensor]]:
+        """U^T and V^T by ``id`` of the parameter, shape (S, r, m) and (S, r, n)."""
+        if self._along != tuple(directions):
+            self._along, self._factors = (), {}
+            for device, some in self._matrices.items():
+                with without_functorch(), torch.inference_mode(False):
+                    made = factors(
+                        [s.parameter.shape for s in some],
+                        directions,
+                        indices=[s.noise_index for s in some],
+                        device=device,
+                        backend=self._engines[device],
+                    )
+                self._factors |= {id(s.parameter): f for s, f in zip(some, made, strict=True)}
+            self._along = tuple(directions)
+        return self._factors
+
+    def vectors(self, shifts: Sequence[Sequence[Shift]]) -> dict[int, Tensor]:
+        """Displaced vectors by ``id`` of the parameter, shape (S, n)."""
+        found: dict[int, Tensor] = {}
+        for some in self._vectors:
+            found |= some.displaced(shifts)
+        return found
+
+
+def _alike(sources: Iterable[Source]) -> Iterable[list[Source]]:
+    """Of one dtype and one group."""
+    found: dict[tuple[torch.dtype, int], list[Source]] = {}
+    for source in sources:
+        found.setdefault((source.parameter.dtype, source.group), []).append(source)
+    return found.values()
+
+
+class _Vectors:
+    """Copies of vectors, all in one tensor, so that a pass over them costs the host little."""
+
+    def __init__(self, sources: list[Source], engine: Backend) -> None:
+        self._sources = sources
+        self._engine = engine
+        self._sizes = [s.parameter.numel() for s in sources]
+        self._memory: Tensor | None = None
+        self._regions: list[Regions] = []
+
+    def displaced(self, shifts: Sequence[Sequence[Shift]]) -> dict[int, Tensor]:
+        if len(self._regions) < len(shifts):
+            self._make_room(len(shifts))
+        assert self._memory is not None
+        with torch.inference_mode():
+            base = torch.cat([s.parameter.detach().reshape(-1) for s in self._sources])
+            for row, regions, of_sample in zip(self._memory, self._regions, shifts, strict=False):
+                row.copy_(base)
+                self._engine.perturb(regions, [of_sample[self._sources[0].group]])
+        parts = self._memory[: len(shifts)].split(self._sizes, dim=1)
+        return {id(s.parameter): part for s, part in zip(self._sources, parts, strict=True)}
+
+    def _make_room(self, samples: int) -> None:
+        first = self._sources[0].parameter
+        with torch.inference_mode(False):
+            self._memory = torch.empty(
+                samples, sum(self._sizes), dtype=first.dtype, device=first.device
+            )
+        self._regions = [
+            Regions(
+                Region(part, source.noise_index)
+                for source, part in zip(self._sources, row.split(self._sizes), strict=True)
+            )
+            for row in self._memory.unbind()
+        ]
