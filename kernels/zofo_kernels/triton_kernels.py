@@ -201,44 +201,6 @@ def _term(step, noise, KIND: tl.constexpr):
         return _flipped(step, noise, tl.where(step == 0, 0, 0x80000000).to(tl.uint32))
 
 
-@triton.jit
-def _moved(
-    weight,
-    scale,
-    noise,
-    coarse_from,
-    back,
-    first,
-    parameter,
-    k0,
-    k1,
-    KIND: tl.constexpr,
-    COARSE: tl.constexpr,
-    STORAGE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """weight + scale z; coarse weights rounded to the storage dtype, others not yet."""
-    value = _shifted(weight, scale, noise, KIND)
-    if COARSE:
-        value = round_coarse(
-            value,
-            weight,
-            scale,
-            coarse_from,
-            back,
-            first,
-            parameter,
-            k0,
-            k1,
-            STORAGE,
-            PAIRS,
-            VECTORS,
-        )
-    return value
-
-
 _BY_VALUE = ["a0", "a1", "b0", "b1", "scale_a", "scale_b", "weight_decay", "samples"]
 _BY_VALUE += ["coarse_a", "coarse_b", "backs"]
 _BY_VALUE += ["only_address", "only_size", "only_offset", "only_parameter", "only_source"]
@@ -344,22 +306,21 @@ def pass_kernel(
     if KIND_A != NONE:
         noise = _noise(first, parameter, a0, a1, one, KIND_A, PAIRS, VECTORS, NATIVE)
         scale = scale_a.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
-        weight = _moved(
+        moved = _shifted(weight, scale, noise, KIND_A)
+        weight = round_coarse(
+            moved,
             weight,
             scale,
-            noise,
             coarse_a.to(tl.uint32),
             backs & 1,
             first,
             parameter,
             a0,
             a1,
-            KIND_A,
             COARSE,
             STORAGE,
             PAIRS,
             VECTORS,
-            NATIVE,
         )
         if KIND_B != NONE or UPDATE != NONE:
             weight = on_grid(weight, STORAGE, PAIRS, NATIVE)
@@ -367,22 +328,21 @@ def pass_kernel(
         if not SAME:
             noise = _noise(first, parameter, b0, b1, one, KIND_B, PAIRS, VECTORS, NATIVE)
         scale = scale_b.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
-        weight = _moved(
+        moved = _shifted(weight, scale, noise, KIND_B)
+        weight = round_coarse(
+            moved,
             weight,
             scale,
-            noise,
             coarse_b.to(tl.uint32),
             backs & 2,
             first,
             parameter,
             b0,
             b1,
-            KIND_B,
             COARSE,
             STORAGE,
             PAIRS,
             VECTORS,
-            NATIVE,
         )
     if UPDATE != NONE:
         lr = tl.load(rate).to(COMPUTE)

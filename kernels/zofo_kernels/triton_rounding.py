@@ -131,11 +131,12 @@ def round_coarse(
     parameter,
     k0,
     k1,
+    COARSE: tl.constexpr,
     STORAGE: tl.constexpr,
     PAIRS: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    """A shift's values: those of coarse weights rounded to the storage dtype, others as they are.
+    """A shift's values, those of coarse weights rounded to the storage dtype.
 
     Args:
         value: before + scale z.
@@ -143,16 +144,17 @@ def round_coarse(
         back: whether the shift takes off another one; 0 or not.
         first, parameter, k0, k1: of the rounding bits; made where the tile has a coarse weight.
     """
-    coarse = (before.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) >= coarse_from
-    if tl.max(coarse.to(tl.int32).reshape(VECTORS * 8), 0) != 0:
-        bits = rounding_bits(first, parameter, k0, k1, VECTORS, 2)
-        if not PAIRS:
-            bits = bits.reshape(VECTORS, 8)
-        bits = tl.where(scale < 0, 0xFFFF - bits, bits)
-        rounded = coarse_rounded(value, before, bits, back, STORAGE)
-        # nothing comes back from infinity
-        finite = (rounded.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) != 0x7F800000
-        value = tl.where(coarse & finite, rounded, value)
+    if COARSE:
+        coarse = (before.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) >= coarse_from
+        if tl.max(coarse.to(tl.int32).reshape(VECTORS * 8), 0) != 0:
+            bits = rounding_bits(first, parameter, k0, k1, VECTORS, 2)
+            if not PAIRS:
+                bits = bits.reshape(VECTORS, 8)
+            bits = tl.where(scale < 0, 0xFFFF - bits, bits)
+            rounded = coarse_rounded(value, before, bits, back, STORAGE)
+            # nothing comes back from infinity
+            finite = (rounded.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) != 0x7F800000
+            value = tl.where(coarse & finite, rounded, value)
     return value
 
 
