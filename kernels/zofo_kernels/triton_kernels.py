@@ -15,12 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import distributions
+from . import direction, distributions
 from .triton_random import gaussian, mix64, signs
 from .triton_rounding import final, on_grid, round_coarse, unpack
 
 GAUSSIAN = tl.constexpr(distributions.GAUSSIAN.code)
 RADEMACHER = tl.constexpr(distributions.RADEMACHER.code)
+STREAM_DIRECTION = tl.constexpr(direction.STREAM_DIRECTION)
 NONE = tl.constexpr(-1)
 MIXED = tl.constexpr(-2)  # an update's directions of both distributions
 IN_PLACE, COPY, NO_SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -29,7 +30,7 @@ COLUMNS = tl.constexpr(5)
 
 
 @triton.jit(
-    do_not_specialize=["seed", "step", "sample", "kind", "count"],
+    do_not_specialize=["seed", "step", "sample", "kind", "rank", "count"],
     do_not_specialize_on_alignment=["keys", "device_step"],
 )
 def keys_kernel(
@@ -39,12 +40,13 @@ def keys_kernel(
     device_step,
     sample: tl.uint64,
     kind: tl.int32,
+    rank: tl.int32,
     count: tl.int32,
     version: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """keys[i] <- (Direction(seed, step, sample + i).key(), kind, 0) for i < count, int32."""
+    """keys[i] <- (Direction(seed, step, sample + i).key(), kind, rank) for i < count, int32."""
     row = tl.arange(0, BLOCK)
     inside = row < count
     if STEP_ON_DEVICE:
@@ -56,6 +58,7 @@ def keys_kernel(
     high = (h >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
     tl.store(keys + 4 * row + 1, high, mask=inside)
     tl.store(keys + 4 * row + 2, row * 0 + kind, mask=inside)
+    tl.store(keys + 4 * row + 3, row * 0 + rank, mask=inside)
 
 
 @triton.jit
@@ -150,7 +153,7 @@ def tile_of(
 
 
 @triton.jit
-def _noise(
+def noise_of(
     vector,
     parameter,
     k0,
@@ -160,12 +163,13 @@ def _noise(
     PAIRS: tl.constexpr,
     VECTORS: tl.constexpr,
     NATIVE: tl.constexpr,
+    stream=STREAM_DIRECTION,
 ):
     """Normals, or signs in the top bit of uint32."""
     if KIND == GAUSSIAN:
-        noise = gaussian(vector, parameter, k0, k1, one, VECTORS, NATIVE)
+        noise = gaussian(vector, parameter, k0, k1, one, stream, VECTORS, NATIVE)
     else:
-        noise = signs(vector, parameter, k0, k1, VECTORS)
+        noise = signs(vector, parameter, k0, k1, stream, VECTORS)
     if PAIRS:
         return noise
     else:
@@ -192,7 +196,7 @@ def _shifted(weight, scale, noise, KIND: tl.constexpr):
 
 
 @triton.jit
-def _term(step, noise, KIND: tl.constexpr):
+def term_of(step, noise, KIND: tl.constexpr):
     """0 + step z, rounded once: never -0, so that no step keeps a weight of -0."""
     if KIND == GAUSSIAN:
         z = noise.to(step.dtype)
@@ -304,7 +308,7 @@ def pass_kernel(
     a0, a1 = key_of(keys, 0, a0, a1, KEYS_ON_DEVICE and KIND_A != NONE)
     b0, b1 = key_of(keys, AFTER_A, b0, b1, KEYS_ON_DEVICE)
     if KIND_A != NONE:
-        noise = _noise(first, parameter, a0, a1, one, KIND_A, PAIRS, VECTORS, NATIVE)
+        noise = noise_of(first, parameter, a0, a1, one, KIND_A, PAIRS, VECTORS, NATIVE)
         scale = scale_a.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
         moved = _shifted(weight, scale, noise, KIND_A)
         weight = round_coarse(
@@ -326,7 +330,7 @@ def pass_kernel(
             weight = on_grid(weight, STORAGE, PAIRS, NATIVE)
     if KIND_B != NONE:
         if not SAME:
-            noise = _noise(first, parameter, b0, b1, one, KIND_B, PAIRS, VECTORS, NATIVE)
+            noise = noise_of(first, parameter, b0, b1, one, KIND_B, PAIRS, VECTORS, NATIVE)
         scale = scale_b.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
         moved = _shifted(weight, scale, noise, KIND_B)
         weight = round_coarse(
@@ -353,18 +357,18 @@ def pass_kernel(
                 step = lr * tl.load(coefficients + s).to(COMPUTE)
                 # not "noise": shift a's may be of another type, and a loop's names keep theirs
                 if UPDATE != MIXED:
-                    drawn = _noise(first, parameter, k0, k1, one, UPDATE, PAIRS, VECTORS, NATIVE)
-                    delta += _term(step, drawn, UPDATE)
+                    drawn = noise_of(first, parameter, k0, k1, one, UPDATE, PAIRS, VECTORS, NATIVE)
+                    delta += term_of(step, drawn, UPDATE)
                 elif tl.load(keys + 4 * (s + AFTER_A) + 2) == GAUSSIAN:
-                    z = _noise(first, parameter, k0, k1, one, GAUSSIAN, PAIRS, VECTORS, NATIVE)
-                    delta += _term(step, z, GAUSSIAN)
+                    z = noise_of(first, parameter, k0, k1, one, GAUSSIAN, PAIRS, VECTORS, NATIVE)
+                    delta += term_of(step, z, GAUSSIAN)
                 else:
-                    sign = _noise(first, parameter, k0, k1, one, RADEMACHER, PAIRS, VECTORS, NATIVE)
-                    delta += _term(step, sign, RADEMACHER)
+                    sign = noise_of(first, parameter, k0, k1, one, RADEMACHER, PAIRS, VECTORS, NATIVE)
+                    delta += term_of(step, sign, RADEMACHER)
         else:
             if not SAME:
-                noise = _noise(first, parameter, b0, b1, one, UPDATE, PAIRS, VECTORS, NATIVE)
-            delta = _term(lr * tl.load(coefficients).to(COMPUTE), noise, UPDATE)
+                noise = noise_of(first, parameter, b0, b1, one, UPDATE, PAIRS, VECTORS, NATIVE)
+            delta = term_of(lr * tl.load(coefficients).to(COMPUTE), noise, UPDATE)
         if DECAY:
             decay = lr * weight_decay.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
             delta = tl.where(decay == 0, delta, delta + decay * weight)

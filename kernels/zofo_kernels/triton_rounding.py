@@ -6,7 +6,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import direction
 from .triton_random import rounding_bits
+
+STREAM_ROUNDING = tl.constexpr(direction.STREAM_ROUNDING)
+STREAM_SHIFT = tl.constexpr(direction.STREAM_SHIFT)
 
 
 @triton.jit
@@ -147,7 +151,7 @@ def round_coarse(
     if COARSE:
         coarse = (before.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) >= coarse_from
         if tl.max(coarse.to(tl.int32).reshape(VECTORS * 8), 0) != 0:
-            bits = rounding_bits(first, parameter, k0, k1, VECTORS, 2)
+            bits = rounding_bits(first, parameter, k0, k1, STREAM_SHIFT, VECTORS)
             if not PAIRS:
                 bits = bits.reshape(VECTORS, 8)
             bits = tl.where(scale < 0, 0xFFFF - bits, bits)
@@ -173,7 +177,7 @@ def final(
 ):
     """What is stored at the end of a pass; the rest is of the rounding bits, where STOCHASTIC."""
     if STOCHASTIC:
-        bits = rounding_bits(first, parameter, k0, k1, VECTORS, 1)
+        bits = rounding_bits(first, parameter, k0, k1, STREAM_ROUNDING, VECTORS)
         if not PAIRS:
             bits = bits.reshape(VECTORS, 8)
         return stored_stochastic(weight, bits, STORAGE, PAIRS)
