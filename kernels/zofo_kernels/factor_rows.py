@@ -74,14 +74,19 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def units_of(region: Region) -> int:
+    """Size of the factors of a region alone, for one k."""
+    rows = Rows.of(region)
+    return 0 if rows is None else rows.units()
+
+
 def split(regions: Sequence[Region], room: int) -> list[list[Region]]:
     """The regions in order, as many at a time as have ``room`` units of factors; at least one."""
     parts: list[list[Region]] = []
     part: list[Region] = []
     used = 0
     for region in regions:
-        rows = Rows.of(region)
-        units = 0 if rows is None else rows.units()
+        units = units_of(region)
         if part and used + units > room:
             parts.append(part)
             part, used = [], 0

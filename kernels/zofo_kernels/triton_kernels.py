@@ -363,7 +363,9 @@ def pass_kernel(
                     z = noise_of(first, parameter, k0, k1, one, GAUSSIAN, PAIRS, VECTORS, NATIVE)
                     delta += term_of(step, z, GAUSSIAN)
                 else:
-                    sign = noise_of(first, parameter, k0, k1, one, RADEMACHER, PAIRS, VECTORS, NATIVE)
+                    sign = noise_of(
+                        first, parameter, k0, k1, one, RADEMACHER, PAIRS, VECTORS, NATIVE
+                    )
                     delta += term_of(step, sign, RADEMACHER)
         else:
             if not SAME:

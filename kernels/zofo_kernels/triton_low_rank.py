@@ -100,6 +100,7 @@ def factors_kernel(
     lead = (low & 127).to(tl.int32)  # tiles start at whole Philox calls
     end = lead + rows * rank
     one = 0x3F800000 ^ (count >> 63).to(tl.uint32)  # see gaussian
+    units = units.to(tl.int64)
     out = factors + (at.to(tl.int64) + which * rank) * units + begin + piece * PIECE
     VECTORS: tl.constexpr = PIECE // 8
     element = tl.arange(0, VECTORS)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -233,7 +234,7 @@ _BY_VALUE += ["units", "rank_a", "root_a", "at_a", "rank_b", "root_b", "at_b"]
 _BY_VALUE += ["only_address", "only_size", "only_offset", "only_parameter", "only_source"]
 _BY_VALUE += ["only_column", "only_row", "only_columns", "only_by_columns", "only_by_rows"]
 _BY_VALUE += ["only_left", "only_right"]
-_POINTERS = ["table", "items", "keys", "coefficients", "rate"]
+_POINTERS = ["table", "items", "keys", "coefficients", "rate", "factors"]
 
 
 @triton.jit(do_not_specialize=_BY_VALUE, do_not_specialize_on_alignment=_POINTERS)

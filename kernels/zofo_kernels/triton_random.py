@@ -55,9 +55,7 @@ def _words(vector, parameter, k0, k1, stream, VECTORS: tl.constexpr):
 
 
 @triton.jit
-def gaussian(
-    vector, parameter, k0, k1, one, stream, VECTORS: tl.constexpr, NATIVE: tl.constexpr
-):
+def gaussian(vector, parameter, k0, k1, one, stream, VECTORS: tl.constexpr, NATIVE: tl.constexpr):
     """Normals, fp32; see reference.gaussian_from_words.
 
     Both uniforms are mantissas of numbers in [1, 2), so no integer is converted. The angle is
