@@ -132,7 +132,6 @@ def _where(
     by_columns,
     by_rows,
     left,
-    inside,
     ALIGNED: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
@@ -141,12 +140,11 @@ def _where(
     Args:
         column: of the tile's first element, int32, counted from the start of the run's first row.
         row: of the run's first element in its matrix.
-        left: elements of the tile, where it is aligned, and else inside: which are the run's. The
-            place of others is that of the tile's first element.
+        left: elements of the tile, where it is aligned: others get the places of its last vector.
     """
     vector = 8 * tl.arange(0, VECTORS)
     if ALIGNED:
-        x = column + tl.where(vector < left, vector, 0)
+        x = column + tl.minimum(vector, left - 8)
         down = _divided(x, by_columns)
         across = _divided(row + down, by_rows) * columns + (x - down * columns)
         return down, tl.multiple_of(across, [8])
@@ -220,12 +218,21 @@ def _add(
     if RANK > 0:
         for k in tl.static_range(RANK):
             au, v = _product(a, at + k * units, where, ALIGNED, PAIRS, VECTORS, NATIVE)
-            total = tl.fma(au + tl.zeros_like(total), v, total)
+            total = tl.fma(tl.broadcast_to(au, total.shape), v, total)
     else:
         for k in range(rank):
             au, v = _product(a, at + k * units, where, ALIGNED, PAIRS, VECTORS, NATIVE)
-            total = tl.fma(au + tl.zeros_like(total), v, total)
+            total = tl.fma(tl.broadcast_to(au, total.shape), v, total)
     return total
+
+
+@triton.jit
+def _nothing(like):
+    """-0, of that shape and type: what is added to it keeps its sign, 0 too."""
+    if like.dtype == tl.float64:
+        return tl.full(like.shape, 1 << 63, tl.uint64).to(tl.float64, bitcast=True)
+    else:
+        return tl.full(like.shape, 1 << 31, tl.uint32).to(tl.float32, bitcast=True)
 
 
 _BY_VALUE = ["a0", "a1", "b0", "b1", "scale_a", "scale_b", "weight_decay", "samples"]
@@ -350,7 +357,6 @@ def low_rank_kernel(
         by_columns,
         by_rows,
         tl.minimum(size - start, 8 * VECTORS).to(tl.int32),
-        inside,
         ALIGNED,
         VECTORS,
     )
@@ -359,7 +365,7 @@ def low_rank_kernel(
 
     a0, a1 = key_of(keys, 0, a0, a1, KEYS_ON_DEVICE and A)
     b0, b1 = key_of(keys, AFTER_A, b0, b1, KEYS_ON_DEVICE)
-    nothing = tl.full(weight.shape, -0.0, COMPUTE)  # what is added to it keeps its sign, 0 too
+    nothing = _nothing(weight)
     if A:
         scale = scale_a.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
         a = scale * root_a.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
