@@ -29,11 +29,13 @@ class Estimate:
     """
 
     coefficients: Tensor | None = None
-    """Shape (ZO groups, num_samples); None with FO groups only."""
+    """Shape (ZO groups, samples); None with FO groups only."""
     usable: Tensor | None = None
     """0-dim bool: some coefficient of some micro-batch was finite."""
     clean: Tensor | None = None
     """0-dim bool: every clean loss was finite; None where none was taken with ZO groups."""
+    per_example: bool = False
+    """Each micro-batch has directions of its own, an example each: coefficients do not add up."""
 
     @classmethod
     def of(
@@ -50,8 +52,9 @@ class Estimate:
         A slope that is not finite becomes 0. A clean loss that is not finite voids all of them.
 
         Args:
-            losses: of all evaluations, shape (evaluations,), the clean one first.
-            differences: per unit of mu, shape (num_samples,).
+            losses: of all evaluations, shape (evaluations,), the clean one first; or of B examples,
+                shape (evaluations, B).
+            differences: per unit of mu, shape (num_samples,), or (B,).
             mus: one a ZO group.
             has_clean: whether a clean loss was taken.
             nonfinite: "skip" or "raise".
@@ -61,7 +64,7 @@ class Estimate:
         """
         slopes = torch.stack([differences / mu for mu in mus])
         finite = slopes.isfinite()
-        clean = losses[0].isfinite() if has_clean else None
+        clean = losses[0].isfinite().all() if has_clean else None
         if clean is not None:
             finite = finite & clean
         if nonfinite == "raise" and not finite.all():
@@ -70,12 +73,13 @@ class Estimate:
                 + (", the unperturbed one first" if has_clean else ", all perturbed")
             )
         slopes = torch.where(finite, slopes, 0.0)
-        loss = losses[0] if has_clean else losses.mean()
+        loss = losses[0].mean() if has_clean else losses.mean()
         told = Estimated(loss, losses, slopes, finite.all())
-        return cls(slopes / differences.numel(), finite.any(), clean), told
+        per_example = losses.dim() > 1
+        return cls(slopes / differences.numel(), finite.any(), clean, per_example), told
 
     def __add__(self, other: Estimate) -> Estimate:
-        """This micro-batch's and another one's, along the same directions.
+        """This micro-batch's and another one's: along the same directions, or those that follow.
 
         Raises:
             ValueError: they are of other groups or samples.
@@ -84,17 +88,20 @@ class Estimate:
             return other
         if other.coefficients is None or other.usable is None:
             return self
-        if other.coefficients.shape != self.coefficients.shape:
+        ours, theirs = self.coefficients, other.coefficients
+        fit = len(ours) == len(theirs) if self.per_example else ours.shape == theirs.shape
+        if not fit or self.per_example != other.per_example:
             raise ValueError(
                 "accumulated estimates must have the same groups and samples, got shape "
-                f"{tuple(other.coefficients.shape)} after {tuple(self.coefficients.shape)}; call "
+                f"{tuple(theirs.shape)} after {tuple(ours.shape)}; call "
                 "step() or zero_grad() before adding a parameter group"
             )
         clean = [e.clean for e in (self, other) if e.clean is not None]
         return Estimate(
-            self.coefficients + other.coefficients,
+            torch.cat([ours, theirs], dim=1) if self.per_example else ours + theirs,
             self.usable | other.usable,
             clean[0] & clean[-1] if clean else None,
+            self.per_example,
         )
 
     def updates(self, groups: Sequence[ZOGroup], rule: Rule) -> list[Update]:
@@ -143,6 +150,7 @@ class Estimate:
             "dtype": str(dtype).removeprefix("torch."),
             "usable": plain(self.usable),
             "clean": plain(self.clean),
+            **({"per_example": True} if self.per_example else {}),
         }
 
     @classmethod
@@ -155,5 +163,8 @@ class Estimate:
 
         exact = getattr(torch, saved["dtype"], torch.float32)
         return cls(
-            tensor("coefficients", exact), tensor("usable", torch.bool), tensor("clean", torch.bool)
+            tensor("coefficients", exact),
+            tensor("usable", torch.bool),
+            tensor("clean", torch.bool),
+            saved.get("per_example", False),
         )

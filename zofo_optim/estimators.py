@@ -21,7 +21,10 @@ from torch import Tensor
 
 
 class Point(NamedTuple):
-    """Where one evaluation asks for the loss: x + sign mu v of a sample, for the whole batch."""
+    """Where one evaluation asks for the loss: x + sign mu v of a sample, for the whole batch.
+
+    With one direction an example, each example has its own v.
+    """
 
     sample: int
     """Which direction v; of no account where ``sign`` is 0."""
@@ -56,13 +59,14 @@ class Estimator(NamedTuple):
 
         Args:
             points: what :meth:`points` gave.
-            losses: there, shape (points,).
+            losses: there, shape (points,); or of B examples, shape (points, B), each of which has
+                directions of its own: then B differences for each sample, in order.
         """
         has_clean = points[0].sign == 0
-        perturbed = losses[int(has_clean) :].view(-1, len(self.signs))
+        perturbed = losses[int(has_clean) :].unflatten(0, (-1, len(self.signs)))
         if self.needs_clean:
-            return perturbed[:, 0] - losses[0]
-        return (perturbed[:, 0] - perturbed[:, 1]) / 2
+            return (perturbed[:, 0] - losses[0]).flatten()
+        return ((perturbed[:, 0] - perturbed[:, 1]) / 2).flatten()
 
 
 ESTIMATORS = {

@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
     returned: Any
     """What the closure returned."""
     loss: Tensor
-    """The same as a detached 0-dim tensor of at least fp32, without a GradScaler's scale."""
+    """The same, detached, of at least fp32 and without a GradScaler's scale: 0-dim, or (B,)."""
     backpropagated: bool
     """Whether gradients were taken, by the closure or by us."""
     scaled: bool = False
@@ -76,6 +76,7 @@ def evaluate(
     gradients: bool,
     inner: frozenset[int] = frozenset(),
     first_order: Sequence[Tensor] = (),
+    per_example: bool = False,
 ) -> Evaluation:
     """Run the closure once.
 
@@ -87,9 +88,11 @@ def evaluate(
         inner: calls of backward to make although ``gradients`` is False, under ``enable_grad``,
             as an evaluation with gradients found them.
         first_order: the parameters that gradients are for.
+        per_example: the closure returns the losses of B examples, shape (B,); gradients are those
+            of their mean.
 
     Raises:
-        TypeError, ValueError: the closure did not return a real scalar.
+        TypeError, ValueError: the closure did not return a real scalar, or such losses.
     """
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
@@ -99,7 +102,7 @@ def evaluate(
     try:
         with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
             returned = closure()
-        loss = scalar_loss(returned)
+        loss = losses_of_examples(returned) if per_example else scalar_loss(returned)
         calls, plain = watch.calls, watch.unscaled(loss)
         scaled = gradients and watch.holds_a_scale(loss)
         inner = watch.inner_calls(loss) if gradients else inner
@@ -112,9 +115,9 @@ def evaluate(
     left = not backpropagated and after != before and any(p.grad is not None for p in first_order)
     if gradients and not backpropagated and loss.requires_grad:
         with interruptible():
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss.mean() if per_example else loss).backward()  # type: ignore[no-untyped-call]
         backpropagated = True
-    loss = plain.detach().reshape(())  # a scale is for gradients
+    loss = plain.detach().reshape(-1 if per_example else ())  # a scale is for gradients
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
     return Evaluation(returned, loss, backpropagated, scaled, left, inner)
@@ -143,6 +146,25 @@ def scalar_loss(returned: Any) -> Tensor:
         "closure must return the loss as a tensor or a number, got "
         f"{type(returned).__name__}; does it end in 'return loss'?"
     )
+
+
+def losses_of_examples(returned: Any) -> Tensor:
+    """The closure's result as losses, shape (B,); see :func:`evaluate` for what it raises."""
+    if not isinstance(returned, Tensor):
+        error = NoLossError if returned is None else TypeError
+        raise error(
+            "closure must return the losses of the examples as a tensor where "
+            f"directions='per_example', got {type(returned).__name__}"
+        )
+    if returned.dim() != 1 or returned.numel() == 0:
+        raise ValueError(
+            "closure must return one loss for each example, shape (B,), where "
+            f"directions='per_example', got shape {tuple(returned.shape)}; take their mean nowhere "
+            "(reduction='none')"
+        )
+    if not returned.is_floating_point():
+        raise TypeError(f"closure must return real losses, got dtype {returned.dtype}")
+    return returned
 
 
 class Runs:
@@ -175,6 +197,7 @@ class Runs:
         self._after: GlobalRandomState | None = None
         self._aside: list[tuple[Tensor, Tensor | None]] | None = None
         self._inner: frozenset[int] = frozenset()
+        self._began = False
 
     def __enter__(self) -> Runs:
         if self._devices is not None:
@@ -204,9 +227,10 @@ class Runs:
             self._set_gradients_aside()
         try:
             self._evaluator.running = "first" if self._after is None else "repeat"
-            if self._before is not None and self._after is not None:
+            if self._before is not None and self._began:  # the first one may have failed
                 self._before.restore()
                 self._evaluator.buffers.rewind()
+            self._began = True
             inner = frozenset() if gradients else self._inner
             with self._evaluator.first_of_all(self._devices is not None):
                 result = evaluate(
@@ -214,6 +238,7 @@ class Runs:
                     gradients=gradients,
                     inner=inner,
                     first_order=self._first_order if gradients else (),
+                    per_example=self._evaluator.per_example,
                 )
             self._inner = result.inner
         finally:
@@ -232,9 +257,14 @@ class Runs:
 
 
 class Evaluator:
-    """Runs an optimizer's closures, and tells which run is going on."""
+    """Runs an optimizer's closures, and tells which run is going on.
 
-    def __init__(self) -> None:
+    Args:
+        per_example: whether they return the losses of examples.
+    """
+
+    def __init__(self, per_example: bool = False) -> None:
+        self.per_example = per_example
         self.running: str | None = None
         """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
         self.buffers = Buffers()

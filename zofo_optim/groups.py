@@ -13,8 +13,10 @@ from zofo_kernels import check_weight
 from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from .buffers import ParamGroups
+from .ownership import without_examples
 from .parallel import check_unshared
 from .plain import plain
+from .settings import DIRECTIONS
 
 _STANDS_IN = {
     "modules_to_save": "original_module",
@@ -35,6 +37,7 @@ def hybrid_param_groups(
     *,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    directions: str = "shared",
     verbose: bool = True,
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`HybridZOFO`: what trains goes to FO, what is frozen to ZO.
@@ -58,6 +61,9 @@ def hybrid_param_groups(
             ``r"norm\\.weight$"``); shell patterns such as ``"*norm*"`` are understood too.
         exclude: frozen parameters to keep as they are, likewise. First-order parameters are
             never left out.
+        directions: those of the optimizer; with "per_example" what cannot have a direction for each
+            example is left out: embeddings of positions, convolutions, batch and group norms,
+            recurrent layers, and packed attention, as far as it can be told from the modules.
         verbose: print a one-line summary.
 
     Returns:
@@ -77,6 +83,9 @@ def hybrid_param_groups(
     options = {"zo": _options("zo", zo), "fo": _options("fo", fo)}
     wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude)
 
+    if directions not in DIRECTIONS:
+        raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
+    shared = without_examples(model) if directions == "per_example" else set()
     unreached = _unreached(model)
     groups: dict[str, dict[str, Tensor]] = {"zo": {}, "fo": {}}
     left_out: dict[str, list[Tensor]] = {}
@@ -95,6 +104,8 @@ def hybrid_param_groups(
             raise ValueError(f"model must not have {packed}; {names[0]!r} is one")
         elif excluded or (wanted and not included):
             reason = "excluded"
+        elif any(name in shared for name in names):
+            reason = "no direction for each example"
         elif not _could_learn(parameter):
             reason = str(parameter.dtype).removeprefix("torch.")
         for pattern in included:

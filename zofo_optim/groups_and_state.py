@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
+
 from . import advice, state
 from .capture import StepCounters
 from .checks import check_group, check_zo_parameters
@@ -63,7 +65,7 @@ class GroupsAndState(Optimizer):
     def _start(self) -> None:
         """What a fresh or unpickled optimizer makes anew; none of it is state."""
         self._replicas = OneProcess()
-        self._evaluator = Evaluator()
+        self._evaluator = Evaluator(self._settings.directions == "per_example")
         self._counters = StepCounters()
         self._listeners = Listeners(self._monitor)
         self._perturbation = PERTURBATIONS[self._settings.perturbation](
@@ -79,6 +81,23 @@ class GroupsAndState(Optimizer):
     @_estimate.setter
     def _estimate(self, estimate: Estimate | None) -> None:
         self._accumulation.estimate = estimate
+
+    @property
+    def _examples(self) -> int:
+        """How many of the step's micro-batches have directions of their own."""
+        estimate = self._estimate
+        if estimate is None or not estimate.per_example or estimate.coefficients is None:
+            return 0
+        return int(estimate.coefficients.shape[1])
+
+    @uncompiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""
+        if self._evaluator.running == "repeat":
+            return
+        if not making_optimizer_state():
+            self._estimate = None
+        super().zero_grad(set_to_none)
 
     # ---- groups ---------------------------------------------------------------------------------
 
@@ -194,6 +213,8 @@ class GroupsAndState(Optimizer):
     def projected_grads(self) -> Tensor | None:
         """Projected gradients (slopes) of the last estimate, shape (ZO groups, num_samples).
 
+        With directions per example, (ZO groups, examples).
+
         Entry (g, s) is the slope along direction s as group g sees it; non-finite ones are 0.
         """
         return self._monitor.slopes
@@ -239,7 +260,7 @@ class GroupsAndState(Optimizer):
     def accumulated(self) -> Tensor | None:
         """The coefficients that ``step()`` will apply, shape (ZO groups, num_samples).
 
-        None where there is no estimate to apply. Groups that were added since have no row.
+        With directions per example, (ZO groups, examples so far). None where there is no estimate to apply. Groups that were added since have no row.
         """
         if self._estimate is None:
             return None

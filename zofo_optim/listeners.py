@@ -29,9 +29,10 @@ class Estimated(NamedTuple):
     loss: Tensor
     """0-dim: the clean loss; the mean of the perturbed ones where no clean one was taken."""
     losses: Tensor
-    """Of every evaluation, in order, shape (evaluations,)."""
+    """Of every evaluation, in order, shape (evaluations,); of B examples, (evaluations, B)."""
     slopes: Tensor
-    """Shape (ZO groups, num_samples): the projected gradients; non-finite ones are 0."""
+    """Shape (ZO groups, num_samples), or (ZO groups, B): the projected gradients; non-finite ones
+    are 0."""
     finite: Tensor
     """0-dim bool: all of them were finite. Others are skipped."""
 

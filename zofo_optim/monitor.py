@@ -61,7 +61,7 @@ class Monitor(Listener):
         """An estimate was taken; ``accumulates`` where the step's first one came before it."""
         before = self._total if accumulates else (None, None)
         self.loss, self.slopes = loss, slopes
-        self._total = _sum(before[0], loss), _sum(before[1], slopes)
+        self._total = _sum(before[0], loss), _joined(before[1], slopes)
 
     def estimated(self, estimated: Estimated) -> None:
         flat = (estimated.losses == estimated.losses[0]).all() & estimated.finite
@@ -153,6 +153,13 @@ def _sum(before: Tensor | None, now: Tensor | None) -> Tensor | None:
     if before is None or now is None:
         return before if now is None else now
     return before + now.to(before.device, non_blocking=True)
+
+
+def _joined(before: Tensor | None, now: Tensor | None) -> Tensor | None:
+    """Slopes add up along the same directions; those of examples stand side by side."""
+    if before is None or now is None or before.shape == now.shape:
+        return _sum(before, now)
+    return torch.cat([before.to(now.device, non_blocking=True), now], dim=1)
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -71,6 +71,8 @@ class HybridZOFO(GroupsAndState):
         structure: of directions. "full", or "low_rank": U V^T / sqrt(rank) for each matrix, full
             for vectors; "streamed" evaluates these without a copy of a weight.
         rank: of low-rank directions.
+        directions: "shared", or "per_example": example s of a step has direction s of its own; the
+            closure returns losses of shape (B,). Needs low rank, streamed.
         perturbation: "in_place" moves the weights and back, which rounds; "streamed" hands torch
             functions perturbed copies and writes weights in updates only.
         zo_rule: how coefficients become an update of ZO weights; "sgd".
@@ -123,6 +125,7 @@ class HybridZOFO(GroupsAndState):
         distribution: str = "gaussian",
         structure: str = "full",
         rank: int = 1,
+        directions: str = "shared",
         perturbation: str = "in_place",
         zo_rule: str = "sgd",
         rounding: str = "stochastic",
@@ -141,7 +144,7 @@ class HybridZOFO(GroupsAndState):
         chosen = dict(estimator=estimator, num_samples=num_samples, distribution=distribution)
         chosen.update(structure=structure, rank=rank, perturbation=perturbation, zo_rule=zo_rule)
         chosen.update(rounding=rounding, nonfinite=nonfinite, backend=backend)
-        chosen.update(noise_version=noise_version)
+        chosen.update(noise_version=noise_version, directions=directions)
         settings = Settings(**plain(chosen), capturable=value_of(shared["capturable"]))
         options = first_order_options(fo_optimizer, shared, plain(fo_options))
         first_order = FirstOrder(fo_optimizer, *options)
@@ -214,7 +217,8 @@ class HybridZOFO(GroupsAndState):
         devices = {p.device for g in self.param_groups for p in g["params"]}
         evaluations: list[Evaluation] = []
         with self._evaluator.runs(closure, first_order, devices if groups else None) as evaluate:
-            evaluations = perturbation.visit(self._replicas.mine(points), evaluate)
+            mine = self._replicas.mine(points)
+            evaluations = perturbation.visit(mine, evaluate, first_example=self._examples)
         if not evaluations:  # the closure skips the batch
             return None
         self._advice.about_losses(evaluations, groups, first_order)
@@ -263,12 +267,3 @@ class HybridZOFO(GroupsAndState):
             group.options["zo_step"] += 1
         self._estimate = None
         self._listeners.updated(updates)
-
-    @uncompiled
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""
-        if self._evaluator.running == "repeat":
-            return
-        if not making_optimizer_state():
-            self._estimate = None
-        super().zero_grad(set_to_none)

@@ -19,7 +19,9 @@ from .estimators import ESTIMATORS
 from .rules import RULES
 
 PERTURBATIONS = ("in_place", "streamed")
+DIRECTIONS = ("shared", "per_example")
 NONFINITE = ("skip", "raise")
+_OF_EXAMPLES = {"structure": "low_rank", "perturbation": "streamed", "num_samples": 1}
 _NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable")
 
 
@@ -39,12 +41,14 @@ class Settings:
     noise_version: int
     structure: str = "full"
     rank: int = 1
+    directions: str = "shared"
 
     def __post_init__(self) -> None:
         choices = {
             "estimator": tuple(ESTIMATORS),
             "distribution": tuple(DISTRIBUTIONS),
             "structure": tuple(STRUCTURES),
+            "directions": DIRECTIONS,
             "perturbation": PERTURBATIONS,
             "rounding": ROUNDINGS,
             "zo_rule": tuple(RULES),
@@ -82,6 +86,14 @@ class Settings:
             raise ValueError(
                 "nonfinite must be 'skip' where capturable=True, as a captured step cannot raise"
             )
+
+        if self.directions == "per_example":
+            for name, needed in _OF_EXAMPLES.items():
+                if getattr(self, name) != needed:
+                    raise ValueError(
+                        f"{name} must be {needed!r} where directions='per_example', got "
+                        f"{getattr(self, name)!r}"
+                    )
 
     @property
     def direction_rank(self) -> int:

@@ -13,7 +13,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from .cpu_noise import BLOCK, CHUNK, COLUMNS, KIND, RADEMACHER, RANK, add_terms, noise
+from .cpu_noise import CHUNK, COLUMNS, KIND, RADEMACHER, RANK, add_terms, list_terms, noise
 from .cpu_random import FAST, add_signs, bits_from_float, compiled, float_from_bits, philox
 
 BITS_AT_ONCE = 64  # elements whose shifts get rounding bits if one is coarse: 8 Philox calls
@@ -168,7 +168,8 @@ def _largest(x, low, count):
     """Bits of the largest size among ``count`` elements from ``low`` on."""
     found = _U(0)
     for i in range(low, low + count):
-        found = max(found, bits_from_float(x[i]) & _U(0x7FFFFFFF))
+        size = _U(bits_from_float(x[i]) & _U(0x7FFFFFFF))
+        found = size if size > found else found
     return found
 
 
@@ -275,6 +276,8 @@ def _process(
     stochastic,
     factors,
     units,
+    weights,
+    bases,
     words,
     z,
     total,
@@ -293,10 +296,8 @@ def _process(
         if stepped:
             _copy(x, before, count)
         if low_rank:
-            weight = scale * roots[k]
-            add_terms(
-                total, weight, factors, units, key[BLOCK], key[RANK], place, start, count, True
-            )
+            terms = list_terms(key, scale * roots[k], units, 0, weights, bases)
+            add_terms(total, weights, bases, terms, factors, place, start, count, True)
             _add(x, total, count)
         else:
             if k == 0 or not _same(key, shifts[k - 1]):
@@ -340,18 +341,21 @@ def _process(
             _round_nearest(code, x, count)
     if steps.shape[0] > 0:
         total[:count] = 0
+        terms = 0
         for s in range(steps.shape[0]):
             key = keys[s]
             if key[RANK] > 0 and place[COLUMNS] > 0:
-                weight = steps[s] * step_roots[s]
-                add_terms(
-                    total, weight, factors, units, key[BLOCK], key[RANK], place, start, count, False
-                )
+                terms = list_terms(key, steps[s] * step_roots[s], units, terms, weights, bases)
                 continue
+            if terms > 0:  # in order of samples
+                add_terms(total, weights, bases, terms, factors, place, start, count, False)
+                terms = 0
             same = s == 0 and shifts.shape[0] > 0 and steps.shape[0] == 1
             if not same or not _same(key, shifts[-1]):
                 lead = noise(key[KIND], words, z, start, count, index, 0, key[0], key[1])
             _accumulate(total, steps[s], z[lead : lead + count], count)
+        if terms > 0:
+            add_terms(total, weights, bases, terms, factors, place, start, count, False)
         _subtract(x, total, decay, count)
         if coded:
             if stochastic:
@@ -428,6 +432,11 @@ def run_passes(
     total = np.empty(CHUNK, scales.dtype)
     before = np.empty(CHUNK, np.float32)
     buffer = np.empty(CHUNK, np.float32)
+    most = np.int64(1)
+    for k in range(shifts.shape[0]):
+        most = max(most, shifts[k, RANK])
+    most = max(most, np.sum(keys[:, RANK]))
+    weights, bases = np.empty(most, scales.dtype), np.empty(most, np.int64)
     base = 0
     for t in range(sizes.shape[0]):
         low, high = max(begin - base, 0), min(end - base, sizes[t])
@@ -482,6 +491,8 @@ def run_passes(
                     stochastic,
                     factors,
                     units,
+                    weights,
+                    bases,
                     words,
                     z,
                     total,

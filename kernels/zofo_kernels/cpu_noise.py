@@ -79,14 +79,29 @@ def fill_factors(factors, units, jobs, keys, low, high):
 
 
 @compiled(**FAST)
-def add_terms(total, weight, factors, units, block, rank, place, start, count, new):
-    """total += weight u_k v_k of elements from ``start`` on, k from 0; or = where it is ``new``.
+def list_terms(key, weight, units, at, weights, bases):
+    """Appends a direction's terms to a list of ``at``; returns how many there are then.
+
+    Args:
+        key: the direction's row of ``keys``. weight: scale / sqrt(rank).
+        weights, bases: of each term, what multiplies it, and where its u would be at unit 0.
+    """
+    for k in range(key[RANK]):
+        weights[at + k] = weight
+        bases[at + k] = key[BLOCK] + k * units
+    return at + key[RANK]
+
+
+@compiled(**FAST)
+def add_terms(total, weights, bases, terms, factors, place, start, count, new):
+    """total += weight u v of elements from ``start`` on, term by term; from 0 where ``new``.
+
+    Four terms go through the elements together, each element's in order.
 
     Args:
         total: in the compute dtype, at least ``count``.
-        weight: likewise; scale / sqrt(rank).
-        factors, units: see :func:`fill_factors`. block, rank: the direction's.
-        place: the run's row of ``places``.
+        weights, bases, terms: see :func:`list_terms`.
+        factors: see :func:`fill_factors`. place: the run's row of ``places``.
     """
     rows, columns = place[ROWS], place[COLUMNS]
     row = np.int64(start) // columns
@@ -94,18 +109,37 @@ def add_terms(total, weight, factors, units, block, rank, place, start, count, n
     done = 0
     while done < count:
         some = min(count - done, columns - column)
-        left = block + place[LEFT] + row
-        right = block + place[RIGHT] + row // rows * columns + column
+        left = place[LEFT] + row
+        right = place[RIGHT] + row // rows * columns + column
         part = total[done : done + some]
-        for k in range(rank):
-            a = weight * factors[left + k * units]
-            v = factors[right + k * units : right + k * units + some]
-            if new and k == 0:
-                for i in range(some):
-                    part[i] = a * v[i]
-            else:
-                for i in range(some):
-                    part[i] += a * v[i]
+        t = 0
+        if new:
+            b = bases[0]
+            a, v = weights[0] * factors[b + left], factors[b + right : b + right + some]
+            for i in range(some):
+                part[i] = a * v[i]
+            t = 1
+        while t + 4 <= terms:
+            b0, b1, b2, b3 = bases[t], bases[t + 1], bases[t + 2], bases[t + 3]
+            a0, a1 = weights[t] * factors[b0 + left], weights[t + 1] * factors[b1 + left]
+            a2, a3 = weights[t + 2] * factors[b2 + left], weights[t + 3] * factors[b3 + left]
+            v0, v1 = (
+                factors[b0 + right : b0 + right + some],
+                factors[b1 + right : b1 + right + some],
+            )
+            v2, v3 = (
+                factors[b2 + right : b2 + right + some],
+                factors[b3 + right : b3 + right + some],
+            )
+            for i in range(some):
+                part[i] = (((part[i] + a0 * v0[i]) + a1 * v1[i]) + a2 * v2[i]) + a3 * v3[i]
+            t += 4
+        while t < terms:
+            b = bases[t]
+            a, v = weights[t] * factors[b + left], factors[b + right : b + right + some]
+            for i in range(some):
+                part[i] += a * v[i]
+            t += 1
         done += some
         row += 1
         column = 0

@@ -61,7 +61,9 @@ def noise(
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     with torch.inference_mode():
-        for where, regions in Weights([out], [index], [offset], shapes=[full_shape]).layout().parts():
+        for where, regions in (
+            Weights([out], [index], [offset], shapes=[full_shape]).layout().parts()
+        ):
             backend_for(where, backend).fill_noise(regions[0], direction)
     return out
 

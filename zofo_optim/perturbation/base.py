@@ -46,10 +46,14 @@ class Perturbation(ABC):
         self._settings = settings
         self._listener = listener
         self._advice = advice
-        self._tables = Tables(Noise(settings.distribution, settings.noise_version, settings.direction_rank))
+        self._tables = Tables(
+            Noise(settings.distribution, settings.noise_version, settings.direction_rank)
+        )
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
         self._weights: list[Weights] = []  # what the verification is of
         self._verified = False
+        self._first_example = 0
+        self._examples: int | None = None  # of this batch, once known
 
     def groups_of(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
         """The zeroth-order ones, with their tables of addresses kept from step to step."""
@@ -78,9 +82,20 @@ class Perturbation(ABC):
     ) -> None:
         self.restore()
 
-    def visit(self, points: Sequence[Point], evaluate: Evaluate) -> list[Evaluation]:
-        """Evaluate at each point in turn. The weights then stay at the last one."""
+    def visit(
+        self, points: Sequence[Point], evaluate: Evaluate, *, first_example: int = 0
+    ) -> list[Evaluation]:
+        """Evaluate at each point in turn. The weights then stay at the last one.
+
+        Args:
+            points: in order.
+            evaluate: runs the closure.
+            first_example: with one direction an example, the number of the batch's first one in
+                the step.
+        """
         found = []
+        self._first_example = first_example
+        self._examples = None
         # outside of a mode in which copies are made: it would see every look at a version
         run = self._guarded(lambda gradient: self._run(evaluate, gradient))
         for point in points:
@@ -133,7 +148,7 @@ class Perturbation(ABC):
 
     def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
         """At the first displaced point with a finite loss; others tell nothing."""
-        if not loss.isfinite():
+        if not loss.isfinite().all():
             return
         again = self.verify(evaluate, loss)
         if again is not None:
@@ -156,7 +171,7 @@ class Perturbation(ABC):
     def _of_two_losses(self, loss: Tensor, again: Tensor) -> str:
         """What is said of a closure that gave another loss at the same point."""
         return (
-            f"closure gave two losses at the same point, {loss.item():.8g} and {again.item():.8g}: "
+            f"closure gave two losses at the same point, {shown(loss)} and {shown(again)}: "
             "their difference, divided by mu, is an error of the zeroth-order estimate. It must "
             "use the same batch whenever it is called in a step, draw from the global generators "
             "only, and change nothing that its loss depends on"
@@ -196,6 +211,11 @@ class Perturbation(ABC):
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two losses are equal to the bit, or both NaN."""
     return bool(torch.equal(a, b) or (a.isnan() & b.isnan()).all())
+
+
+def shown(loss: Tensor) -> str:
+    """For messages."""
+    return f"{loss.mean().item():.8g}" + " on average" * (loss.dim() > 0)
 
 
 def written(tensor: Tensor) -> tuple[int, int]:

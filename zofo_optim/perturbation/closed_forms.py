@@ -26,7 +26,13 @@ Form = Callable[..., "Tensor | None"]
 
 
 class NoOwner(RuntimeError):
-    """Rows of an input cannot be told apart by their example."""
+    """What is computed with a parameter cannot be divided among the examples."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(
+            f"the zeroth-order parameter {name!r} cannot have a direction for each example: {why}. "
+            "Leave it out (hybrid_param_groups(..., exclude=...)), or use directions='shared'"
+        )
 
 
 class ClosedForms:
@@ -34,16 +40,24 @@ class ClosedForms:
 
     Args:
         sources: by ``id`` of the parameter.
-        displacement: of all of them.
+        displaced: makes displacements, given their number: one an example, or a single one.
         per_example: whether each example has its own.
+        examples: how many there are; None: as many as the first input leads with.
     """
 
     def __init__(
-        self, sources: Mapping[int, Source], displacement: Displacement, *, per_example: bool
+        self,
+        sources: Mapping[int, Source],
+        displaced: Callable[[int], Displacement],
+        *,
+        per_example: bool = False,
+        examples: int | None = None,
     ) -> None:
         self._sources = sources
-        self._at = displacement
+        self._displaced = displaced
+        self._made: Displacement | None = None
         self.per_example = per_example
+        self.examples = examples if per_example else 1
         self.coarsest = torch.float64
         """Of the dtypes that forms have given."""
 
@@ -59,12 +73,31 @@ class ClosedForms:
             self.coarsest = max(self.coarsest, result.dtype, key=lambda d: torch.finfo(d).eps)
         return result
 
+    @property
+    def _at(self) -> Displacement:
+        if self._made is None:
+            assert self.examples is not None  # by_example comes first
+            self._made = self._displaced(self.examples)
+        return self._made
+
+    def refuse(self, func: Any, args: Any) -> None:
+        """Where each example has its own direction, a call without a closed form has no result.
+
+        Raises:
+            NoOwner: names the parameter.
+        """
+        if self.per_example:
+            name = next((s.name for s in self._sources.values() if _holds(args, s)), "?")
+            raise NoOwner(
+                name, f"it is used by {getattr(func, '__name__', func)}, which has no closed form"
+            )
+
     def copy(self, source: Source) -> Tensor | None:
         """A displaced vector, where all examples share it; None for a matrix."""
-        displaced = None if id(source.parameter) not in self._sources else self._at.vector(source)
-        if displaced is None or self.per_example:
+        if self.per_example or id(source.parameter) not in self._sources:
             return None
-        return displaced[0].view(source.parameter.shape)
+        displaced = self._at.vector(source)
+        return None if displaced is None else displaced[0].view(source.parameter.shape)
 
     # ---- what forms ask for ---------------------------------------------------------------------
 
@@ -78,7 +111,8 @@ class ClosedForms:
     def is_source(self, value: Any) -> bool:
         return id(value) in self._sources
 
-    def factors(self, source: Source, x: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, source: Source, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """See :meth:`Displacement.factors`."""
         dtype = x.dtype if x.is_floating_point() else source.parameter.dtype
         return self._at.factors(source, dtype)
 
@@ -89,29 +123,37 @@ class ClosedForms:
             return value.view(1, -1)  # type: ignore[no-any-return]
         displaced = self._at.vector(source)
         if displaced is None:  # a matrix of that size: no bias of a linear map
-            raise NoOwner(source.name)
+            raise NoOwner(source.name, "it is added to an input, and is a matrix")
         return displaced.unsqueeze(1) if self.per_example else displaced
 
     def by_example(self, x: Tensor, width: int, what: Any) -> Tensor:
         """x as (S, rows of an example, width); S is 1 where the direction is shared."""
-        samples = self._at.samples
-        if self.per_example and (x.dim() == 0 or x.shape[0] % samples):
-            name = self._sources[id(what)].name if id(what) in self._sources else "a parameter"
+        if self.examples is None:
+            self.examples = x.shape[0] if x.dim() > 0 else 1
+        if self.per_example and (x.dim() == 0 or x.shape[0] % self.examples):
+            source = self._sources.get(id(what))
             raise NoOwner(
-                f"the input of {name!r} has shape {tuple(x.shape)}, which is not led by the "
-                f"{samples} examples of the batch, nor by their rows in order"
+                "?" if source is None else source.name,
+                f"its input has shape {tuple(x.shape)}, which is not led by the {self.examples} "
+                "examples of the batch, nor by their rows in order",
             )
-        return x.reshape(samples, -1, width)
+        return x.reshape(self.examples, -1, width)
+
+
+def _holds(values: Any, source: Source) -> bool:
+    if isinstance(values, (list, tuple)):
+        return any(_holds(value, source) for value in values)
+    return values is source.parameter
 
 
 def _low_rank_part(
-    x: Tensor, right: Tensor, left: Tensor, start: Tensor | None
+    x: Tensor, right: Tensor, left: Tensor, weight: Any, start: Tensor | None
 ) -> Tensor:
-    """start + (x right^T) left: (S, N, d), (S, r, d), (S, r, m) -> (S, N, m)."""
+    """start + weight (x right^T) left: (S, N, d), (S, r, d), (S, r, m) -> (S, N, m)."""
     if x.shape[0] == 1:
-        t = (x[0] @ right[0].t()).unsqueeze(0)
+        t = (x[0] @ right[0].t()).unsqueeze(0) * weight
     else:
-        t = torch.bmm(x, right.transpose(1, 2))
+        t = torch.bmm(x, right.transpose(1, 2)) * weight
     if left.shape[1] == 1:
         return t * left if start is None else torch.addcmul(start, t, left)
     if start is None:
@@ -132,16 +174,31 @@ def _times(
 ) -> Tensor:
     """x W^T + bias where ``transposed``, else x W + bias."""
     weight = source.parameter.detach()
-    left, right = forms.factors(source, x)
     if transposed:
         weight = weight.t()
-    else:
-        left, right = right, left
     parts = forms.by_example(x, weight.shape[0], source.parameter)
+    left, right, scale = forms.factors(source, x)
+    if not transposed:
+        left, right = right, left
     start = None if bias is None else forms.vector(bias)
-    part = _low_rank_part(parts, right, left, start).reshape(-1, weight.shape[1])
+    part = _low_rank_part(parts, right, left, scale, start).reshape(-1, weight.shape[1])
     y = _plus_product(part, x.reshape(-1, weight.shape[0]), weight)
     return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _times_row(
+    forms: ClosedForms, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
+) -> Tensor | None:
+    """The same for a weight of one row or column, whose direction is full; one an example."""
+    if not forms.per_example or weight.dim() != 2:
+        return None
+    inside, outside = weight.shape[::-1] if transposed else weight.shape
+    parts = forms.by_example(x, inside, weight)
+    each = forms.vector(weight).view(-1, *weight.shape)
+    y = torch.bmm(parts, each.transpose(1, 2) if transposed else each)
+    if bias is not None:
+        y = y + forms.vector(bias)
+    return y.view(*x.shape[:-1], outside)
 
 
 def _linear(
@@ -150,7 +207,9 @@ def _linear(
     source = forms.matrix(weight)
     if source is not None:
         return _times(forms, input, source, bias, transposed=True)
-    if forms.per_example and not forms.is_source(weight):  # its bias is one
+    if forms.is_source(weight):
+        return _times_row(forms, input, weight, bias, transposed=True)
+    if forms.per_example:  # its bias is one
         y = F.linear(input, weight)
         return (forms.by_example(y, y.shape[-1], bias) + forms.vector(bias)).view(y.shape)
     return None
@@ -168,16 +227,22 @@ def _addmm(
 ) -> Tensor | None:
     source = forms.matrix(mat2)
     plain = beta == 1 and alpha == 1 and out is None and input.dim() == 1
-    if source is None or not plain or forms.is_source(mat1):
+    if not plain or forms.is_source(mat1):
+        return None
+    if source is None and forms.is_source(mat2):
+        return _times_row(forms, mat1, mat2, input, transposed=False)
+    if source is None:
         return None
     return _times(forms, mat1, source, input, transposed=False)
 
 
 def _matmul(forms: ClosedForms, input: Tensor, other: Tensor, *, out: None = None) -> Tensor | None:
     source = forms.matrix(other)
-    if source is None or other.dim() != 2 or input.dim() < 2 or forms.is_source(input):
+    if out is not None or other.dim() != 2 or input.dim() < 2 or forms.is_source(input):
         return None
-    return None if out is not None else _times(forms, input, source, None, transposed=False)
+    if source is None:
+        return _times_row(forms, input, other, None, transposed=False)
+    return _times(forms, input, source, None, transposed=False)
 
 
 def _embedding(
@@ -192,10 +257,10 @@ def _embedding(
     source = forms.matrix(weight)
     if source is None or weight.dim() != 2 or max_norm is not None:  # which writes to the weight
         return None
-    left, right = forms.factors(source, weight)  # (S, r, rows), (S, r, n)
-    y = F.embedding(input, weight.detach(), padding_idx)
     numbers = forms.by_example(input, 1, weight).squeeze(-1)  # (S, N)
-    rows = left.gather(2, numbers.unsqueeze(1).expand(-1, left.shape[1], -1).long())
+    left, right, scale = forms.factors(source, weight)  # (S, r, rows), (S, r, n)
+    y = F.embedding(input, weight.detach(), padding_idx)
+    rows = left.gather(2, numbers.unsqueeze(1).expand(-1, left.shape[1], -1).long()) * scale
     parts = y.view(len(left), -1, y.shape[-1])
     if left.shape[1] == 1:
         return torch.addcmul(parts, rows.transpose(1, 2), right).view(y.shape)
@@ -216,12 +281,12 @@ def _convolution(conv: Any) -> Form:
         source = forms.matrix(weight)
         if source is None or groups != 1 or forms.per_example:
             return None
-        left, right = forms.factors(source, input)
+        left, right, scale = forms.factors(source, input)
         filters = right[0].view(right.shape[1], *weight.shape[1:])
         start = None if bias is None else forms.vector(bias)[0]
         y = conv(input, weight.detach(), start, stride, padding, dilation)
         t = conv(input, filters, None, stride, padding, dilation)
-        outer = left[0].t().view(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+        outer = (left[0] * scale).t().view(weight.shape[0], -1, *[1] * (weight.dim() - 2))
         return y + conv(t, outer)  # type: ignore[no-any-return]
 
     return form

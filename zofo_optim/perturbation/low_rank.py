@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,17 +34,25 @@ class Displacement:
         self.samples = len(shifts)
         self._matrices = low_rank.factors([of_sample[0].direction for of_sample in shifts])
         self._vectors = low_rank.vectors(shifts)
-        self._rank = shifts[0][0].direction.rank
-        self._scales = [[shift.scale for shift in of_sample] for of_sample in shifts]
+        rank = shifts[0][0].direction.rank
+        self._weights = [
+            [shift.scale / math.sqrt(rank) for shift in of_group]
+            for of_group in zip(*shifts, strict=True)
+        ]
 
-    def factors(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Their displacements of a matrix are left^T right, shape (S, r, m) and (S, r, n)."""
-        left, right = self._matrices[id(source.parameter)]
-        weights = [of_sample[source.group] / math.sqrt(self._rank) for of_sample in self._scales]
-        if len(set(weights)) == 1:
-            return (left * weights[0]).to(dtype), right.to(dtype)
-        each = torch.tensor(weights, dtype=left.dtype, device="cpu").to(left.device)
-        return (left * each.view(-1, 1, 1)).to(dtype), right.to(dtype)
+    def factors(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
+        """Displacements of a matrix are weight left^T right.
+
+        Returns:
+            left, shape (S, r, m), right, (S, r, n), and weight, a number, or (S, 1, 1) where
+            samples have different ones.
+        """
+        left, right = self._matrices.of(source, dtype)
+        weights = self._weights[source.group]
+        if weights.count(weights[0]) == len(weights):
+            return left, right, weights[0]
+        each = torch.tensor(weights, dtype=dtype, device="cpu").to(left.device)
+        return left, right, each.view(-1, 1, 1)
 
     def vector(self, source: Source) -> Tensor | None:
         """A displaced vector for each sample, flat, shape (S, n); None for a matrix."""
@@ -73,12 +81,13 @@ class LowRank:
             for some in _alike([s for s in kinds if matrix_of(s.parameter.shape) is None])
         ]
         self._along: tuple[Direction, ...] = ()
-        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._factors = _Factors({})
 
-    def factors(self, directions: Sequence[Direction]) -> dict[int, tuple[Tensor, Tensor]]:
-        """U^T and V^T by ``id`` of the parameter, shape (S, r, m) and (S, r, n)."""
+    def factors(self, directions: Sequence[Direction]) -> _Factors:
+        """Of all matrices, along these directions."""
         if self._along != tuple(directions):
-            self._along, self._factors = (), {}
+            self._along, self._factors = (), _Factors({})
+            found: dict[int, tuple[Tensor, Tensor]] = {}
             for device, some in self._matrices.items():
                 with without_functorch(), torch.inference_mode(False):
                     made = factors(
@@ -88,9 +97,13 @@ class LowRank:
                         device=device,
                         backend=self._engines[device],
                     )
-                self._factors |= {id(s.parameter): f for s, f in zip(some, made, strict=True)}
-            self._along = tuple(directions)
+                found |= {id(s.parameter): f for s, f in zip(some, made, strict=True)}
+            self._along, self._factors = tuple(directions), _Factors(found)
         return self._factors
+
+    def forget(self) -> None:
+        """Free the factors: a step needs them no more."""
+        self._along, self._factors = (), _Factors({})
 
     def vectors(self, shifts: Sequence[Sequence[Shift]]) -> dict[int, Tensor]:
         """Displaced vectors by ``id`` of the parameter, shape (S, n)."""
@@ -98,6 +111,24 @@ class LowRank:
         for some in self._vectors:
             found |= some.displaced(shifts)
         return found
+
+
+class _Factors:
+    """U^T and V^T by ``id`` of the parameter, (S, r, m) and (S, r, n), fp32; in others on demand."""
+
+    def __init__(self, made: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self._made = made
+        self._others: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def of(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        left, right = self._made[id(source.parameter)]
+        if left.dtype == dtype:
+            return left, right
+        key = (id(source.parameter), dtype)
+        if key not in self._others:
+            with without_functorch(), torch.inference_mode(False):
+                self._others[key] = left.to(dtype), right.to(dtype)
+        return self._others[key]
 
 
 def _alike(sources: Iterable[Source]) -> Iterable[list[Source]]:

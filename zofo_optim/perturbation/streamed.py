@@ -23,13 +23,13 @@ from zofo_kernels._torch_compat import set_version
 from ..advice import Advice
 from ..evaluation import Evaluation
 from ..listeners import Listener
+from ..rules import Update
 from ..settings import Settings
 from ..zo_groups import ZOGroup
 from .base import Evaluate, Perturbation, same, written
-from .closed_forms import ClosedForms
+from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
 from .streaming import Streaming, uncompiled
-
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of losses, relative where they are above 1, by the coarsest dtype that a form gives: models of
@@ -48,6 +48,8 @@ class StreamedPerturbation(Perturbation):
         self._low_rank: LowRank | None = None
         self._forms: ClosedForms | None = None  # of the last evaluation
         self._closed: Collection[int] | None = None  # ids; None: all that can be
+        self._sign = 0
+        self._alone: Collection[int] | None = None  # examples; None: all
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         self._put_back()
@@ -64,35 +66,96 @@ class StreamedPerturbation(Perturbation):
             self._low_rank = LowRank(self._sources.values(), self._settings.backend)
 
     def move(self, sample: int, sign: int) -> None:
-        self._shifts = [self._shift(group, sample, sign) for group in self.groups]
+        self._sign = sign
+        if not self._per_example:
+            self._shifts = self._shifts_of(sample)
 
     def restore(self) -> None:
         self._put_back()
-        self._shifts = []
+        self._sign, self._shifts = 0, []
+
+    def update(self, updates: Sequence[Update]) -> None:
+        self._forms = None
+        if self._low_rank is not None:
+            self._low_rank.forget()
+        super().update(updates)
+
+    def _shifts_of(self, sample: int) -> list[Shift]:
+        return [self._shift(group, sample, self._sign) for group in self.groups]
 
     def _run(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
         if not self._sources:
             return evaluate(gradient)
-        if not self._shifts:
-            with uncompiled():
-                return evaluate(gradient)
+        if self._shifts:  # all examples share them
+            return self._run_at(evaluate, gradient, self._closed_forms())
+        if self._sign:
+            return self._run_by_example(evaluate, gradient)
+        with uncompiled():
+            found = evaluate(gradient)
+        self._examples = found.loss.numel()
+        return found
+
+    def _run_at(self, evaluate: Evaluate, gradient: bool, forms: ClosedForms | None) -> Evaluation:
         displaced = self._kept.keys()
-        self._forms = None if self._low_rank is None else self._closed_forms(self._low_rank)
+        self._forms = forms
         self._mode = Streaming(
-            self._sources, self._shifts, self._settings.backend, displaced, self._forms
+            self._sources, self._shifts, self._settings.backend, displaced, forms
         )
         with uncompiled(), self._mode:
             return evaluate(gradient)
 
-    def _closed_forms(self, low_rank: LowRank) -> ClosedForms | None:
+    def _closed_forms(self) -> ClosedForms | None:
         closed = {
             where: source
             for where, source in self._sources.items()
             if where not in self._kept and (self._closed is None or where in self._closed)
         }
-        if not closed:
+        if self._low_rank is None or not closed:
             return None
-        return ClosedForms(closed, Displacement(low_rank, [self._shifts]), per_example=False)
+        at = Displacement(self._low_rank, [self._shifts])
+        return ClosedForms(closed, lambda _: at)
+
+    # ---- one direction an example -----------------------------------------------------------
+
+    @property
+    def _per_example(self) -> bool:
+        return self._settings.directions == "per_example"
+
+    def _run_by_example(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
+        """Where no loss has told how many examples there are, the first input's length is taken
+        for it; if it was not, all is done again."""
+        if self._examples is None:
+            try:
+                found = self._run_examples(evaluate, gradient, None)
+                self._examples = found.loss.numel()
+                if self._forms is None or self._forms.examples in (None, self._examples):
+                    return found
+            except NoOwner:
+                with uncompiled():
+                    self._examples = evaluate(False).loss.numel()
+        found = self._run_examples(evaluate, gradient, self._examples)
+        if found.loss.numel() != self._examples:
+            raise ValueError(
+                "closure must return as many losses whenever it is called in a step, got "
+                f"{found.loss.numel()} after {self._examples}"
+            )
+        return found
+
+    def _run_examples(self, evaluate: Evaluate, gradient: bool, examples: int | None) -> Evaluation:
+        low_rank, first = self._low_rank, self._first_example
+        assert low_rank is not None
+
+        def displaced(count: int) -> Displacement:
+            at = [self._shifts_of(first + example) for example in range(count)]
+            if self._alone is not None:  # in the verification
+                at = [
+                    [shift._replace(scale=shift.scale * (k in self._alone)) for shift in shifts]
+                    for k, shifts in enumerate(at)
+                ]
+            return Displacement(low_rank, at)
+
+        forms = ClosedForms(self._sources, displaced, per_example=True, examples=examples)
+        return self._run_at(evaluate, gradient, forms)
 
     # ---- verification -----------------------------------------------------------------------
 
@@ -110,8 +173,21 @@ class StreamedPerturbation(Perturbation):
         again = super().verify(evaluate, loss)
         if again is not None:  # then nothing can be said
             return again
+        if self._per_example:
+            self._verify_examples(evaluate, loss)
+        elif self._low_rank is not None:
+            self._verify_closed_forms(evaluate, loss)
         if self._low_rank is not None:
-            loss = self._verify_closed_forms(evaluate, loss)
+            with self._in_closed_form(()):
+                loss = evaluate()
+        try:
+            self._verify_uses(evaluate, loss)
+        finally:
+            if self._per_example:
+                self._shifts = []
+        return None
+
+    def _verify_uses(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
         with self._in_closed_form(()):
             missed = [
                 name
@@ -126,22 +202,61 @@ class StreamedPerturbation(Perturbation):
                 + ", ".join(missed)
                 + "; use perturbation='in_place'"
             )
-        return None
 
-    def _verify_closed_forms(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor:
-        """Compare with an evaluation by copies, whose loss is returned.
+    def _verify_examples(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
+        """An example's loss is that under its direction alone; the others do not depend on it.
+
+        Leaves the last example's direction to all, for what is verified next.
+
+        Raises:
+            RuntimeError: not so.
+        """
+        assert self._forms is not None
+        last = len(loss) - 1
+        room = TOLERANCE[self._forms.coarsest]
+        at_rest, one = self._with_alone((), evaluate), self._with_alone((last,), evaluate)
+        if not same(at_rest[:last], one[:last]):
+            raise RuntimeError(
+                "closure must compute the loss of each example from that example alone where "
+                f"directions='per_example': displacing the weights for example {last} changed the "
+                f"losses of others (by up to {(at_rest - one)[:last].abs().max().item():.3g}). "
+                "Batch normalisation, packed examples and experts of limited capacity mix them; "
+                "use directions='shared'"
+            )
+        self._shifts = self._shifts_of(self._first_example + last)
+        with self._in_closed_form(()):
+            alone = evaluate()[last]
+        if not abs((loss[last] - alone).item()) <= room * max(1.0, abs(alone.item())):
+            raise RuntimeError(
+                "closure must lead with the examples, or with their rows in order, in every layer "
+                f"where directions='per_example': example {last} has the loss "
+                f"{loss[last].item():.8g} beside others, and {alone.item():.8g} where the whole "
+                "batch has its direction; use directions='shared'"
+            )
+
+    def _with_alone(self, some: Collection[int], evaluate: Callable[[], Tensor]) -> Tensor:
+        """Losses where only these examples are displaced."""
+        self._alone = some
+        try:
+            return evaluate()
+        finally:
+            self._alone = None
+
+    def _verify_closed_forms(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
+        """Compare with an evaluation by copies.
 
         Raises:
             RuntimeError: another loss; names the parameters.
         """
         assert self._forms is not None
+        loss = loss.mean()
         room = TOLERANCE[self._forms.coarsest] * max(1.0, abs(loss.item()))
         with self._in_closed_form(()):
-            by_copies = evaluate()
+            by_copies = evaluate().mean()
 
         def wrong(some: Sequence[Source]) -> list[str]:
             with self._in_closed_form({id(s.parameter) for s in some}):
-                if abs((evaluate() - by_copies).item()) <= room:
+                if abs((evaluate().mean() - by_copies).item()) <= room:
                     return []
             if len(some) == 1:
                 return [some[0].name]
@@ -156,7 +271,6 @@ class StreamedPerturbation(Perturbation):
                 + ", ".join(wrong(list(self._sources.values())))
                 + "; use structure='full', or perturbation='in_place'"
             )
-        return by_copies
 
     @contextmanager
     def _in_closed_form(self, parameters: Collection[int]) -> Iterator[None]:

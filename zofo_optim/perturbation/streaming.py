@@ -147,10 +147,11 @@ class Streaming(TorchFunctionMode):
             if func == _SET_DATA:
                 self._refuse(func, sources[id(args[0])])
             return func(*args, **kwargs)
-        if self._forms is not None and not in_functorch():
-            result = self._forms(func, args, kwargs)
+        if self._forms is not None:
+            result = None if in_functorch() else self._forms(func, args, kwargs)
             if result is not None:
                 return result
+            self._forms.refuse(func, (*args, *kwargs.values()))
         if func is F.embedding and self._few_rows(*args, **kwargs):
             return self._perturbed(sources[id(args[1])], rows=args[0])
         if func in _PARTS and args and id(args[0]) in sources:
