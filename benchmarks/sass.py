@@ -34,7 +34,9 @@ from triton.compiler import ASTSource  # noqa: E402
 from zofo_bench.stock_triton import BLOCK, randn4x_perturb  # noqa: E402
 
 from zofo_kernels import triton_kernels as kernels  # noqa: E402
+from zofo_kernels import triton_low_rank as low_rank  # noqa: E402
 from zofo_kernels.distributions import BY_NAME  # noqa: E402
+from zofo_kernels.structure import STREAM_LEFT, STREAM_RIGHT  # noqa: E402
 from zofo_kernels.triton import COARSE_WARPS, VECTORS, WARPS  # noqa: E402
 
 DTYPES = {
@@ -53,6 +55,9 @@ BUDGETS = {
     ("recover_and_perturb", "rademacher"): 15,
     ("restore_and_update", "gaussian"): 26,
     ("restore_and_update", "rademacher"): 15,
+    ("perturb, rank 1", None): 10,
+    ("recover_and_perturb, rank 1", None): 15,
+    ("restore_and_update, rank 1", None): 15,
 }
 """Most instructions an element, for bfloat16 rounded to nearest."""
 ARGUMENTS = {
@@ -71,6 +76,31 @@ ARGUMENTS = {
     "samples": "i32",
     **dict.fromkeys(("coarse_a", "coarse_b", "backs"), "i32"),
     **{f"only_{name}": "i64" for name in ("address", "size", "offset", "parameter", "source")},
+}
+LOW_RANK_ARGUMENTS = {
+    **ARGUMENTS,
+    "factors": "*fp32",
+    "units": "i64",
+    **{f"{name}_{of}": "i64" for of in ("a", "b") for name in ("rank", "root", "at")},
+    **{f"only_{name}": "i64" for name in ("column", "row", "columns", "by_columns", "by_rows")},
+    **{f"only_{name}": "i64" for name in ("left", "right")},
+    **{f"rank_{of}": "i32" for of in ("a", "b")},
+}
+FACTORS_ARGUMENTS = {
+    **{name: kind for name, kind in ARGUMENTS.items() if name in ("table", "items", "keys")},
+    "factors": "*fp32",
+    "k0": "u32",
+    "k1": "u32",
+    "rank": "i32",
+    "at": "i64",
+    "units": "i64",
+    "half": "i32",
+    "parameter": "i64",
+    **{
+        f"{side}_{name}": "i64"
+        for side in ("left", "right")
+        for name in ("first", "count", "begin")
+    },
 }
 
 
@@ -150,6 +180,74 @@ def ours(name: str, dtype: str, distribution: str | None, rounding: str | None) 
     )
 
 
+LOW_RANK: dict[str, dict[str, Any]] = {
+    "perturb, rank 1": {"A": True},
+    "perturb, rank 4": {"A": True, "RANK": 4},
+    "recover_and_perturb, rank 1": {"A": True, "B": True},
+    "restore_and_update, rank 1": {"A": True, "UPDATE": True},
+}
+"""Moves of matrices along directions of low rank, of either distribution."""
+
+
+def of_low_rank(name: str, dtype: str, rounding: str, **more: Any) -> Kernel:
+    """One variant of the pass along directions of low rank; ``more`` are other constants."""
+    constants = {
+        "STORAGE": DTYPES[dtype],
+        "ALIGNED": True,
+        "ONLY": False,
+        "SOURCE": kernels.IN_PLACE.value,
+        "A": False,
+        "B": False,
+        "UPDATE": False,
+        "SEVERAL": False,
+        "RANK": 1,
+        "MIXED": False,
+        "DECAY": False,
+        "STOCHASTIC": rounding == "stochastic",
+        "KEYS_ON_DEVICE": False,
+        "COARSE": "coarse" in name,
+        "VECTORS": VECTORS,
+        "NATIVE": True,
+        **LOW_RANK[name.removesuffix(", coarse")],
+        **more,
+    }
+    return Kernel(
+        name,
+        dtype,
+        None,
+        rounding,
+        low_rank.low_rank_kernel,
+        LOW_RANK_ARGUMENTS,
+        constants,
+        COARSE_WARPS if constants["COARSE"] else WARPS,
+        8 * VECTORS,
+    )
+
+
+def factors(distribution: str, **more: Any) -> Kernel:
+    """What makes the factors; its elements are a tile's, a loop goes through tiles."""
+    constants = {
+        "LEFT": STREAM_LEFT,
+        "RIGHT": STREAM_RIGHT,
+        "KIND": KINDS[distribution],
+        "ONLY": False,
+        "KEYS_ON_DEVICE": False,
+        "NATIVE": True,
+        **more,
+    }
+    return Kernel(
+        "factors",
+        "float32",
+        distribution,
+        None,
+        low_rank.factors_kernel,
+        FACTORS_ARGUMENTS,
+        constants,
+        WARPS,
+        low_rank.PIECE.value,
+    )
+
+
 def stock(dtype: str) -> Kernel:
     """In-place perturbation with Triton's own generator, for comparison."""
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}[dtype]
@@ -178,6 +276,13 @@ def table(dtypes: list[str]) -> Iterator[Kernel]:
                 yield ours(name, dtype, distribution, "nearest")
                 if "update" in name and dtype in NARROW:
                     yield ours(name, dtype, distribution, "stochastic")
+        for name in LOW_RANK:
+            for full_name in (name, f"{name}, coarse")[: 1 + (dtype in NARROW)]:
+                yield of_low_rank(full_name, dtype, "nearest")
+                if "update" in name and dtype in NARROW:
+                    yield of_low_rank(full_name, dtype, "stochastic")
+        if dtype == "float32":
+            yield from map(factors, KINDS)
         yield stock(dtype)
 
 
@@ -195,7 +300,7 @@ def compile_for(kernel: Kernel, architecture: int) -> bytes:
         kernel.function, signature=signature, constexprs=kernel.constants, attrs=attributes
     )
     options = {"num_warps": kernel.warps}
-    if kernel.function is kernels.pass_kernel:
+    if kernel.function is not randn4x_perturb:
         options["enable_fp_fusion"] = False
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return bytes(compiled.asm["cubin"])
@@ -269,7 +374,7 @@ def exceeded(row: dict[str, Any]) -> bool:
 def show(rows: list[dict[str, Any]], architecture: int) -> None:
     print(f"Instructions an element, sm_{architecture}, Triton {triton.__version__}\n")
     head = ("kernel", "dtype", "distribution", "rounding", "count", "budget", "regs", "threads")
-    line = "{:28}{:10}{:13}{:12}{:>7}{:>8}{:>6}{:>8}{:>8}"
+    line = "{:36}{:10}{:13}{:12}{:>7}{:>8}{:>6}{:>8}{:>8}"
     print(line.format(*head, "spills"))
     for row in rows:
         print(
@@ -293,8 +398,10 @@ def main() -> int:
     p.add_argument("--check", action="store_true", help="status 1 where a budget is exceeded")
     p.add_argument("--dtype", choices=DTYPES, action="append", help="only this one; may repeat")
     p.add_argument("--arch", type=int, default=90, metavar="N", help="compute capability, 90")
+    p.add_argument("--kernel", action="append", metavar="NAME", help="only this one; may repeat")
     args = p.parse_args()
-    rows = [measure(kernel, args.arch) for kernel in table(args.dtype or list(DTYPES))]
+    chosen = table(args.dtype or list(DTYPES))
+    rows = [measure(k, args.arch) for k in chosen if not args.kernel or k.name in args.kernel]
     if args.json:
         print(json.dumps(rows, indent=1))
     else:

@@ -1,6 +1,7 @@
 """Memory-efficient fine-tuning by hybrid zeroth- and first-order optimisation."""
 
 from .base_weights import load_base_weights, save_base_weights
+from .gain import Gain, per_example_gain
 from .groups import hybrid_param_groups
 from .journal import Journal, replay
 from .listeners import Listener
@@ -9,6 +10,7 @@ from .saving import load_hybrid, save_hybrid
 
 __version__ = "0.1.0"
 __all__ = [
+    "Gain",
     "HybridZOFO",
     "Journal",
     "Listener",
@@ -16,6 +18,7 @@ __all__ = [
     "hybrid_param_groups",
     "load_base_weights",
     "load_hybrid",
+    "per_example_gain",
     "replay",
     "save_base_weights",
     "save_hybrid",

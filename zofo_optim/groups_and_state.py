@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
+
 from . import advice, state
 from .capture import StepCounters
 from .checks import check_group, check_zo_parameters
@@ -87,6 +89,15 @@ class GroupsAndState(Optimizer):
         if estimate is None or not estimate.per_example or estimate.coefficients is None:
             return 0
         return int(estimate.coefficients.shape[1])
+
+    @uncompiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""
+        if self._evaluator.running == "repeat":
+            return
+        if not making_optimizer_state():
+            self._estimate = None
+        super().zero_grad(set_to_none)
 
     # ---- groups ---------------------------------------------------------------------------------
 
@@ -249,7 +260,8 @@ class GroupsAndState(Optimizer):
     def accumulated(self) -> Tensor | None:
         """The coefficients that ``step()`` will apply, shape (ZO groups, num_samples).
 
-        With directions per example, (ZO groups, examples so far). None where there is no estimate to apply. Groups that were added since have no row.
+        With directions per example, (ZO groups, examples so far). None where there is no estimate
+        to apply. Groups that were added since have no row.
         """
         if self._estimate is None:
             return None

@@ -267,12 +267,3 @@ class HybridZOFO(GroupsAndState):
             group.options["zo_step"] += 1
         self._estimate = None
         self._listeners.updated(updates)
-
-    @uncompiled
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear FO gradients and ZO coefficients; ignored in repeated evaluations of a step."""
-        if self._evaluator.running == "repeat":
-            return
-        if not making_optimizer_state():
-            self._estimate = None
-        super().zero_grad(set_to_none)

@@ -123,8 +123,14 @@ def add_terms(total, weights, bases, terms, factors, place, start, count, new):
             b0, b1, b2, b3 = bases[t], bases[t + 1], bases[t + 2], bases[t + 3]
             a0, a1 = weights[t] * factors[b0 + left], weights[t + 1] * factors[b1 + left]
             a2, a3 = weights[t + 2] * factors[b2 + left], weights[t + 3] * factors[b3 + left]
-            v0, v1 = factors[b0 + right : b0 + right + some], factors[b1 + right : b1 + right + some]
-            v2, v3 = factors[b2 + right : b2 + right + some], factors[b3 + right : b3 + right + some]
+            v0, v1 = (
+                factors[b0 + right : b0 + right + some],
+                factors[b1 + right : b1 + right + some],
+            )
+            v2, v3 = (
+                factors[b2 + right : b2 + right + some],
+                factors[b3 + right : b3 + right + some],
+            )
             for i in range(some):
                 part[i] = (((part[i] + a0 * v0[i]) + a1 * v1[i]) + a2 * v2[i]) + a3 * v3[i]
             t += 4

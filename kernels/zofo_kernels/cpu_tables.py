@@ -15,9 +15,10 @@ from . import cpu_kernels as kernels
 from . import cpu_noise
 from .direction import Direction
 from .distributions import BY_NAME
+from .factor_rows import Block, split
 from .memo import kept
 from .region import Region, Regions
-from .structure import STREAM_LEFT, STREAM_RIGHT, FactorJob
+from .structure import FactorJob
 
 _STORAGE = {
     torch.float32: (kernels.FP32, np.float32),
@@ -78,58 +79,18 @@ def _build(regions: Sequence[Region]) -> list[Table]:
     return made
 
 
-class _Rows(NamedTuple):
-    """The rows of a parameter's U that are needed, and of its V."""
-
-    first: int
-    last: int
-    low: int
-    high: int
-
-    @classmethod
-    def of(cls, region: Region) -> _Rows | None:
-        """Those of a region; None where its noise is full."""
-        if region.matrix is None:
-            return None
-        rows, columns = region.matrix
-        start, size, offset = region.runs()[-1]
-        first, last = region.offset // columns, (offset + size - 1) // columns
-        return cls(first, last, first // rows * columns, (last // rows + 1) * columns)
-
-    def __or__(self, other: _Rows) -> _Rows:
-        least, most = zip(self, other, strict=True), zip(self, other, strict=True)
-        low, high = [min(pair) for pair in least], [max(pair) for pair in most]
-        return _Rows(low[0], high[1], low[2], high[3])
-
-    def units(self) -> int:
-        return self.last - self.first + 1 + self.high - self.low
-
-
 _FULL = (0, 0, 0, 0)
 
 
 def _places(regions: Sequence[Region]) -> tuple[list[tuple[int, ...]], NDArray[np.int64], int]:
     """Each region's row of ``places``; and the jobs, each factor made once, and their units."""
-    needed: dict[int, _Rows] = {}
-    for region in regions:
-        rows = _Rows.of(region)
-        if rows is not None:
-            known = needed.get(region.parameter)
-            needed[region.parameter] = rows if known is None else known | rows
-    jobs, at, where = [], 0, {}
-    for parameter, (first, last, low, high) in needed.items():
-        count = last - first + 1
-        jobs += [
-            (parameter, STREAM_LEFT, first, count, at),
-            (parameter, STREAM_RIGHT, low, high - low, at + count),
-        ]
-        where[parameter] = at - first, at + count - low
-        at += count + high - low
-    places = [
-        _FULL if region.matrix is None else (*region.matrix, *where[region.parameter])
+    block = Block.of(regions)
+    places: list[tuple[int, ...]] = [
+        _FULL if region.matrix is None else (*region.matrix, *block.places[region.parameter])
         for region in regions
     ]
-    return places, np.array(jobs, dtype=np.int64).reshape(len(jobs), 5), at
+    jobs = np.array(block.jobs, dtype=np.int64).reshape(len(block.jobs), 5)
+    return places, jobs, block.units
 
 
 # ---- directions -----------------------------------------------------------------------------
@@ -206,8 +167,8 @@ def room_for(jobs: Sequence[FactorJob], directions: Sequence[Direction]) -> Fact
 
 @functools.lru_cache(maxsize=16)
 def _one_after_the_other(jobs: tuple[FactorJob, ...]) -> tuple[NDArray[np.int64], int]:
-    ends = np.cumsum([job.count for job in jobs])
-    starts = ends - [job.count for job in jobs]
+    ends = np.cumsum([job.rows for job in jobs])
+    starts = ends - [job.rows for job in jobs]
     return np.column_stack([np.array(jobs, dtype=np.int64), starts]), int(ends[-1])
 
 
@@ -216,19 +177,4 @@ def in_parts(regions: Sequence[Region], directions: Sequence[Direction]) -> list
     if size_of_factors(regions, directions) <= _ROOM:
         return [regions]
     room = _ROOM // sum(direction.rank for direction in set(directions))
-    return _split(regions, room)
-
-
-def _split(regions: Sequence[Region], room: int) -> list[Sequence[Region]]:
-    parts: list[Sequence[Region]] = []
-    part: list[Region] = []
-    used = 0
-    for region in regions:
-        rows = _Rows.of(region)
-        units = 0 if rows is None else rows.units()
-        if part and used + units > room:
-            parts.append(part)
-            part, used = [], 0
-        part.append(region)
-        used += units
-    return [*parts, part]
+    return [*split(regions, room)]

@@ -61,7 +61,9 @@ def noise(
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     with torch.inference_mode():
-        for where, regions in Weights([out], [index], [offset], shapes=[full_shape]).layout().parts():
+        for where, regions in (
+            Weights([out], [index], [offset], shapes=[full_shape]).layout().parts()
+        ):
             backend_for(where, backend).fill_noise(regions[0], direction)
     return out
 
@@ -199,7 +201,8 @@ def factors(
         return []
     device = torch.device(device)
     engine = backend_for(device, backend) if isinstance(backend, str) else backend
-    parts = engine.factors(jobs, directions, device).split([job.count for job in jobs], dim=-1)
+    made = engine.factors(jobs, directions, device)
+    parts = torch.split(made, [job.rows for job in jobs], dim=-1)
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 

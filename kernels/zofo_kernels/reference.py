@@ -247,7 +247,9 @@ def terms(
         yield scale * root * u[row - first] * v[column - low]
 
 
-def _write(region: Region, source: Tensor, compute: Callable[[Tensor, Region, int], Tensor]) -> None:
+def _write(
+    region: Region, source: Tensor, compute: Callable[[Tensor, Region, int], Tensor]
+) -> None:
     """region <- compute(w, region, start) for the chunks w of ``source``.
 
     Args:

@@ -13,22 +13,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
-from . import reference
 from . import triton_kernels as kernels
+from . import triton_low_rank as low_rank
+from . import triton_tables as tables
 from .backend import replay_in_turn
-from .direction import KEY_VERSION, Direction, Shift
+from .direction import KEY_VERSION, ROUNDING_ELEMENTS_PER_CALL, Direction, Shift
 from .distributions import BY_NAME
-from .memo import kept
 from .program import Program
-from .region import Region, Regions
-from .structure import FactorJob
+from .region import Region
+from .structure import STREAM_LEFT, STREAM_RIGHT, FactorJob
+from .triton_tables import VECTORS, Factors, Launch, Multiples
 
 _OLDEST = (3, 4)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
@@ -37,11 +36,7 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
 INTERPRETED = not isinstance(kernels.pass_kernel, triton.JITFunction)
 """Whether Triton's interpreter runs the kernels, on CPU tensors."""
 
-VECTORS = 512
-"""Vectors of 8 elements a program. With 4 warps a thread has 32 elements, 64 bytes of bf16 in
-flight. Registers then let a multiprocessor (sm_90) hold all of its threads where 16-bit weights are
-perturbed in place; in other passes in place 44 to 75 % of them for bf16 and 31 to 75 % for fp16; in
-all passes 44 to 50 % for fp32 and 19 to 25 % for fp64. ``benchmarks/sass.py`` counts them."""
+_NATIVE = not INTERPRETED and torch.version.hip is None
 WARPS = 4
 COARSE_WARPS = 8
 """Of passes that may round coarse weights: rounding bits need registers, whether made or not."""
@@ -59,103 +54,9 @@ _IN_PLACE, _COPY, _NO_SOURCE = (
     kernels.NO_SOURCE.value,
 )
 _KEYS_PER_LAUNCH = 64
-_NO_ROW = [0] * kernels.COLUMNS.value
-
-
-class _Launch(NamedTuple):
-    """What one launch works on: runs of one dtype, all aligned or all not.
-
-    ``only`` is the row of the only run, passed by value; else ``table`` and ``items`` are on the
-    device. Where they are not read they are any tensors.
-    """
-
-    dtype: torch.dtype
-    aligned: bool
-    programs: int
-    table: Tensor
-    items: Tensor
-    only: list[int] | None = None
-
-
-def _rows(region: Region, source: Tensor, multiple: int) -> Iterator[tuple[bool, list[int]]]:
-    """The region's rows of the kernels' table, with whether each is aligned.
-
-    A run that is aligned but for its last elements gives two rows. ``multiple`` is what the offset
-    of an aligned one divides by.
-    """
-    width = region.tensor.element_size()
-    base = region.tensor.data_ptr(), source.data_ptr()
-    for start, size, offset in region.runs():
-        addresses = [address + start * width for address in base]
-        aligned = all(address % 16 == 0 for address in addresses) and offset % multiple == 0
-        body = size // 8 * 8 if aligned else 0
-        for yes, low, high in ((True, 0, body), (False, body, size)):
-            if low < high:
-                to, read = (address + low * width for address in addresses)
-                yield yes, [to, high - low, offset + low, region.parameter, read]
-
-
-def _items(rows: NDArray[np.int64], aligned: bool) -> NDArray[np.int64]:
-    """Each row's pieces: row + 2^32 * piece."""
-    lead = 0 if aligned else rows[:, 2] % 128
-    pieces = -(-(rows[:, 1] + lead) // (8 * VECTORS))
-    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
-    piece = np.arange(int(pieces.sum()), dtype=np.int64) - first
-    items: NDArray[np.int64] = np.repeat(np.arange(len(rows), dtype=np.int64), pieces) + (
-        piece << 32
-    )
-    return items
-
-
-def _launches(
-    regions: Sequence[Region], sources: Sequence[Tensor] | None, multiple: int
-) -> list[_Launch]:
-    """The launches of a pass; those of :class:`Regions` in place are made once a multiple."""
-    if type(regions) is Regions and sources is None:
-        return _kept_launches(regions, multiple)
-    if len(regions) == 1 and len(regions[0].runs()) == 1:
-        source = regions[0].tensor if sources is None else sources[0]
-        rows = _rows(regions[0], source, multiple)
-        return [_single(regions[0], aligned, row) for aligned, row in rows]
-    return _build(regions, sources, multiple)
-
-
-@kept
-def _kept_launches(regions: Regions, multiple: int) -> list[_Launch]:
-    return _build(regions, None, multiple)
-
-
-def _single(region: Region, aligned: bool, row: list[int]) -> _Launch:
-    """A launch that needs no table, for a run that serves one pass."""
-    lead = 0 if aligned else row[2] % 128
-    programs = -(-(row[1] + lead) // (8 * VECTORS))
-    return _Launch(region.tensor.dtype, aligned, programs, region.tensor, region.tensor, row)
-
-
-def _build(
-    regions: Sequence[Region], sources: Sequence[Tensor] | None, multiple: int
-) -> list[_Launch]:
-    device = regions[0].tensor.device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "the table of the weights' addresses must be built before a CUDA graph is captured: "
-            "run the same step on the same tensors once before capturing it"
-        )
-    groups: dict[tuple[torch.dtype, bool], list[list[int]]] = {}
-    for region, source in zip(regions, sources or [r.tensor for r in regions], strict=True):
-        for aligned, row in _rows(region, source, multiple):
-            groups.setdefault((region.tensor.dtype, aligned), []).append(row)
-    made = []
-    for (dtype, aligned), rows in groups.items():
-        table = np.array(rows, dtype=np.int64)
-        items = _items(table, aligned)
-        buffer = torch.from_numpy(np.concatenate([table.ravel(), items]))
-        if device.type == "cuda":
-            buffer = buffer.pin_memory()
-        buffer = buffer.to(device, non_blocking=True)
-        parts = buffer[: table.size], buffer[table.size :]
-        made.append(_Launch(dtype, aligned, items.size, *parts))
-    return made
+_NO_FACTORS = [0] * 8
+_UNROLLED = 4
+"""The largest rank that the pass has code of its own for."""
 
 
 def _bits(value: float) -> int:
@@ -196,6 +97,7 @@ def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tenso
             and directions[high].seed == first.seed
             and _same_step(directions[high], first)
             and directions[high].distribution == first.distribution
+            and directions[high].rank == first.rank
             and directions[high].sample == first.sample + high - low
         ):
             high += 1
@@ -212,6 +114,7 @@ def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tenso
             first.step if on_device else keys,
             first.sample,
             BY_NAME[first.distribution].code,
+            first.rank,
             high - low,
             version=KEY_VERSION,
             STEP_ON_DEVICE=on_device,
@@ -220,6 +123,77 @@ def _device_keys(directions: Sequence[Direction], device: torch.device) -> Tenso
         )
         low = high
     return keys
+
+
+def _same(a: Direction, b: Direction) -> bool:
+    return _same_step(a, b) and a._replace(step=0) == b._replace(step=0)
+
+
+class _Blocks(NamedTuple):
+    """Where the factors of a pass's directions are: in blocks, of one k each."""
+
+    total: int
+    firsts: list[int]
+    """Of each direction, its first block."""
+    made: list[int]
+    """The directions that they are made for, in order."""
+
+    @classmethod
+    def of(cls, along: Sequence[Direction], shifts: int) -> _Blocks:
+        """Those of the update follow one another; a shift may have those of another direction."""
+        firsts, made, total = [0] * len(along), list[int](), 0
+        for index in (*range(shifts, len(along)), *range(shifts)):
+            direction = along[index]
+            known = (i for i in made if index < shifts and _same(along[i], direction))
+            same = next(known, None)
+            firsts[index] = total if same is None else firsts[same]
+            if same is None and direction.rank:
+                made.append(index)
+                total += direction.rank
+        return cls(total, firsts, made)
+
+    def alike(self, along: Sequence[Direction]) -> Iterator[tuple[int, int]]:
+        """Runs of directions that one launch serves: the first, and how many."""
+        first, count = self.made[0], 0
+        for index in self.made:
+            a, b = along[first], along[index]
+            if index != first + count or (a.rank, a.distribution) != (b.rank, b.distribution):
+                yield first, count
+                first, count = index, 0
+            count += 1
+        yield first, count
+
+
+def _fill(
+    memory: Tensor,
+    factors: Factors,
+    along: Sequence[Direction],
+    blocks: _Blocks,
+    keys: Tensor | None,
+) -> None:
+    """Make all factors that a part needs. Without keys on the device, for each direction apart."""
+    runs = blocks.alike(along) if keys is not None else ((index, 1) for index in blocks.made)
+    for first, count in runs:
+        direction = along[first]
+        low_rank.factors_kernel[(factors.programs, count)](
+            memory,
+            factors.table if keys is None else keys[first:],
+            factors.table,
+            factors.items,
+            *((0, 0) if keys is not None else direction.key()),
+            direction.rank,
+            blocks.firsts[first],
+            factors.units,
+            *(factors.only or _NO_FACTORS),
+            LEFT=STREAM_LEFT,
+            RIGHT=STREAM_RIGHT,
+            KIND=BY_NAME[direction.distribution].code,
+            ONLY=factors.only is not None,
+            KEYS_ON_DEVICE=keys is not None,
+            NATIVE=_NATIVE,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
 
 
 def _run(
@@ -233,77 +207,152 @@ def _run(
     source: int = _IN_PLACE,
     sources: Sequence[Tensor] | None = None,
 ) -> None:
-    """One pass: at most two shifts, or at most one and the update."""
+    """One pass: at most two shifts, or at most one and the update.
+
+    Of low rank are all shifts or none; where the update has such directions, then those are all
+    shifts.
+    """
     along = [*(shift.direction for shift in shifts), *directions]
-    distributions = [BY_NAME[direction.distribution] for direction in along]
-    kinds = [distribution.code for distribution in distributions]
-    # whole Philox calls: no direction is drawn in smaller steps than rounding bits are
-    multiple = max(distribution.elements_per_call for distribution in distributions)
-    launches = _launches(regions, sources, multiple)
-    scales = [_bits(shift.scale) for shift in shifts] + [0, 0]
+    blocks = _Blocks.of(along, len(shifts))
+    multiples = Multiples(
+        _multiple(along), _multiple([direction for direction in directions if not direction.rank])
+    )
+    parts = tables.parts(regions, sources, blocks.total, multiples)
     on_device = len(directions) > 1 or any(isinstance(d.step, Tensor) for d in along)
     words = [0, 0, 0, 0]
     if not on_device:
         words = [word for direction in along for word in direction.key()] + words
         words = words[:4] if shifts else [0, 0, *words[:2]]
-    update = kinds[-1] if directions else _NONE
-    if len(set(kinds[len(shifts) :])) > 1:
-        update = kernels.MIXED.value
-    variant = {
+    scales = [_bits(shift.scale) for shift in shifts] + [0, 0]
+    scalars = [*words, *scales[:2], _bits(weight_decay), len(directions)]
+    common = {
         "SOURCE": source,
-        "KIND_A": kinds[0] if shifts else _NONE,
-        "KIND_B": kinds[1] if len(shifts) == 2 else _NONE,
-        "UPDATE": update,
-        "SAME": len(along) == 2
-        and _same_step(*along)
-        and (along[0]._replace(step=0) == along[1]._replace(step=0)),
         "SEVERAL": len(directions) > 1,
         "DECAY": weight_decay != 0,
         "KEYS_ON_DEVICE": on_device,
     }
-    backs = sum(2**k * shift.back for k, shift in enumerate(shifts))
+    full = common | _full_variant(along, len(shifts))
     device = regions[0].tensor.device
     with _on(device):
-        unread = launches[0].table
-        keys = _device_keys(along, device) if on_device else unread
-        pointers = [keys, *(unread if t is None else t for t in (coefficients, lr))]
-        scalars = [*words, *scales[:2], _bits(weight_decay), len(directions)]
-        for launch in launches:
-            sizes = [shift.coarse_from(launch.dtype) for shift in shifts]
-            coarse = [_bits32(size) for size in (*sizes, math.inf, math.inf)][:2]
-            variant["COARSE"] = not all(map(math.isinf, sizes))
-            _start(launch, pointers, [*scalars, *coarse, backs], variant, stochastic)
+        keys = _device_keys(along, device) if on_device else None
+        pointers = [keys, coefficients, lr]
+        needed = [part.factors.units for part in parts if part.factors is not None]
+        size = blocks.total * max(needed, default=0)
+        memory = torch.empty(size, dtype=torch.float32, device=device) if size else None
+        for part in parts:
+            for launch in part.full:
+                _start(kernels.pass_kernel, launch, pointers, scalars, shifts, full, stochastic)
+            if part.factors is None or memory is None:
+                continue
+            _fill(memory, part.factors, along, blocks, keys)
+            where = [part.factors.units, *_where(along, len(shifts), blocks)]
+            low = common | _low_rank_variant(along, len(shifts))
+            for launch in part.low_rank:
+                _start(
+                    low_rank.low_rank_kernel,
+                    launch,
+                    [*pointers, memory],
+                    scalars,
+                    shifts,
+                    low,
+                    stochastic,
+                    where,
+                )
 
 
 def _start(
-    launch: _Launch,
-    pointers: Sequence[Tensor],
+    kernel: Any,
+    launch: Launch,
+    pointers: Sequence[Tensor | None],
     scalars: Sequence[int],
+    shifts: Sequence[Shift],
     variant: dict[str, Any],
     stochastic: bool,
+    more: Sequence[int] = (),
 ) -> None:
-    kernels.pass_kernel[(launch.programs,)](
+    sizes = [shift.coarse_from(launch.dtype) for shift in shifts]
+    is_coarse = not all(map(math.isinf, sizes))
+    coarse = [_bits32(size) for size in (*sizes, math.inf, math.inf)][:2]
+    backs = sum(2**k * shift.back for k, shift in enumerate(shifts))
+    columns = (low_rank if more else kernels).COLUMNS.value
+    kernel[(launch.programs,)](
         launch.table,
         launch.items,
-        *pointers,
+        *(launch.table if pointer is None else pointer for pointer in pointers),
         *scalars,
-        *(launch.only or _NO_ROW),
+        *coarse,
+        backs,
+        *more,
+        *(launch.only or [0] * columns),
         ONLY=launch.only is not None,
         STORAGE=_DTYPES[launch.dtype],
         ALIGNED=launch.aligned,
         STOCHASTIC=stochastic and launch.dtype in (torch.bfloat16, torch.float16),
         **variant,
+        COARSE=is_coarse,
         VECTORS=VECTORS,
-        NATIVE=not INTERPRETED and torch.version.hip is None,
-        num_warps=COARSE_WARPS if variant["COARSE"] else WARPS,
+        NATIVE=_NATIVE,
+        num_warps=COARSE_WARPS if is_coarse else WARPS,
         enable_fp_fusion=False,
     )
 
 
+def _full_variant(along: Sequence[Direction], shifts: int) -> dict[str, Any]:
+    """What ``pass_kernel`` is compiled for."""
+    kinds = [BY_NAME[direction.distribution].code for direction in along]
+    of_update = kinds[shifts:]
+    update = of_update[-1] if of_update else _NONE
+    return {
+        "KIND_A": kinds[0] if shifts else _NONE,
+        "KIND_B": kinds[1] if shifts == 2 else _NONE,
+        "UPDATE": kernels.MIXED.value if len(set(of_update)) > 1 else update,
+        "SAME": len(along) == 2 and _same(*along),
+    }
+
+
+def _low_rank_variant(along: Sequence[Direction], shifts: int) -> dict[str, Any]:
+    """What ``low_rank_kernel`` is compiled for."""
+    ranks = {direction.rank for direction in along}
+    return {
+        "A": shifts > 0,
+        "B": shifts == 2,
+        "UPDATE": len(along) > shifts,
+        "RANK": min(ranks) if len(ranks) == 1 and max(ranks) <= _UNROLLED else 0,
+        "MIXED": len({direction.rank for direction in along[shifts:]}) > 1,
+    }
+
+
+def _where(along: Sequence[Direction], shifts: int, blocks: _Blocks) -> list[int]:
+    """Rank, root and first block of shift a, and of shift b or the update's first direction."""
+    each = [
+        [direction.rank, _bits(1 / math.sqrt(max(direction.rank, 1))), first]
+        for direction, first in zip(along, blocks.firsts, strict=True)
+    ]
+    none = [0, 0, 0]
+    a, b = [*([] if shifts else [none]), *each, none][:2]
+    return [*a, *b]
+
+
+def _multiple(along: Sequence[Direction]) -> int:
+    """Elements of whole Philox calls; no direction is drawn in smaller steps than rounding bits."""
+    calls = [BY_NAME[direction.distribution].elements_per_call for direction in along]
+    return max([ROUNDING_ELEMENTS_PER_CALL, *calls])
+
+
 def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:
     """See :meth:`Backend.perturb`."""
-    for low in range(0, len(shifts), 2):
-        _run(regions, shifts[low : low + 2])
+    low = 0
+    while low < len(shifts):
+        high = low + 1
+        if high < len(shifts) and _alike(shifts[low].direction, shifts[high].direction):
+            high += 1
+        _run(regions, shifts[low:high])
+        low = high
+
+
+def _alike(a: Direction, b: Direction) -> bool:
+    """Whether both are of low rank or both are not: one pass serves them."""
+    return (a.rank > 0) == (b.rank > 0)
 
 
 def perturb_copy(regions: Sequence[Region], sources: Sequence[Tensor], shift: Shift) -> None:
@@ -321,7 +370,11 @@ def update(
     stochastic: bool,
 ) -> None:
     """See :meth:`Backend.update`."""
-    shifts = () if recover is None else (recover.taken_off(),)
+    shifts = [] if recover is None else [recover.taken_off()]
+    of_low_rank = [direction for direction in directions if direction.rank]
+    if recover is not None and not _alike(recover.direction, (of_low_rank or directions)[0]):
+        _run(regions, shifts)
+        shifts = []
     _run(regions, shifts, directions, coefficients.contiguous(), lr, weight_decay, stochastic)
 
 
@@ -334,7 +387,14 @@ def factors(
     jobs: Sequence[FactorJob], directions: Sequence[Direction], device: torch.device
 ) -> Tensor:
     """See :meth:`Backend.factors`."""
-    return reference.factors(jobs, directions, device)
+    factors, rank = tables.factors_of(tuple(jobs), device), directions[0].rank
+    shape = len(directions), rank, factors.units
+    memory = torch.empty(shape, dtype=torch.float32, device=device)
+    on_device = len(directions) > 1 or isinstance(directions[0].step, Tensor)
+    with _on(device):
+        keys = _device_keys(directions, device) if on_device else None
+        _fill(memory, factors, directions, _Blocks.of(directions, 0), keys)
+    return memory
 
 
 def fill_noise(out: Region, direction: Direction) -> None:

@@ -15,11 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import distributions
-from .triton_random import gaussian, mix64, rounding_bits, signs
+from . import direction, distributions
+from .triton_random import gaussian, mix64, signs
+from .triton_rounding import final, on_grid, round_coarse, unpack
 
 GAUSSIAN = tl.constexpr(distributions.GAUSSIAN.code)
 RADEMACHER = tl.constexpr(distributions.RADEMACHER.code)
+STREAM_DIRECTION = tl.constexpr(direction.STREAM_DIRECTION)
 NONE = tl.constexpr(-1)
 MIXED = tl.constexpr(-2)  # an update's directions of both distributions
 IN_PLACE, COPY, NO_SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -28,7 +30,7 @@ COLUMNS = tl.constexpr(5)
 
 
 @triton.jit(
-    do_not_specialize=["seed", "step", "sample", "kind", "count"],
+    do_not_specialize=["seed", "step", "sample", "kind", "rank", "count"],
     do_not_specialize_on_alignment=["keys", "device_step"],
 )
 def keys_kernel(
@@ -38,12 +40,13 @@ def keys_kernel(
     device_step,
     sample: tl.uint64,
     kind: tl.int32,
+    rank: tl.int32,
     count: tl.int32,
     version: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """keys[i] <- (Direction(seed, step, sample + i).key(), kind, 0) for i < count, int32."""
+    """keys[i] <- (Direction(seed, step, sample + i).key(), kind, rank) for i < count, int32."""
     row = tl.arange(0, BLOCK)
     inside = row < count
     if STEP_ON_DEVICE:
@@ -55,10 +58,11 @@ def keys_kernel(
     high = (h >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
     tl.store(keys + 4 * row + 1, high, mask=inside)
     tl.store(keys + 4 * row + 2, row * 0 + kind, mask=inside)
+    tl.store(keys + 4 * row + 3, row * 0 + rank, mask=inside)
 
 
 @triton.jit
-def _key(keys, row, k0, k1, ON_DEVICE: tl.constexpr):
+def key_of(keys, row, k0, k1, ON_DEVICE: tl.constexpr):
     """A direction's key: from its row of ``keys``, or as given."""
     if ON_DEVICE:
         k0 = tl.load(keys + 4 * row).to(tl.uint32, bitcast=True)
@@ -69,7 +73,87 @@ def _key(keys, row, k0, k1, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def _noise(
+def piece_of(
+    table,
+    items,
+    only_address,
+    only_size,
+    only_offset,
+    only_parameter,
+    COLUMNS: tl.constexpr,
+    ONLY: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """What a program works on: the run's row, its first four columns, and the piece's start."""
+    if ONLY:
+        row = table
+        address, size = only_address.to(tl.int64), only_size.to(tl.int64)
+        offset, parameter = only_offset.to(tl.int64), only_parameter.to(tl.int64)
+        start = tl.program_id(0).to(tl.int64) * (8 * VECTORS)
+    else:
+        item = tl.load(items + tl.program_id(0))
+        row = table + COLUMNS * (item & 0xFFFFFFFF)
+        address, size = tl.load(row), tl.load(row + 1)
+        offset, parameter = tl.load(row + 2), tl.load(row + 3)
+        start = (item >> 32) * (8 * VECTORS)
+    return row, address, size, offset, parameter, start
+
+
+@triton.jit
+def tile_of(
+    row,
+    only_source,
+    address,
+    size,
+    offset,
+    start,
+    STORAGE: tl.constexpr,
+    ONLY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOURCE: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """A tile: pointer and elements past it, which are the run's, what they hold, first vector.
+
+    Args: see :func:`piece_of` and :func:`pass_kernel`.
+    """
+    PAIRS: tl.constexpr = ALIGNED and STORAGE.primitive_bitwidth == 16
+    MEMORY: tl.constexpr = tl.uint32 if PAIRS else STORAGE
+    WIDTH: tl.constexpr = 4 if PAIRS else 8
+    vector = tl.arange(0, VECTORS)
+    element = (vector * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    if ALIGNED:
+        left = tl.minimum(size - start, 8 * VECTORS).to(tl.int32)
+        inside, _ = tl.broadcast((8 * vector < left)[:, None], element)
+    else:
+        lead = offset & 127  # pieces start at whole Philox calls, before the run's start
+        offset -= lead
+        address -= lead * (STORAGE.primitive_bitwidth // 8)
+        inside = (start + element >= lead) & (start + element < lead + size)
+    begin = start // (8 // WIDTH)
+    place = address.to(tl.pointer_type(MEMORY)) + begin
+    if ALIGNED:
+        place = tl.multiple_of(place, 16)
+    if SOURCE == IN_PLACE:
+        memory = tl.load(place + element, mask=inside)
+    elif SOURCE == COPY:
+        if ONLY:
+            address = only_source.to(tl.int64)
+        else:
+            address = tl.load(row + 4)
+        if not ALIGNED:
+            address -= lead * (STORAGE.primitive_bitwidth // 8)
+        source = address.to(tl.pointer_type(MEMORY)) + begin
+        if ALIGNED:
+            source = tl.multiple_of(source, 16)
+        memory = tl.load(source + element, mask=inside)
+    else:
+        memory = tl.zeros((VECTORS, WIDTH), MEMORY)
+    return place, element, inside, memory, (offset + start) >> 3
+
+
+@triton.jit
+def noise_of(
     vector,
     parameter,
     k0,
@@ -79,12 +163,13 @@ def _noise(
     PAIRS: tl.constexpr,
     VECTORS: tl.constexpr,
     NATIVE: tl.constexpr,
+    stream=STREAM_DIRECTION,
 ):
     """Normals, or signs in the top bit of uint32."""
     if KIND == GAUSSIAN:
-        noise = gaussian(vector, parameter, k0, k1, one, VECTORS, NATIVE)
+        noise = gaussian(vector, parameter, k0, k1, one, stream, VECTORS, NATIVE)
     else:
-        noise = signs(vector, parameter, k0, k1, VECTORS)
+        noise = signs(vector, parameter, k0, k1, stream, VECTORS)
     if PAIRS:
         return noise
     else:
@@ -111,163 +196,13 @@ def _shifted(weight, scale, noise, KIND: tl.constexpr):
 
 
 @triton.jit
-def _term(step, noise, KIND: tl.constexpr):
+def term_of(step, noise, KIND: tl.constexpr):
     """0 + step z, rounded once: never -0, so that no step keeps a weight of -0."""
     if KIND == GAUSSIAN:
         z = noise.to(step.dtype)
         return tl.fma(z, tl.zeros_like(z) + step, tl.zeros_like(z))
     else:
         return _flipped(step, noise, tl.where(step == 0, 0, 0x80000000).to(tl.uint32))
-
-
-@triton.jit
-def _nearest(value, STORAGE: tl.constexpr, NATIVE: tl.constexpr):
-    """fp32 or fp64 rounded to nearest, ties to even, in the storage dtype."""
-    if NATIVE or STORAGE != tl.bfloat16:
-        return value.to(STORAGE)
-    else:  # Triton's interpreter truncates
-        pattern = value.to(tl.uint32, bitcast=True)
-        rounded = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
-        rounded = tl.where(value == value, rounded, (pattern >> 16) | 0x40)
-        return rounded.to(tl.uint16).to(STORAGE, bitcast=True)
-
-
-@triton.jit
-def _pack(low, high, STORAGE: tl.constexpr, NATIVE: tl.constexpr):
-    """Two fp32, rounded to nearest in a 16-bit dtype, as one uint32."""
-    if NATIVE and STORAGE == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, True, 1
-        )
-    elif NATIVE:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, True, 1
-        )
-    else:
-        a = _nearest(low, STORAGE, NATIVE).to(tl.uint16, bitcast=True).to(tl.uint32)
-        b = _nearest(high, STORAGE, NATIVE).to(tl.uint16, bitcast=True).to(tl.uint32)
-        return a | (b << 16)
-
-
-@triton.jit
-def _unpack(word, STORAGE: tl.constexpr):
-    """The inverse of :func:`_pack`: (..., 2) fp32."""
-    if STORAGE == tl.bfloat16:
-        low = (word << 16).to(tl.float32, bitcast=True)
-        high = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        low = word.to(tl.uint16).to(STORAGE, bitcast=True).to(tl.float32)
-        high = (word >> 16).to(tl.uint16).to(STORAGE, bitcast=True).to(tl.float32)
-    return tl.join(low, high)
-
-
-@triton.jit
-def _stored(value, STORAGE: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr):
-    """Rounded to nearest, as it is stored."""
-    if PAIRS:
-        low, high = tl.split(value)
-        return _pack(low, high, STORAGE, NATIVE)
-    else:
-        return _nearest(value, STORAGE, NATIVE)
-
-
-@triton.jit
-def _rounded(value, STORAGE: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr):
-    """Rounded to the grid of the storage dtype, in the compute dtype."""
-    if PAIRS:
-        return _unpack(_stored(value, STORAGE, PAIRS, NATIVE), STORAGE)
-    else:
-        return _stored(value, STORAGE, PAIRS, NATIVE).to(value.dtype)
-
-
-@triton.jit
-def _stored_stochastic(value, bits, STORAGE: tl.constexpr, PAIRS: tl.constexpr):
-    """fp32 rounded stochastically, as it is stored; see reference.round_stochastic."""
-    pattern = value.to(tl.uint32, bitcast=True)
-    if STORAGE == tl.bfloat16:
-        # an infinity's low half is 0, so no carry reaches its exponent; a NaN's may not be
-        half = tl.where(value == value, pattern + bits, pattern | 0x400000) >> 16
-    else:
-        # the exponent's bias differs by 112; past the largest number lies infinity
-        half = (((pattern & 0x7FFFFFFF) + (bits >> 3)) >> 13) - (112 << 10)
-        half = tl.minimum(half, 0x7C00)
-        # below 2^-14 fp16 is fixed point with steps of 2^-24: the bits are the number of steps
-        size = tl.abs(value)
-        small = size < 6.103515625e-05
-        steps = (tl.where(small, size, 0.0) * 1099511627776.0).to(tl.int32).to(tl.uint32)
-        half = tl.where(small, (steps + bits) >> 16, half)
-        half = tl.where(value == value, half, 0x7E00) | ((pattern >> 16) & 0x8000)
-    if PAIRS:
-        low, high = tl.split(half)
-        return low | (high << 16)
-    else:
-        return half.to(tl.uint16).to(STORAGE, bitcast=True)
-
-
-@triton.jit
-def _coarse_rounded(value, before, bits, back, STORAGE: tl.constexpr):
-    """fp32 rounded as reference.round_shift does, in fp32. ``back`` is a scalar, 0 or 1."""
-    pattern = value.to(tl.uint32, bitcast=True)
-    size, sign = pattern & 0x7FFFFFFF, pattern & 0x80000000
-    from_size = before.to(tl.uint32, bitcast=True) & 0x7F800000
-    larger = (from_size > (size & 0x7F800000)) & (back != 0)
-    if STORAGE == tl.bfloat16:
-        up = tl.where(size >= 0x7F800000, pattern, (pattern + bits) & 0xFFFF0000)
-        wide = (pattern + 2 * bits + 1) & 0xFFFE0000
-        larger = larger & (size >= 0x00800000)
-    else:
-        up = (size + (bits >> 3)) & 0xFFFFE000
-        up = tl.where(up >= 0x47800000, 0x7F800000, up)
-        small = size < 0x38800000
-        steps = tl.where(small, tl.abs(value), 0.0) * 1099511627776.0
-        steps = (steps.to(tl.int32).to(tl.uint32) + bits) >> 16
-        tiny = (steps.to(tl.int32).to(tl.float32) * 5.9604644775390625e-08).to(
-            tl.uint32, bitcast=True
-        )
-        up = tl.where(small, tiny, up) | sign
-        up = tl.where(size >= 0x7F800000, pattern, up)
-        wide = (pattern + (bits >> 2)) & 0xFFFFC000
-        larger = larger & (size >= 0x38800000)
-    return tl.where(larger, wide, up).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _moved(
-    weight,
-    scale,
-    noise,
-    coarse_from,
-    back,
-    first,
-    parameter,
-    k0,
-    k1,
-    KIND: tl.constexpr,
-    COARSE: tl.constexpr,
-    STORAGE: tl.constexpr,
-    PAIRS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """weight + scale z; coarse weights rounded to the storage dtype, others not yet.
-
-    Args:
-        coarse_from: fp32's bits of the size from which on weights are coarse; uint32.
-        first, parameter, k0, k1: of the rounding bits; made where the tile has a coarse weight.
-    """
-    value = _shifted(weight, scale, noise, KIND)
-    if COARSE:
-        coarse = (weight.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) >= coarse_from
-        if tl.max(coarse.to(tl.int32).reshape(VECTORS * 8), 0) != 0:
-            bits = rounding_bits(first, parameter, k0, k1, VECTORS, 2)
-            if not PAIRS:
-                bits = bits.reshape(VECTORS, 8)
-            bits = tl.where(scale < 0, 0xFFFF - bits, bits)
-            rounded = _coarse_rounded(value, weight, bits, back, STORAGE)
-            # nothing comes back from infinity
-            finite = (rounded.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) != 0x7F800000
-            value = tl.where(coarse & finite, rounded, value)
-    return value
 
 
 _BY_VALUE = ["a0", "a1", "b0", "b1", "scale_a", "scale_b", "weight_decay", "samples"]
@@ -339,133 +274,107 @@ def pass_kernel(
     """
     COMPUTE: tl.constexpr = tl.float64 if STORAGE == tl.float64 else tl.float32
     PAIRS: tl.constexpr = ALIGNED and STORAGE.primitive_bitwidth == 16
-    MEMORY: tl.constexpr = tl.uint32 if PAIRS else STORAGE
-    WIDTH: tl.constexpr = 4 if PAIRS else 8
     AFTER_A: tl.constexpr = 1 if KIND_A != NONE else 0  # the next row of keys
-    if ONLY:
-        address, size = only_address.to(tl.int64), only_size.to(tl.int64)
-        offset, parameter = only_offset.to(tl.int64), only_parameter.to(tl.int64)
-        start = tl.program_id(0).to(tl.int64) * (8 * VECTORS)
-    else:
-        item = tl.load(items + tl.program_id(0))
-        row = table + COLUMNS * (item & 0xFFFFFFFF)
-        address, size = tl.load(row), tl.load(row + 1)
-        offset, parameter = tl.load(row + 2), tl.load(row + 3)
-        start = (item >> 32) * (8 * VECTORS)
+    row, address, size, offset, parameter, start = piece_of(
+        table,
+        items,
+        only_address,
+        only_size,
+        only_offset,
+        only_parameter,
+        COLUMNS,
+        ONLY,
+        VECTORS,
+    )
     one = 0x3F800000 ^ (size >> 63).to(tl.uint32)  # see gaussian
-
-    # the memory of the tile
-    vector = tl.arange(0, VECTORS)
-    element = (vector * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
-    if ALIGNED:
-        left = tl.minimum(size - start, 8 * VECTORS).to(tl.int32)
-        inside, _ = tl.broadcast((8 * vector < left)[:, None], element)
-    else:
-        lead = offset & 127  # pieces start at whole Philox calls, before the run's start
-        offset -= lead
-        address -= lead * (STORAGE.primitive_bitwidth // 8)
-        inside = (start + element >= lead) & (start + element < lead + size)
-    begin = start // (8 // WIDTH)
-    place = address.to(tl.pointer_type(MEMORY)) + begin
-    if ALIGNED:
-        place = tl.multiple_of(place, 16)
-    if SOURCE == IN_PLACE:
-        memory = tl.load(place + element, mask=inside)
-    elif SOURCE == COPY:
-        if ONLY:
-            address = only_source.to(tl.int64)
-        else:
-            address = tl.load(row + 4)
-        if not ALIGNED:
-            address -= lead * (STORAGE.primitive_bitwidth // 8)
-        source = address.to(tl.pointer_type(MEMORY)) + begin
-        if ALIGNED:
-            source = tl.multiple_of(source, 16)
-        memory = tl.load(source + element, mask=inside)
-    else:
-        memory = tl.zeros((VECTORS, WIDTH), MEMORY)
+    place, element, inside, memory, first = tile_of(
+        row,
+        only_source,
+        address,
+        size,
+        offset,
+        start,
+        STORAGE,
+        ONLY,
+        ALIGNED,
+        SOURCE,
+        VECTORS,
+    )
     if PAIRS:
-        weight = _unpack(memory, STORAGE)
+        weight = unpack(memory, STORAGE)
     else:
         weight = memory.to(COMPUTE)
 
-    first = (offset + start) >> 3
-    a0, a1 = _key(keys, 0, a0, a1, KEYS_ON_DEVICE and KIND_A != NONE)
-    b0, b1 = _key(keys, AFTER_A, b0, b1, KEYS_ON_DEVICE)
+    a0, a1 = key_of(keys, 0, a0, a1, KEYS_ON_DEVICE and KIND_A != NONE)
+    b0, b1 = key_of(keys, AFTER_A, b0, b1, KEYS_ON_DEVICE)
     if KIND_A != NONE:
-        noise = _noise(first, parameter, a0, a1, one, KIND_A, PAIRS, VECTORS, NATIVE)
+        noise = noise_of(first, parameter, a0, a1, one, KIND_A, PAIRS, VECTORS, NATIVE)
         scale = scale_a.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
-        weight = _moved(
+        moved = _shifted(weight, scale, noise, KIND_A)
+        weight = round_coarse(
+            moved,
             weight,
             scale,
-            noise,
             coarse_a.to(tl.uint32),
             backs & 1,
             first,
             parameter,
             a0,
             a1,
-            KIND_A,
             COARSE,
             STORAGE,
             PAIRS,
             VECTORS,
-            NATIVE,
         )
         if KIND_B != NONE or UPDATE != NONE:
-            weight = _rounded(weight, STORAGE, PAIRS, NATIVE)
+            weight = on_grid(weight, STORAGE, PAIRS, NATIVE)
     if KIND_B != NONE:
         if not SAME:
-            noise = _noise(first, parameter, b0, b1, one, KIND_B, PAIRS, VECTORS, NATIVE)
+            noise = noise_of(first, parameter, b0, b1, one, KIND_B, PAIRS, VECTORS, NATIVE)
         scale = scale_b.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
-        weight = _moved(
+        moved = _shifted(weight, scale, noise, KIND_B)
+        weight = round_coarse(
+            moved,
             weight,
             scale,
-            noise,
             coarse_b.to(tl.uint32),
             backs & 2,
             first,
             parameter,
             b0,
             b1,
-            KIND_B,
             COARSE,
             STORAGE,
             PAIRS,
             VECTORS,
-            NATIVE,
         )
     if UPDATE != NONE:
         lr = tl.load(rate).to(COMPUTE)
         if SEVERAL:
             delta = tl.zeros_like(weight)
             for s in range(samples):
-                k0, k1 = _key(keys, s + AFTER_A, b0, b1, True)
+                k0, k1 = key_of(keys, s + AFTER_A, b0, b1, True)
                 step = lr * tl.load(coefficients + s).to(COMPUTE)
                 # not "noise": shift a's may be of another type, and a loop's names keep theirs
                 if UPDATE != MIXED:
-                    drawn = _noise(first, parameter, k0, k1, one, UPDATE, PAIRS, VECTORS, NATIVE)
-                    delta += _term(step, drawn, UPDATE)
+                    drawn = noise_of(first, parameter, k0, k1, one, UPDATE, PAIRS, VECTORS, NATIVE)
+                    delta += term_of(step, drawn, UPDATE)
                 elif tl.load(keys + 4 * (s + AFTER_A) + 2) == GAUSSIAN:
-                    z = _noise(first, parameter, k0, k1, one, GAUSSIAN, PAIRS, VECTORS, NATIVE)
-                    delta += _term(step, z, GAUSSIAN)
+                    z = noise_of(first, parameter, k0, k1, one, GAUSSIAN, PAIRS, VECTORS, NATIVE)
+                    delta += term_of(step, z, GAUSSIAN)
                 else:
-                    sign = _noise(first, parameter, k0, k1, one, RADEMACHER, PAIRS, VECTORS, NATIVE)
-                    delta += _term(step, sign, RADEMACHER)
+                    sign = noise_of(
+                        first, parameter, k0, k1, one, RADEMACHER, PAIRS, VECTORS, NATIVE
+                    )
+                    delta += term_of(step, sign, RADEMACHER)
         else:
             if not SAME:
-                noise = _noise(first, parameter, b0, b1, one, UPDATE, PAIRS, VECTORS, NATIVE)
-            delta = _term(lr * tl.load(coefficients).to(COMPUTE), noise, UPDATE)
+                noise = noise_of(first, parameter, b0, b1, one, UPDATE, PAIRS, VECTORS, NATIVE)
+            delta = term_of(lr * tl.load(coefficients).to(COMPUTE), noise, UPDATE)
         if DECAY:
             decay = lr * weight_decay.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
             delta = tl.where(decay == 0, delta, delta + decay * weight)
         weight -= delta
 
-    if STOCHASTIC:
-        bits = rounding_bits(first, parameter, b0, b1, VECTORS, 1)
-        if not PAIRS:
-            bits = bits.reshape(VECTORS, 8)
-        memory = _stored_stochastic(weight, bits, STORAGE, PAIRS)
-    else:
-        memory = _stored(weight, STORAGE, PAIRS, NATIVE)
+    memory = final(weight, first, parameter, b0, b1, STOCHASTIC, STORAGE, PAIRS, VECTORS, NATIVE)
     tl.store(place + element, memory, mask=inside)

@@ -38,24 +38,24 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _blocks(block, parameter, k0, k1, STREAM: tl.constexpr):
+def _blocks(block, parameter, k0, k1, stream):
     """The four words of Philox blocks ``block``, int64 of any shape."""
     low = block.to(tl.uint32)
     zero = low * 0
     return philox(
-        low, (block >> 32).to(tl.uint32), zero + parameter.to(tl.uint32), zero + STREAM, k0, k1
+        low, (block >> 32).to(tl.uint32), zero + parameter.to(tl.uint32), zero + stream, k0, k1
     )
 
 
 @triton.jit
-def _words(vector, parameter, k0, k1, STREAM: tl.constexpr, VECTORS: tl.constexpr):
+def _words(vector, parameter, k0, k1, stream, VECTORS: tl.constexpr):
     """One Philox call a vector: (VECTORS, 4) uint32; the joins move nothing between threads."""
-    w0, w1, w2, w3 = _blocks(vector + tl.arange(0, VECTORS), parameter, k0, k1, STREAM)
+    w0, w1, w2, w3 = _blocks(vector + tl.arange(0, VECTORS), parameter, k0, k1, stream)
     return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(VECTORS, 4)
 
 
 @triton.jit
-def gaussian(vector, parameter, k0, k1, one, VECTORS: tl.constexpr, NATIVE: tl.constexpr):
+def gaussian(vector, parameter, k0, k1, one, stream, VECTORS: tl.constexpr, NATIVE: tl.constexpr):
     """Normals, fp32; see reference.gaussian_from_words.
 
     Both uniforms are mantissas of numbers in [1, 2), so no integer is converted. The angle is
@@ -67,7 +67,7 @@ def gaussian(vector, parameter, k0, k1, one, VECTORS: tl.constexpr, NATIVE: tl.c
             of two known masks in two instructions.
         NATIVE: use the GPU's approximations of log2, sqrt, sin and cos.
     """
-    word = _words(vector, parameter, k0, k1, 0, VECTORS)
+    word = _words(vector, parameter, k0, k1, stream, VECTORS)
     u = ((word & 0x7FFFFF) | one).to(tl.float32, bitcast=True) - (1.0 - 2.0**-24)
     if NATIVE:
         turn = tl.inline_asm_elementwise(
@@ -100,14 +100,14 @@ def gaussian(vector, parameter, k0, k1, one, VECTORS: tl.constexpr, NATIVE: tl.c
 
 
 @triton.jit
-def signs(vector, parameter, k0, k1, VECTORS: tl.constexpr):
+def signs(vector, parameter, k0, k1, stream, VECTORS: tl.constexpr):
     """Random signs, in the top bit of uint32 (other bits are anything).
 
     ``vector`` is a multiple of 16. A word serves 4 vectors: each thread makes one word, and then
     they are exchanged.
     """
     index = tl.arange(0, VECTORS // 4)
-    w0, w1, w2, w3 = _blocks((vector >> 4) + (index >> 2), parameter, k0, k1, 0)
+    w0, w1, w2, w3 = _blocks((vector >> 4) + (index >> 2), parameter, k0, k1, stream)
     which = index & 3
     word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
     # a gather, as the compiler would rather make every word in every thread than convert
@@ -118,7 +118,7 @@ def signs(vector, parameter, k0, k1, VECTORS: tl.constexpr):
 
 
 @triton.jit
-def rounding_bits(vector, parameter, k0, k1, VECTORS: tl.constexpr, STREAM: tl.constexpr):
+def rounding_bits(vector, parameter, k0, k1, stream, VECTORS: tl.constexpr):
     """16 random bits an element, uint32."""
-    word = _words(vector, parameter, k0, k1, STREAM, VECTORS)
+    word = _words(vector, parameter, k0, k1, stream, VECTORS)
     return tl.join(word & 0xFFFF, word >> 16)

@@ -169,8 +169,7 @@ class Weights:
     def _signature(self) -> list[tuple[object, ...]]:
         """What must not change for addresses to hold; a storage that is freed moves, too."""
         return [
-            (t.data_ptr(), t.dtype, t.shape, t.is_contiguous() or t.stride())
-            for t in self.tensors
+            (t.data_ptr(), t.dtype, t.shape, t.is_contiguous() or t.stride()) for t in self.tensors
         ]
 
     def _lay_out(self) -> Layout:

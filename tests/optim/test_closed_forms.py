@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from low_rank import PER_EXAMPLE, STREAMED, Seen, copies, named, optimizer_of, randn, wanted
+from low_rank import PER_EXAMPLE, Seen, copies, named, optimizer_of, randn, wanted
 
 from zofo_optim.perturbation import closed_forms
 

@@ -215,6 +215,21 @@ def _times(
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
+def _times_row(
+    forms: ClosedForms, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
+) -> Tensor | None:
+    """The same for a weight of one row or column, whose direction is full; one an example."""
+    if not forms.per_example or weight.dim() != 2:
+        return None
+    inside, outside = weight.shape[::-1] if transposed else weight.shape
+    parts = forms.by_example(x, inside, weight)
+    each = forms.vector(weight).view(-1, *weight.shape)
+    y = torch.bmm(parts, each.transpose(1, 2) if transposed else each)
+    if bias is not None:
+        y = (y + forms.vector(bias)).to(y.dtype)
+    return y.view(*x.shape[:-1], outside)
+
+
 def _linear(
     forms: ClosedForms, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor | None:
@@ -223,14 +238,11 @@ def _linear(
         return None
     if source is not None:
         return _times(forms, input, source, bias, transposed=True)
+    if forms.is_source(weight):
+        return _times_row(forms, input, weight, bias, transposed=True)
     if not forms.per_example or weight.dim() != 2:
         return None
-    if forms.is_source(weight):  # of a single row or column: a vector
-        each = forms.vector(weight).view(-1, *weight.shape)
-        parts = forms.by_example(input, weight.shape[1], weight)
-        y = torch.bmm(parts, each.transpose(1, 2)).view(*input.shape[:-1], weight.shape[0])
-    else:
-        y = F.linear(input, weight)
+    y = F.linear(input, weight)
     if bias is None:
         return y
     return (forms.by_example(y, y.shape[-1], bias) + forms.vector(bias)).to(y.dtype).view(y.shape)
@@ -248,16 +260,22 @@ def _addmm(
 ) -> Tensor | None:
     source = forms.matrix(mat2)
     plain = beta == 1 and alpha == 1 and out is None and input.dim() == 1
-    if source is None or not plain or forms.is_source(mat1):
+    if not plain or forms.is_source(mat1):
+        return None
+    if source is None and forms.is_source(mat2):
+        return _times_row(forms, mat1, mat2, input, transposed=False)
+    if source is None:
         return None
     return _times(forms, mat1, source, input, transposed=False)
 
 
 def _matmul(forms: ClosedForms, input: Tensor, other: Tensor, *, out: None = None) -> Tensor | None:
     source = forms.matrix(other)
-    if source is None or other.dim() != 2 or input.dim() < 2 or forms.is_source(input):
+    if out is not None or other.dim() != 2 or input.dim() < 2 or forms.is_source(input):
         return None
-    return None if out is not None else _times(forms, input, source, None, transposed=False)
+    if source is None:
+        return _times_row(forms, input, other, None, transposed=False)
+    return _times(forms, input, source, None, transposed=False)
 
 
 def _embedding(

@@ -135,7 +135,7 @@ def _number(direction: Direction) -> tuple[object, ...]:
 
 
 class _Factors:
-    """U^T and V^T by ``id`` of the parameter, (S, r, m) and (S, r, n), fp32; in others on demand."""
+    """U^T, (S, r, m), and V^T, (S, r, n), by ``id`` of the parameter: fp32, others on demand."""
 
     def __init__(self, made: dict[int, tuple[Tensor, Tensor]]) -> None:
         self._made = made
@@ -179,7 +179,7 @@ class _Vectors:
             for row, regions, of_sample in zip(self._memory, self._regions, shifts, strict=False):
                 row.copy_(base)
                 self._engine.perturb(regions, [of_sample[self._sources[0].group]])
-        parts = self._memory[: len(shifts)].split(self._sizes, dim=1)
+        parts = torch.split(self._memory[: len(shifts)], self._sizes, dim=1)
         return {id(s.parameter): part for s, part in zip(self._sources, parts, strict=True)}
 
     def _make_room(self, samples: int) -> None:
@@ -191,7 +191,7 @@ class _Vectors:
         self._regions = [
             Regions(
                 Region(part, source.noise_index)
-                for source, part in zip(self._sources, row.split(self._sizes), strict=True)
+                for source, part in zip(self._sources, torch.split(row, self._sizes), strict=True)
             )
             for row in self._memory.unbind()
         ]

@@ -31,7 +31,6 @@ from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
 from .streaming import Streaming, uncompiled
 
-
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of losses, relative where they are above 1, by the coarsest dtype that a form gives: models of
 float64 compute parts in float32."""

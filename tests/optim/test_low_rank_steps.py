@@ -1,4 +1,4 @@
-"""Steps along directions of low rank, against their arithmetic; and the settings that ask for them."""
+"""Steps along low-rank directions, against their arithmetic; the settings that ask for them."""
 
 import math
 
@@ -230,4 +230,4 @@ def test_defaults_are_full_and_shared():
     assert (settings.structure, settings.rank, settings.directions) == ("full", 1, "shared")
     assert settings.direction_rank == 0
     assert made(**LOW).settings.direction_rank == 1
-    assert MU == made(mu=MU).param_groups[0]["mu"]
+    assert made(mu=MU).param_groups[0]["mu"] == MU
