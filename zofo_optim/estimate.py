@@ -49,8 +49,8 @@ class Estimate:
     ) -> tuple[Estimate, Estimated]:
         """From the losses of one batch: slopes, then coefficients; and what listeners are told.
 
-        A slope that is not finite becomes 0. A clean loss that is not finite voids all of them, that
-        of an example its own.
+        A slope that is not finite becomes 0. A clean loss that is not finite voids all of them, or
+        that of its example.
 
         Args:
             losses: of all evaluations, shape (evaluations,), the clean one first; or of B examples,

@@ -340,7 +340,7 @@ def interleaves(x, w, b, n, v):
     [
         (
             mixes,
-            "closure must compute the loss of each example from that example alone .* changed the losses of others",
+            "closure must compute .* from that example alone .* changed the losses of others",
         ),
         (reverses, "closure must (compute|lead)"),
         (interleaves, "closure must (compute|lead)"),
