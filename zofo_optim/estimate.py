@@ -49,7 +49,8 @@ class Estimate:
     ) -> tuple[Estimate, Estimated]:
         """From the losses of one batch: slopes, then coefficients; and what listeners are told.
 
-        A slope that is not finite becomes 0. A clean loss that is not finite voids all of them.
+        A slope that is not finite becomes 0. A clean loss that is not finite voids all of them, or
+        that of its example.
 
         Args:
             losses: of all evaluations, shape (evaluations,), the clean one first; or of B examples,
@@ -64,9 +65,10 @@ class Estimate:
         """
         slopes = torch.stack([differences / mu for mu in mus])
         finite = slopes.isfinite()
-        clean = losses[0].isfinite().all() if has_clean else None
+        clean = losses[0].isfinite() if has_clean else None
         if clean is not None:
             finite = finite & clean
+            clean = clean.all()
         if nonfinite == "raise" and not finite.all():
             raise FloatingPointError(
                 f"closure must return finite losses (nonfinite='raise'), got {losses.tolist()}"

@@ -120,8 +120,10 @@ def evaluate(
     after = [_gradient(p) for p in first_order] if gradients and calls else before
     left = not backpropagated and after != before and any(p.grad is not None for p in first_order)
     if gradients and not backpropagated and loss.requires_grad:
+        with torch.enable_grad():
+            whole = loss.mean() if per_example else loss
         with interruptible():
-            (loss.mean() if per_example else loss).backward()  # type: ignore[no-untyped-call]
+            whole.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
     loss = plain.detach().reshape(-1 if per_example else ())  # a scale is for gradients
     # a copy: the closure may return memory that its next run overwrites

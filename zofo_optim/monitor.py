@@ -57,11 +57,21 @@ class Monitor(Listener):
         """Number of estimates with a non-finite slope. Reading it waits for the device."""
         return 0 if self._counts is None else int(self._counts[0])
 
-    def add(self, loss: Tensor, slopes: Tensor | None, accumulates: bool) -> None:
-        """An estimate was taken; ``accumulates`` where the step's first one came before it."""
+    def add(
+        self,
+        loss: Tensor,
+        slopes: Tensor | None,
+        accumulates: bool,
+        per_example: bool = False,
+    ) -> None:
+        """An estimate was taken; ``accumulates`` where the step's first one came before it.
+
+        Slopes add up along the same directions; those of examples stand side by side.
+        """
         before = self._total if accumulates else (None, None)
         self.loss, self.slopes = loss, slopes
-        self._total = _sum(before[0], loss), _joined(before[1], slopes)
+        put_together = _joined if per_example else _sum
+        self._total = _sum(before[0], loss), put_together(before[1], slopes)
 
     def estimated(self, estimated: Estimated) -> None:
         flat = (estimated.losses == estimated.losses[0]).all() & estimated.finite
@@ -156,9 +166,8 @@ def _sum(before: Tensor | None, now: Tensor | None) -> Tensor | None:
 
 
 def _joined(before: Tensor | None, now: Tensor | None) -> Tensor | None:
-    """Slopes add up along the same directions; those of examples stand side by side."""
-    if before is None or now is None or before.shape == now.shape:
-        return _sum(before, now)
+    if before is None or now is None:
+        return before if now is None else now
     return torch.cat([before.to(now.device, non_blocking=True), now], dim=1)
 
 

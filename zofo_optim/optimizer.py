@@ -237,7 +237,8 @@ class HybridZOFO(GroupsAndState):
             nonfinite=settings.nonfinite,
         )
         accumulated = estimate if self._estimate is None else self._estimate + estimate
-        self._monitor.add(estimated.loss, estimated.slopes, self._estimate is not None)
+        before, per_example = self._estimate is not None, estimate.per_example
+        self._monitor.add(estimated.loss, estimated.slopes, before, per_example)
         self._listeners.estimated(estimated)
         self._monitor.warn(lambda: [name for group in groups for name in group.names])
         self._estimate = accumulated

@@ -333,13 +333,15 @@ def test_a_wrong_closed_form_of_examples_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [None, B])
-def test_uses_that_torch_functions_do_not_see_are_named(rows):
-    """A view that was made before."""
+@pytest.mark.parametrize("how", ["a view made before", "numpy"])
+def test_uses_that_torch_functions_do_not_see_are_named(rows, how):
     params = named(LAYERS)
-    hidden = dict(params)["v"].detach()
+    v = dict(params)["v"]
+    hidden, memory = v.detach(), v.detach().numpy()
 
     def function(w, b, v, c):
-        return two_layers(w, b, v, c) + 0.1 * (like(w)(B, 4, seed=60) @ hidden)[:, :4]
+        weight = hidden if how == "a view made before" else torch.from_numpy(memory.copy())
+        return two_layers(w, b, v, c) + 0.1 * (like(w)(B, 4, seed=60) @ weight)[:, :4]
 
     options = {} if rows is None else PER_EXAMPLE
     with pytest.raises(RuntimeError, match=r"reach the loss in another way .*: v; use"):
