@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .listeners import Estimated
-from .rules import Rule, Update
+from .rule_states import RuleStates
+from .rules import State
+from .update import Update
 from .zo_groups import ZOGroup
 
 
@@ -97,14 +99,27 @@ class Estimate:
             clean[0] & clean[-1] if clean else None,
         )
 
-    def updates(self, groups: Sequence[ZOGroup], rule: Rule, distribution: str) -> list[Update]:
-        """What the step will do, one a group; a group that was added since is left out."""
+    def updates(
+        self, groups: Sequence[ZOGroup], rules: RuleStates, distribution: str
+    ) -> tuple[list[Update], list[State]]:
+        """What the step will do, one a group; a group that was added since is left out.
+
+        Returns:
+            The updates, and what ``rules`` is to keep once they are applied.
+        """
         if self.coefficients is None:
-            return []
-        return [
-            rule(group, distribution, coefficients, self._gate(group.options["lr"]))
-            for group, coefficients in zip(groups, self.coefficients, strict=False)
+            return [], []
+        rows, states = rules.shaped(list(self.coefficients[: len(groups)]))
+        updates = [
+            Update(
+                tuple(group.direction(s, distribution) for s in range(row.numel())),
+                -row if group.options["maximize"] else row,
+                self._gate(group.options["lr"]),
+                float(group.options["weight_decay"]),
+            )
+            for group, row in zip(groups, rows, strict=False)
         ]
+        return updates, states
 
     def _gate(self, lr: float | Tensor) -> Tensor:
         """The learning rate, or 0 where no coefficient was finite, so that nothing decays."""

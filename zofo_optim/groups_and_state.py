@@ -22,6 +22,7 @@ from .monitor import Monitor
 from .perturbation import PERTURBATIONS
 from .plain import make_plain
 from .replicas import OneProcess
+from .rule_states import RuleStates
 from .settings import Settings
 from .zo_groups import ZOGroup
 
@@ -51,6 +52,7 @@ class GroupsAndState(Optimizer):
         self._fo = first_order
         self._zo_shared = zo_shared
         self._accumulation = Accumulation()
+        self._rule_states = RuleStates(settings.rule)
         self._advice = advice.Advice()
         self._monitor = Monitor(self._advice)
         self._start()
@@ -114,6 +116,8 @@ class GroupsAndState(Optimizer):
         if "zo_step" not in given:
             first = next((g for g in self.param_groups if g["mode"] == "zo"), param_group)
             param_group["zo_step"] = int(first["zo_step"])
+        if param_group["mode"] == "zo" and not self._constructing:
+            self._rule_states.begin(sum(g["mode"] == "zo" for g in self.param_groups) - 1)
 
     def _check_parameters(self) -> None:
         """Of all groups at once, since any two parameters may share memory."""
@@ -126,16 +130,16 @@ class GroupsAndState(Optimizer):
         """As in torch; the state of accumulation is in the first ZO group, or the first of all.
 
         Holds no gradients: save ``.grad`` too where first-order groups are accumulating. Waits
-        for the device where it accumulates or ``capturable=True``.
+        for the device where it accumulates, ``capturable=True`` or ``zo_rule`` has a state.
         """
-        moves = self._perturbation.moves
-        return state.add(super().state_dict(), self._settings, self._estimate, moves)
+        moves, rules = self._perturbation.moves, self._rule_states
+        return state.add(super().state_dict(), self._settings, self._estimate, moves, rules)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
 
         Warns where the state was saved by an optimizer with other settings: it then goes on along
-        other directions.
+        another path, and what another ``zo_rule`` remembers is left.
 
         Raises:
             ValueError: the groups' number, sizes or modes differ; or both have names of parameters,
@@ -143,12 +147,14 @@ class GroupsAndState(Optimizer):
         """
         super().load_state_dict(state_dict)
         # what was accumulated belongs to the directions of the step that is left
-        self._estimate, self._perturbation.moves, saved = state.take(self.param_groups)
-        advice.about_settings(self._settings, saved, self.zo_groups())
+        self._estimate, self._perturbation.moves, saved, of_rule = state.take(self.param_groups)
+        anew = self._rule_states.load(of_rule)
+        advice.about_settings(self._settings, saved, self.zo_groups(), anew)
         self._listeners.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_zo_shared", "_fo", "_accumulation", "_monitor", "_advice")
+        own = ["_settings", "_zo_shared", "_fo", "_accumulation", "_rule_states"]
+        own += ["_monitor", "_advice"]
         kept = {name: self.__dict__[name] for name in own}
         return {**super().__getstate__(), **kept, "_moves": self._perturbation.moves}
 
@@ -237,7 +243,9 @@ class GroupsAndState(Optimizer):
 
     @property
     def accumulated(self) -> Tensor | None:
-        """The coefficients that ``step()`` will apply, shape (ZO groups, num_samples).
+        """The coefficients that ``step()`` will apply, before ``zo_rule`` sees them.
+
+        Shape (ZO groups, num_samples).
 
         None where there is no estimate to apply. Groups that were added since have no row.
         """

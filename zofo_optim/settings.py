@@ -8,7 +8,7 @@ from typing import Any
 from zofo_kernels import BACKENDS, DISTRIBUTIONS, NOISE_VERSIONS, ROUNDINGS, unavailable_reason
 
 from .estimators import ESTIMATORS
-from .rules import RULES
+from .rules import Rule, described, rule_of
 
 PERTURBATIONS = ("in_place", "streamed")
 NONFINITE = ("skip", "raise")
@@ -24,7 +24,7 @@ class Settings:
     distribution: str
     perturbation: str
     rounding: str
-    zo_rule: str
+    zo_rule: str | Rule
     nonfinite: str
     backend: str
     capturable: bool
@@ -36,7 +36,6 @@ class Settings:
             "distribution": tuple(DISTRIBUTIONS),
             "perturbation": PERTURBATIONS,
             "rounding": ROUNDINGS,
-            "zo_rule": tuple(RULES),
             "nonfinite": NONFINITE,
             "backend": BACKENDS,
         }
@@ -50,6 +49,11 @@ class Settings:
         samples = self.num_samples
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise ValueError(f"num_samples must be an int >= 1, got {samples!r}")
+        if samples < self.rule.min_samples:
+            raise ValueError(
+                f"num_samples must be >= {self.rule.min_samples} where zo_rule={self.zo_rule!r}, "
+                f"which compares the samples of a step, got {samples}"
+            )
         if self.backend != "auto":
             reason = unavailable_reason(self.backend)
             if reason is not None:
@@ -59,6 +63,12 @@ class Settings:
                 "nonfinite must be 'skip' where capturable=True, as a captured step cannot raise"
             )
 
+    @property
+    def rule(self) -> Rule:
+        """The one that ``zo_rule`` names, or is."""
+        return rule_of(self.zo_rule)
+
     def of_the_path(self) -> dict[str, Any]:
-        """Those by which the weights would come out differently."""
-        return {k: v for k, v in vars(self).items() if k not in _NOT_OF_THE_PATH}
+        """Those by which the weights would come out differently, in plain values."""
+        found = {k: v for k, v in vars(self).items() if k not in _NOT_OF_THE_PATH}
+        return {**found, "zo_rule": described(self.rule)}
