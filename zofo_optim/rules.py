@@ -4,7 +4,8 @@ A rule is a pair of functions, as in optax: ``init()`` says what it remembers fr
 ``update(coefficients, state)`` gives new ones of both. It knows no directions and no weights.
 
 Coefficients are slopes over their number, so a rule takes any number of samples in each step. One
-that is exactly 0 is a slope that was not finite: it stays 0 and counts nowhere.
+that is exactly 0 is a slope that was not finite, or of two equal losses: it stays 0, and counts
+nowhere.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Rule(ABC):
 
         Args:
             coefficients: of one group, shape (samples,), on the loss's device.
-            state: as ``init`` names it, on the same device, in the dtype of :func:`widest`.
+            state: as ``init`` names it, on the same device, in fp64 where the device has it.
 
         Returns:
             Coefficients of the same shape and dtype, and all of the state.
