@@ -33,7 +33,7 @@ class RuleStates:
             rows: of each ZO group in order, shape (samples,).
 
         Raises:
-            ValueError: the rule needs more samples.
+            ValueError: the rule needs more samples, or is not as :class:`Rule` says.
             RuntimeError: the states would be made while a graph is captured.
         """
         found = [self._shaped(position, row) for position, row in enumerate(rows)]
@@ -45,7 +45,22 @@ class RuleStates:
                 f"zo_rule {self._rule!r} compares the samples of a step and must have at least "
                 f"{self._rule.min_samples}, got {coefficients.numel()}"
             )
-        return self._rule.update(coefficients, self._there(position, coefficients.device))
+        state = self._there(position, coefficients.device)
+        found, after = self._rule.update(coefficients, state)
+        # now, as it must not come to light once weights are changing
+        if (found.shape, found.dtype) != (coefficients.shape, coefficients.dtype):
+            raise ValueError(
+                f"zo_rule {self._rule!r} must keep the coefficients' shape and dtype, got "
+                f"{tuple(found.shape)} and {found.dtype} for {tuple(coefficients.shape)} and "
+                f"{coefficients.dtype}"
+            )
+        scalars = [name for name, value in after.items() if value.dim() == 0]
+        if sorted(scalars) != sorted(state) or len(scalars) != len(after):
+            raise ValueError(
+                f"zo_rule {self._rule!r} must return 0-dim tensors of the names of its init(), "
+                f"{list(state)}, got {list(after)}"
+            )
+        return found, after
 
     def _there(self, position: int, device: torch.device) -> State:
         """The state of the group at ``position``, on the device, to be written in place later."""

@@ -92,7 +92,7 @@ def test_rules_that_compare_samples_need_some():
     assert settings(parsed(*zo, "normalized"), "copa", "zo", 0).zo_rule == "normalized"
     assert settings(parsed(*zo, "zscore"), "copa", "fo-lora", 0).zo_rule == "sgd"  # of no account
     assert settings(parsed(*zo, "zscore", "--samples", "2"), "copa", "zo", 0).samples == 2
-    with pytest.raises(models.ModelError, match="--zo-rule zscore compares .* give --samples 2"):
+    with pytest.raises(models.ModelError, match=r"--zo-rule zscore compares .* give --samples 2"):
         settings(parsed(*zo, "zscore"), "copa", "zo", 0)
     with pytest.raises(SystemExit):
         parsed(*zo, "adam")

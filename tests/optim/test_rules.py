@@ -306,3 +306,29 @@ def test_a_rule_of_ones_own():
     assert not torch.equal(w, torch.ones(3))
     saved = optimizer.state_dict()["param_groups"][0]["zo_rule_state"]
     assert saved == {"rule": "Counted", "steps": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda c, s: (c.sum(), s), r"must keep the coefficients' shape and dtype, got \(\)"),
+        (lambda c, s: (c.double(), s), "shape and dtype, got .* torch.float64 for .*float32"),
+        (lambda c, s: (c, {}), r"0-dim tensors of the names of its init\(\), \['n'\], got \[\]"),
+        (lambda c, s: (c, {**s, "m": s["n"]}), r"\['n'\], got \['n', 'm'\]"),
+        (lambda c, s: (c, {"n": c}), "must return 0-dim tensors"),
+    ],
+)
+def test_a_wrong_rule_changes_nothing(made, message):
+    @dataclass(frozen=True)
+    class Wrong(Rule):
+        def init(self):
+            return {"n": 0.0}
+
+        def update(self, coefficients, state):
+            return made(coefficients, state)
+
+    w = Parameter(torch.ones(3), False)
+    optimizer = HybridZOFO([w], mode="zo", lr=1, perturbation="streamed", zo_rule=Wrong())
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(lambda: w.sum())
+    assert torch.equal(w, torch.ones(3))
