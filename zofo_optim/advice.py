@@ -112,21 +112,27 @@ class Advice:
 
 
 def about_settings(
-    settings: Settings, saved: dict[str, Any], groups: Sequence[ZOGroup], anew: bool
+    settings: Settings,
+    saved: dict[str, Any],
+    rule: str | None,
+    groups: Sequence[ZOGroup],
+    anew: bool,
 ) -> None:
     """A state dict of an optimizer with other settings, under which the path is another.
 
     Args:
         settings: ours.
-        saved: theirs; earlier versions of the library said less.
+        saved: theirs; earlier versions of the library said less, and nothing is left of them where
+            a checkpoint of torch's was flattened.
+        rule: that of their groups, if they say so.
         groups: ours.
-        anew: whether ``zo_rule`` found no state of its own there.
+        anew: whether our rule found nothing there that it remembers.
     """
     ours = settings.of_the_path()
     if saved:
         saved = {"noise_version": 1, **saved}
     if groups:
-        saved = {"zo_rule": "sgd", **saved}
+        saved = {**saved, "zo_rule": rule or saved.get("zo_rule", "sgd")}
     if not any(has_16_bits(p.dtype) for group in groups for p in group.params):
         del ours["noise_version"]  # versions differ in how those weights round
     others = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .listeners import Estimated
-from .rule_states import RuleStates
-from .rules import State
+from .rule_states import shaped
+from .rules import Rule, State
 from .update import Update
 from .zo_groups import ZOGroup
 
@@ -100,16 +100,17 @@ class Estimate:
         )
 
     def updates(
-        self, groups: Sequence[ZOGroup], rules: RuleStates, distribution: str
+        self, groups: Sequence[ZOGroup], rule: Rule, distribution: str
     ) -> tuple[list[Update], list[State]]:
         """What the step will do, one a group; a group that was added since is left out.
 
         Returns:
-            The updates, and what ``rules`` is to keep once they are applied.
+            The updates, and what the rule remembers once they are applied.
         """
         if self.coefficients is None:
             return [], []
-        rows, states = rules.shaped(list(self.coefficients[: len(groups)]))
+        groups = groups[: len(self.coefficients)]
+        rows, states = shaped(rule, groups, self.coefficients[: len(groups)])
         updates = [
             Update(
                 tuple(group.direction(s, distribution) for s in range(row.numel())),
@@ -117,7 +118,7 @@ class Estimate:
                 self._gate(group.options["lr"]),
                 float(group.options["weight_decay"]),
             )
-            for group, row in zip(groups, rows, strict=False)
+            for group, row in zip(groups, rows, strict=True)
         ]
         return updates, states
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import advice, state
+from . import advice, rule_states, state
 from .capture import StepCounters
 from .checks import check_group, check_zo_parameters
 from .defaults import given as is_given
@@ -22,7 +22,6 @@ from .monitor import Monitor
 from .perturbation import PERTURBATIONS
 from .plain import make_plain
 from .replicas import OneProcess
-from .rule_states import RuleStates
 from .settings import Settings
 from .zo_groups import ZOGroup
 
@@ -52,7 +51,6 @@ class GroupsAndState(Optimizer):
         self._fo = first_order
         self._zo_shared = zo_shared
         self._accumulation = Accumulation()
-        self._rule_states = RuleStates(settings.rule)
         self._advice = advice.Advice()
         self._monitor = Monitor(self._advice)
         self._start()
@@ -116,8 +114,8 @@ class GroupsAndState(Optimizer):
         if "zo_step" not in given:
             first = next((g for g in self.param_groups if g["mode"] == "zo"), param_group)
             param_group["zo_step"] = int(first["zo_step"])
-        if param_group["mode"] == "zo" and not self._constructing:
-            self._rule_states.begin(sum(g["mode"] == "zo" for g in self.param_groups) - 1)
+        if param_group["mode"] == "zo":
+            rule_states.begin(self._settings.rule, param_group)
 
     def _check_parameters(self) -> None:
         """Of all groups at once, since any two parameters may share memory."""
@@ -132,8 +130,8 @@ class GroupsAndState(Optimizer):
         Holds no gradients: save ``.grad`` too where first-order groups are accumulating. Waits
         for the device where it accumulates, ``capturable=True`` or ``zo_rule`` has a state.
         """
-        moves, rules = self._perturbation.moves, self._rule_states
-        return state.add(super().state_dict(), self._settings, self._estimate, moves, rules)
+        moves = self._perturbation.moves
+        return state.add(super().state_dict(), self._settings, self._estimate, moves)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
@@ -145,16 +143,16 @@ class GroupsAndState(Optimizer):
             ValueError: the groups' number, sizes or modes differ; or both have names of parameters,
                 and these are in another order.
         """
+        before = rule_states.of(self.param_groups)
         super().load_state_dict(state_dict)
         # what was accumulated belongs to the directions of the step that is left
-        self._estimate, self._perturbation.moves, saved, of_rule = state.take(self.param_groups)
-        anew = self._rule_states.load(of_rule)
-        advice.about_settings(self._settings, saved, self.zo_groups(), anew)
+        self._estimate, self._perturbation.moves, saved = state.take(self.param_groups)
+        rule, anew = rule_states.load(self._settings.rule, self.param_groups, before)
+        advice.about_settings(self._settings, saved, rule, self.zo_groups(), anew)
         self._listeners.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ["_settings", "_zo_shared", "_fo", "_accumulation", "_rule_states"]
-        own += ["_monitor", "_advice"]
+        own = ("_settings", "_zo_shared", "_fo", "_accumulation", "_monitor", "_advice")
         kept = {name: self.__dict__[name] for name in own}
         return {**super().__getstate__(), **kept, "_moves": self._perturbation.moves}
 

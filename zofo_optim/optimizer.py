@@ -29,6 +29,7 @@ from .groups_and_state import GroupsAndState
 from .modes import undisturbed
 from .perturbation import Perturbation
 from .plain import make_plain, plain
+from .rule_states import keep
 from .rules import Rule
 from .settings import Settings
 
@@ -247,13 +248,12 @@ class HybridZOFO(GroupsAndState):
         if estimate is None:
             raise RuntimeError(NO_ESTIMATE)
         # what can fail for lack of memory comes before any weight changes
-        settings, rules = self._settings, self._rule_states
-        updates, states = estimate.updates(groups, rules, settings.distribution)
+        updates, states = estimate.updates(groups, self._settings.rule, self._settings.distribution)
         if estimate.first_order_is_healthy(self._fo.parameters()):
             self._fo.step()
         perturbation.update(updates)
-        rules.keep(states)
-        if settings.capturable:
+        keep(groups, states)
+        if self._settings.capturable:
             updates = [update.frozen() for update in updates]
         for group in groups:
             group.options["zo_step"] += 1

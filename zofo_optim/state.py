@@ -11,16 +11,12 @@ from .estimate import Estimate
 from .moves import Moves
 from .names import difference
 from .plain import make_plain
-from .rule_states import RuleStates
+from .rule_states import KEY, saved
 from .settings import Settings
 
 
 def add(
-    state: dict[str, Any],
-    settings: Settings,
-    estimate: Estimate | None,
-    moves: Moves,
-    rule_states: RuleStates,
+    state: dict[str, Any], settings: Settings, estimate: Estimate | None, moves: Moves
 ) -> dict[str, Any]:
     """torch's state dict with ours in its groups: the first ZO group, or the first of all."""
     zo = [group for group in state["param_groups"] if group.get("mode") == "zo"]
@@ -28,11 +24,10 @@ def add(
         make_plain(group)  # schedules set what they computed
         if isinstance(group.get("zo_step"), Tensor):
             group["zo_step"] = int(group["zo_step"])
-    for position, group in enumerate(zo):
+    for group in zo:
         group["zo_settings"] = settings.of_the_path()
-        remembered = rule_states.saved(position)
-        if remembered is not None:
-            group["zo_rule_state"] = remembered
+        if KEY in group:
+            group[KEY] = saved(group[KEY])
     if estimate is not None:
         (zo or state["param_groups"])[0]["zo_pending"] = estimate.saved()
     if zo and moves:
@@ -42,24 +37,19 @@ def add(
 
 def take(
     groups: Sequence[dict[str, Any]],
-) -> tuple[Estimate | None, Moves, dict[str, Any], list[dict[str, Any] | None]]:
-    """What :func:`add` put into loaded groups, and takes out again.
-
-    Returns:
-        Estimate, moves, settings, and what the rule remembers of each ZO group.
-    """
+) -> tuple[Estimate | None, Moves, dict[str, Any]]:
+    """What :func:`add` put into loaded groups, and takes out again: estimate, moves, settings."""
     estimate: Estimate | None = None
     moves = Moves()
     settings: dict[str, Any] = {}
     for group in groups:
-        saved = group.pop("zo_pending", None)
-        if saved is not None:
-            estimate = Estimate.loaded(saved, group["params"][0].device)
+        pending = group.pop("zo_pending", None)
+        if pending is not None:
+            estimate = Estimate.loaded(pending, group["params"][0].device)
         settings = group.pop("zo_settings", settings)
         if "zo_path" in group:
             moves = Moves.loaded(group.pop("zo_path"))
-    of_rule = [(group.get("mode"), group.pop("zo_rule_state", None)) for group in groups]
-    return estimate, moves, settings, [state for mode, state in of_rule if mode == "zo"]
+    return estimate, moves, settings
 
 
 def check_same_modes(

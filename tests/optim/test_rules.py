@@ -15,10 +15,11 @@ from rule_references import reference, root_mean_square
 from torch.nn import Parameter
 
 import zofo_optim
-from zofo_kernels import noise
+from zofo_kernels import Weights, noise
 from zofo_optim import CenteredRank, Clip, HybridZOFO, Listener, Normalized, Rule, Sign, ZScore
-from zofo_optim.rule_states import RuleStates
+from zofo_optim.rule_states import keep, saved, shaped
 from zofo_optim.rules import RULES, SGD, described, rule_of
+from zofo_optim.zo_groups import ZOGroup
 
 EVERY = [
     *(SGD(), Normalized(), Normalized(beta=0.5, eps=1e-3), Normalized(beta=0)),
@@ -34,12 +35,12 @@ STEPS = st.lists(st.lists(numbers, min_size=2, max_size=6), min_size=1, max_size
 
 def run(rule, steps, dtype=torch.float64):
     """The coefficients of each step after the rule, one group."""
-    states, found = RuleStates(rule), []
+    group, found = ZOGroup(Weights([torch.ones(1)]), {}), []
     for coefficients in steps:
-        (row,), state = states.shaped([torch.tensor(coefficients, dtype=dtype)])
-        states.keep(state)
+        (row,), state = shaped(rule, [group], [torch.tensor(coefficients, dtype=dtype)])
+        keep([group], state)
         found.append(row)
-    return found, states.saved(0)
+    return found, saved(group.options.get("zo_rule_state", {}))
 
 
 @every
@@ -117,6 +118,7 @@ def test_the_number_of_samples_leaves_no_trace():
     """As many slopes of the same sizes: the same running mean, and the same moves on average."""
     for rule in (Normalized(), Clip()):
         few, many = run(rule, [[1.0, -1.0]] * 3), run(rule, [[0.25, -0.25] * 4] * 3)
+        assert few[1].pop("rule") == many[1].pop("rule") == repr(rule)
         assert few[1] == pytest.approx(many[1])
         assert few[0][-1].abs().sum() == pytest.approx(many[0][-1].abs().sum())
 
@@ -304,8 +306,10 @@ def test_a_rule_of_ones_own():
     assert torch.equal(w, torch.ones(3))
     optimizer.step(lambda: w.sum())
     assert not torch.equal(w, torch.ones(3))
-    saved = optimizer.state_dict()["param_groups"][0]["zo_rule_state"]
-    assert saved == {"rule": "Counted", "steps": 2.0}
+    assert optimizer.state_dict()["param_groups"][0]["zo_rule_state"] == {
+        "rule": repr(Counted()),
+        "steps": 2.0,
+    }
 
 
 @pytest.mark.parametrize(
