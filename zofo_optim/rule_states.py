@@ -114,7 +114,7 @@ def keep(groups: Sequence[ZOGroup], states: Iterable[State]) -> None:
 
 def of(param_groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is remembered of each ZO group, in order."""
-    return [group.get(KEY, {}) for group in param_groups if group["mode"] == "zo"]
+    return [group.get(KEY, {}) for group in param_groups if group.get("mode") == "zo"]
 
 
 def saved(state: dict[str, Any]) -> dict[str, Any]:
