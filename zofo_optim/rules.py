@@ -72,9 +72,8 @@ class Normalized(Rule):
     """Slopes over their running root mean square, so that one rate serves several models.
 
     ``lr`` is then the size of a step along a direction whose elements have variance 1, whatever
-    the loss's scale and the model's size. The mean takes the step's own slopes in first, and its
-    early values are corrected as Adam's are: the first step has size ``lr`` exactly, with one
-    sample.
+    the loss's scale. The mean takes the step's own slopes in first, and its early values are
+    corrected as Adam's are: the first step has size ``lr`` exactly, with one sample.
 
     Args:
         beta: weight of the past in the mean of squares, in [0, 1); 0 takes each step's own.
