@@ -13,6 +13,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from transformers import HfArgumentParser
 
+from zofo_optim.rules import RULES
+
 from .heads import HEADS
 from .methods import METHODS
 from .models import DEFAULT_MODEL_PACKAGE
@@ -173,6 +175,9 @@ class Options:
     )
     samples: int | None = option(None, "directions averaged in a step")
     distribution: str | None = option(None, "of the directions", choices=("gaussian", "rademacher"))
+    zo_rule: str | None = option(
+        None, "what a zeroth-order update makes of the slopes", choices=tuple(RULES)
+    )
     include: list[str] | None = option(
         None,
         f"what zeroth order trains, as patterns of parameter names; {EVERYTHING!r}: everything",

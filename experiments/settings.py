@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from zofo_optim.rules import RULES
+
 from .methods import METHODS, AdapterOptions, Method
 from .models import ModelError
 from .options import Options, flag
@@ -28,6 +30,7 @@ class Settings:
     estimator: str = "two_sided"
     samples: int = 1
     distribution: str = "gaussian"
+    zo_rule: str = "sgd"
     include: tuple[str, ...] = ()
     optimizer: str = "adamw"
     schedule: str = "linear"
@@ -63,7 +66,8 @@ def settings(options: Options, task: str, method: str, seed: int, **fixed: Any) 
         fixed: settings that come before all.
 
     Raises:
-        ModelError: a learning rate is neither given nor in a preset.
+        ModelError: a learning rate is neither given nor in a preset; or there are too few samples
+            for the rule.
     """
     assert options.model is not None
     given = {name: value for name in TAKEN if (value := getattr(options, name)) is not None}
@@ -79,6 +83,12 @@ def settings(options: Options, task: str, method: str, seed: int, **fixed: Any) 
             raise ModelError(
                 f"{method} has no preset for the model {options.model!r}: give {flag(name)}"
             )
+    rule = chosen.get("zo_rule", Settings.zo_rule)
+    least = RULES[rule].min_samples
+    if METHODS[method].zo_base and chosen.get("samples", Settings.samples) < least:
+        raise ModelError(
+            f"--zo-rule {rule} compares the samples of a step: give --samples {least} or more"
+        )
     adapter = AdapterOptions(
         rank=options.lora_rank,
         dropout=options.lora_dropout,
@@ -100,7 +110,7 @@ def _unused(method: Method) -> set[str]:
     """Settings that make no difference to a method, so that changing them changes no run."""
     unused = set() if method.adapter is not None else {"lr_fo", "optimizer"}
     if not method.zo_base:
-        unused |= {"lr_zo", "mu", "estimator", "samples", "distribution", "include"}
+        unused |= {"lr_zo", "mu", "estimator", "samples", "distribution", "zo_rule", "include"}
     return unused
 
 

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,8 @@ def finished(settings: Settings, folder: Path, weights: bool) -> dict[str, Any] 
     except ValueError as error:
         raise RunError(f"{folder} holds a damaged run ({error}): --overwrite it") from error
     own = _flat(json.loads(json.dumps(asdict(settings))))
+    # earlier versions had fewer settings
+    there = {**{f.name: f.default for f in fields(Settings)}, **there}
     others = [
         f"{k} {there.get(k)!r} there, {own[k]!r} asked for" for k in own if there.get(k) != own[k]
     ]
@@ -174,6 +176,7 @@ def run(
         estimator=settings.estimator,
         num_samples=settings.samples,
         distribution=settings.distribution,
+        zo_rule=settings.zo_rule,
         seed=settings.seed,
         fo_optimizer={"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer],
         weight_decay=0,

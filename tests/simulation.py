@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from rule_references import reference, state_of
 
 from zofo_kernels import Direction, noise
 
@@ -133,6 +134,8 @@ class Pending:
 
     coefficients: Any = None
     sizes: Any = None
+    found: Any = None
+    """The optimizer's own coefficients, in its arithmetic, once they are known to be right."""
     count: int = 0
     usable: bool = False
     clean: bool = True
@@ -143,14 +146,26 @@ class Group:
     options: dict
     weights: list = field(default_factory=list)
     twins: list = field(default_factory=list)
+    history: list = field(default_factory=list)
+    """What a rule remembers."""
 
 
 class Simulation:
     """Groups in order; first-order ones are twins stepped by ``torch.optim.SGD``."""
 
     def __init__(
-        self, estimator, num_samples, distribution, perturbation, rounding, nonfinite, backend, unit
+        self,
+        estimator,
+        num_samples,
+        distribution,
+        perturbation,
+        rounding,
+        nonfinite,
+        backend,
+        zo_rule,
+        unit,
     ):
+        self.rule = zo_rule
         self.one_sided = estimator == "one_sided"
         self.samples, self.distribution = num_samples, distribution
         self.in_place = perturbation == "in_place"
@@ -216,12 +231,13 @@ class Simulation:
     def saved(self):
         """What a state dict holds: accumulation is in the first zeroth-order group, if any."""
         sgd = None if self.sgd is None else self.sgd.state_dict()
-        return copy.deepcopy(([g.options for g in self.groups], self.pending, sgd))
+        groups = [(g.options, g.history) for g in self.groups]
+        return copy.deepcopy((groups, self.pending, sgd))
 
     def load(self, saved):
-        options, self.pending, sgd = saved
-        for group, loaded in zip(self.groups, options, strict=True):
-            group.options = loaded
+        groups, self.pending, sgd = saved
+        for group, loaded in zip(self.groups, groups, strict=True):
+            group.options, group.history = loaded
         if sgd is not None:
             self.sgd.load_state_dict(sgd)
 
@@ -316,6 +332,28 @@ class Simulation:
         self.pending = pending
         return None
 
+    def adopt_slopes(self, found):
+        """Take over the optimizer's slopes of this estimate, once they are within the bounds.
+
+        Rules need not be continuous: with the bounds alone, a sign or a rank may be either.
+        """
+        coefficients = found / self.samples
+        before = self.pending.found
+        self.pending.found = coefficients if before is None else before + coefficients
+
+    def rule_states(self):
+        """What a state dict holds of the rule, one a zeroth-order group."""
+        return [state_of(self.rule, group.history) for group in self.zo]
+
+    def _ruled(self, position, group, errors):
+        """One group's coefficients after the rule, and their errors."""
+        found = self.pending.found[position]
+        coefficients = reference(self.rule, found.double().tolist(), group.history)
+        if type(self.rule).__name__ == "SGD":
+            return self.pending.coefficients[position].tolist(), errors.tolist()
+        unit = torch.finfo(found.dtype).eps
+        return coefficients, [1e-10 + unit * abs(c) for c in coefficients]
+
     def apply(self):
         """Update all groups by what is pending, and forget it."""
         pending, index = self.pending, 0
@@ -324,7 +362,6 @@ class Simulation:
             for group, theirs in zip(fo, self.sgd.param_groups, strict=True):
                 theirs.update({k: group.options[k] for k in ("lr", "momentum", "weight_decay")})
             self.sgd.step()
-        self.pending = None
         if pending.coefficients is None:  # then no group has any
             pending.coefficients = pending.sizes = torch.zeros(0, 0)
         # a difference, two quotients, their constants, and the sums
@@ -333,14 +370,15 @@ class Simulation:
             options = group.options
             if position < len(pending.coefficients):
                 sign = -1 if options["maximize"] else 1
-                coefficients = (sign * pending.coefficients[position]).tolist()
+                coefficients, blurs = self._ruled(position, group, errors[position])
+                coefficients = [sign * c for c in coefficients]
                 lr = float(options["lr"]) if pending.usable else 0.0
                 for i, weight in enumerate(group.weights):
                     zs = [self._noise(group, weight, s, index + i) for s in range(self.samples)]
                     weight.update(
                         zs,
                         coefficients,
-                        errors[position].tolist(),
+                        blurs,
                         lr,
                         options["weight_decay"],
                         self.noise_error,
@@ -348,3 +386,4 @@ class Simulation:
                     )
             index += len(group.weights)
             options["zo_step"] += 1
+        self.pending = None

@@ -6,14 +6,21 @@ from .groups import hybrid_param_groups
 from .journal import Journal, replay
 from .listeners import Listener
 from .optimizer import HybridZOFO
+from .rules import CenteredRank, Clip, Normalized, Rule, Sign, ZScore
 from .saving import load_hybrid, save_hybrid
 
 __version__ = "0.1.0"
 __all__ = [
+    "CenteredRank",
+    "Clip",
     "Gain",
     "HybridZOFO",
     "Journal",
     "Listener",
+    "Normalized",
+    "Rule",
+    "Sign",
+    "ZScore",
     "__version__",
     "hybrid_param_groups",
     "load_base_weights",

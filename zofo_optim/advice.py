@@ -112,22 +112,48 @@ class Advice:
                 )
 
 
-def about_settings(settings: Settings, saved: dict[str, Any], groups: Sequence[ZOGroup]) -> None:
-    """A state dict of an optimizer with other settings, under which the path is another."""
+def about_settings(
+    settings: Settings,
+    saved: dict[str, Any],
+    rule: str | None,
+    groups: Sequence[ZOGroup],
+    anew: bool,
+) -> None:
+    """A state dict of an optimizer with other settings, under which the path is another.
+
+    Args:
+        settings: ours.
+        saved: theirs; earlier versions of the library said less, and nothing is left of them where
+            a checkpoint of torch's was flattened.
+        rule: that of their groups, if they say so.
+        groups: ours.
+        anew: whether our rule found nothing there that it remembers.
+    """
     ours = settings.of_the_path()
     if saved:  # earlier versions did not say what they had no choice in
         saved = {**_BEFORE, **saved}
+    if groups:
+        saved = {**saved, "zo_rule": rule or saved.get("zo_rule", "sgd")}
     if not any(has_16_bits(p.dtype) for group in groups for p in group.params):
         del ours["noise_version"]  # versions differ in how those weights round
     others = [
-        f"{name}={value!r} (here {ours[name]!r})"
+        f"{name}={_given(value)} (here {_given(ours[name])})"
         for name, value in saved.items()
         if name in ours and value != ours[name]
     ]
+    begins = "zo_rule found no running state there, and begins its own anew" if anew else ""
     if others:
         warnings.warn(
             "state_dict was saved by an optimizer constructed with "
             + ", ".join(others)
-            + "; the same path is followed only with these, as arguments of HybridZOFO",
+            + "; the same path is followed only with these, as arguments of HybridZOFO"
+            + (begins and f"; {begins}"),
             stacklevel=caller_level(),
         )
+    elif begins:
+        warnings.warn(f"state_dict is not complete: {begins}", stacklevel=caller_level())
+
+
+def _given(value: Any) -> str:
+    """As one would write an argument; rules with options are saved as they are written."""
+    return value if isinstance(value, str) and value.endswith(")") else repr(value)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .listeners import Estimated
-from .rules import Rule, Update
+from .rule_states import shaped
+from .rules import Rule, State
+from .update import Update
 from .zo_groups import ZOGroup
 
 
@@ -106,14 +108,26 @@ class Estimate:
             self.per_example,
         )
 
-    def updates(self, groups: Sequence[ZOGroup], rule: Rule) -> list[Update]:
-        """What the step will do, one a group; a group that was added since is left out."""
+    def updates(self, groups: Sequence[ZOGroup], rule: Rule) -> tuple[list[Update], list[State]]:
+        """What the step will do, one a group; a group that was added since is left out.
+
+        Returns:
+            The updates, and what the rule remembers once they are applied.
+        """
         if self.coefficients is None:
-            return []
-        return [
-            rule(group, coefficients, self._gate(group.options["lr"]))
-            for group, coefficients in zip(groups, self.coefficients, strict=False)
+            return [], []
+        groups = groups[: len(self.coefficients)]
+        rows, states = shaped(rule, groups, self.coefficients[: len(groups)])
+        updates = [
+            Update(
+                tuple(group.direction(s) for s in range(row.numel())),
+                -row if group.options["maximize"] else row,
+                self._gate(group.options["lr"]),
+                float(group.options["weight_decay"]),
+            )
+            for group, row in zip(groups, rows, strict=True)
         ]
+        return updates, states
 
     def _gate(self, lr: float | Tensor) -> Tensor:
         """The learning rate, or 0 where no coefficient was finite, so that nothing decays."""

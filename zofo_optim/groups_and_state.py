@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
-from . import advice, state
+from . import advice, rule_states, state
 from .capture import StepCounters
 from .checks import check_group, check_zo_parameters
 from .defaults import given as is_given
@@ -133,6 +133,8 @@ class GroupsAndState(Optimizer):
         if "zo_step" not in given:
             first = next((g for g in self.param_groups if g["mode"] == "zo"), param_group)
             param_group["zo_step"] = int(first["zo_step"])
+        if param_group["mode"] == "zo":
+            rule_states.begin(self._settings.rule, param_group)
 
     def _check_parameters(self) -> None:
         """Of all groups at once, since any two parameters may share memory."""
@@ -145,7 +147,7 @@ class GroupsAndState(Optimizer):
         """As in torch; the state of accumulation is in the first ZO group, or the first of all.
 
         Holds no gradients: save ``.grad`` too where first-order groups are accumulating. Waits
-        for the device where it accumulates or ``capturable=True``.
+        for the device where it accumulates, ``capturable=True`` or ``zo_rule`` has a state.
         """
         moves = self._perturbation.moves
         return state.add(super().state_dict(), self._settings, self._estimate, moves)
@@ -154,16 +156,18 @@ class GroupsAndState(Optimizer):
         """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
 
         Warns where the state was saved by an optimizer with other settings: it then goes on along
-        other directions.
+        another path, and what another ``zo_rule`` remembers is left.
 
         Raises:
             ValueError: the groups' number, sizes or modes differ; or both have names of parameters,
                 and these are in another order.
         """
+        before = rule_states.of(self.param_groups)
         super().load_state_dict(state_dict)
         # what was accumulated belongs to the directions of the step that is left
         self._estimate, self._perturbation.moves, saved = state.take(self.param_groups)
-        advice.about_settings(self._settings, saved, self.zo_groups())
+        rule, anew = rule_states.load(self._settings.rule, self.param_groups, before)
+        advice.about_settings(self._settings, saved, rule, self.zo_groups(), anew)
         self._listeners.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -258,7 +262,9 @@ class GroupsAndState(Optimizer):
 
     @property
     def accumulated(self) -> Tensor | None:
-        """The coefficients that ``step()`` will apply, shape (ZO groups, num_samples).
+        """The coefficients that ``step()`` will apply, before ``zo_rule`` sees them.
+
+        Shape (ZO groups, num_samples).
 
         With directions per example, (ZO groups, examples so far). None where there is no estimate
         to apply. Groups that were added since have no row.

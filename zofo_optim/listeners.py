@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .rules import Update
+from .update import Update
 
 if TYPE_CHECKING:
     from .optimizer import HybridZOFO

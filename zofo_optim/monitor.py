@@ -12,7 +12,7 @@ from torch import Tensor
 from .advice import Advice
 from .capture import counters
 from .listeners import Estimated, Listener
-from .rules import Update
+from .update import Update
 from .zo_groups import ZOGroup
 
 FLAT_STEPS = 5

@@ -29,7 +29,8 @@ from .groups_and_state import GroupsAndState
 from .modes import undisturbed
 from .perturbation import Perturbation
 from .plain import make_plain, plain
-from .rules import RULES
+from .rule_states import keep
+from .rules import Rule
 from .settings import Settings
 
 
@@ -75,7 +76,8 @@ class HybridZOFO(GroupsAndState):
             closure returns losses of shape (B,). Needs low rank, streamed.
         perturbation: "in_place" moves the weights and back, which rounds; "streamed" hands torch
             functions perturbed copies and writes weights in updates only.
-        zo_rule: how coefficients become an update of ZO weights; "sgd".
+        zo_rule: what an update makes of the slopes: "sgd", "normalized", "clip", "sign", "zscore",
+            "centered_rank", or a :class:`Rule` with options of its own.
         rounding: "stochastic" or "nearest", for updates of bf16 and fp16 ZO weights.
         nonfinite: "skip" turns a non-finite projected gradient into 0, without waiting for the
             device, and counts it in :attr:`skipped_steps`; where the first evaluation's loss is
@@ -127,7 +129,7 @@ class HybridZOFO(GroupsAndState):
         rank: int = 1,
         directions: str = "shared",
         perturbation: str = "in_place",
-        zo_rule: str = "sgd",
+        zo_rule: str | Rule = "sgd",
         rounding: str = "stochastic",
         nonfinite: str = "skip",
         seed: int = 0,
@@ -258,11 +260,12 @@ class HybridZOFO(GroupsAndState):
             raise RuntimeError(NO_ESTIMATE)
         # what can fail for lack of memory comes before any weight changes
         settings = self._settings
-        updates = estimate.updates(groups, RULES[settings.zo_rule])
+        updates, states = estimate.updates(groups, settings.rule)
         if estimate.first_order_is_healthy(self._fo.parameters()):
             self._fo.step()
         perturbation.update(updates)
-        if settings.capturable:
+        keep(groups, states)
+        if self._settings.capturable:
             updates = [update.frozen() for update in updates]
         for group in groups:
             group.options["zo_step"] += 1

@@ -16,7 +16,7 @@ from zofo_kernels import (
 )
 
 from .estimators import ESTIMATORS
-from .rules import RULES
+from .rules import Rule, described, rule_of
 
 PERTURBATIONS = ("in_place", "streamed")
 DIRECTIONS = ("shared", "per_example")
@@ -34,7 +34,7 @@ class Settings:
     distribution: str
     perturbation: str
     rounding: str
-    zo_rule: str
+    zo_rule: str | Rule
     nonfinite: str
     backend: str
     capturable: bool
@@ -51,7 +51,6 @@ class Settings:
             "directions": DIRECTIONS,
             "perturbation": PERTURBATIONS,
             "rounding": ROUNDINGS,
-            "zo_rule": tuple(RULES),
             "nonfinite": NONFINITE,
             "backend": BACKENDS,
         }
@@ -78,6 +77,12 @@ class Settings:
                 "noise_version must be 2 or later where structure='low_rank', got 1, which has "
                 "full directions only"
             )
+        samples = self.num_samples
+        if samples < self.rule.min_samples and self.directions == "shared":
+            raise ValueError(
+                f"num_samples must be >= {self.rule.min_samples} where zo_rule={self.zo_rule!r}, "
+                f"which compares the samples of a step, got {samples}"
+            )
         if self.backend != "auto":
             reason = unavailable_reason(self.backend)
             if reason is not None:
@@ -100,6 +105,12 @@ class Settings:
         """What directions call their rank: 0 where they are full."""
         return self.rank if self.structure == "low_rank" else 0
 
+    @property
+    def rule(self) -> Rule:
+        """The one that ``zo_rule`` names, or is."""
+        return rule_of(self.zo_rule)
+
     def of_the_path(self) -> dict[str, Any]:
-        """Those by which the weights would come out differently."""
-        return {k: v for k, v in vars(self).items() if k not in _NOT_OF_THE_PATH}
+        """Those by which the weights would come out differently, in plain values."""
+        found = {k: v for k, v in vars(self).items() if k not in _NOT_OF_THE_PATH}
+        return {**found, "zo_rule": described(self.rule)}

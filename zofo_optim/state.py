@@ -11,6 +11,7 @@ from .estimate import Estimate
 from .moves import Moves
 from .names import difference
 from .plain import make_plain
+from .rule_states import KEY, saved
 from .settings import Settings
 
 
@@ -25,6 +26,8 @@ def add(
             group["zo_step"] = int(group["zo_step"])
     for group in zo:
         group["zo_settings"] = settings.of_the_path()
+        if KEY in group:
+            group[KEY] = saved(group[KEY])
     if estimate is not None:
         (zo or state["param_groups"])[0]["zo_pending"] = estimate.saved()
     if zo and moves:
@@ -40,9 +43,9 @@ def take(
     moves = Moves()
     settings: dict[str, Any] = {}
     for group in groups:
-        saved = group.pop("zo_pending", None)
-        if saved is not None:
-            estimate = Estimate.loaded(saved, group["params"][0].device)
+        pending = group.pop("zo_pending", None)
+        if pending is not None:
+            estimate = Estimate.loaded(pending, group["params"][0].device)
         settings = group.pop("zo_settings", settings)
         if "zo_path" in group:
             moves = Moves.loaded(group.pop("zo_path"))

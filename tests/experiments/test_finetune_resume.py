@@ -143,7 +143,7 @@ def test_an_interruption_is_told(tiny, words, tmp_path, capsys, monkeypatch):
 
 
 def test_runs_of_earlier_versions_are_read(tiny, words, tmp_path, capsys):
-    """They know no columns of a user's own data, and no scores of the untrained model."""
+    """They know no columns of a user's own data, no scores of the untrained model, no rule."""
     arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--no-save"]
     arguments = [*RUN, *arguments, "--methods", "zo", "fo-lora", "--out", str(tmp_path)]
     finetune.main(arguments)
@@ -153,7 +153,7 @@ def test_runs_of_earlier_versions_are_read(tiny, words, tmp_path, capsys):
         settings = json.loads((folder / "settings.json").read_text())
         for new in ("untrained", "test_examples"):
             del result[new]
-        for new in ("columns", "template"):
+        for new in ("columns", "template", "zo_rule"):
             del settings[new], result["settings"][new]
         (folder / "settings.json").write_text(json.dumps(settings))
         before[folder] = json.dumps(result)

@@ -86,6 +86,18 @@ def test_settings_given_come_before_presets():
     assert settings(given, "copa", "zo", 3).lr_fo is None
 
 
+def test_rules_that_compare_samples_need_some():
+    zo = ["--model", "facebook/opt-1.3b", "--zo-rule"]
+    assert settings(parsed(*zo[:2]), "copa", "zo", 0).zo_rule == "sgd"
+    assert settings(parsed(*zo, "normalized"), "copa", "zo", 0).zo_rule == "normalized"
+    assert settings(parsed(*zo, "zscore"), "copa", "fo-lora", 0).zo_rule == "sgd"  # of no account
+    assert settings(parsed(*zo, "zscore", "--samples", "2"), "copa", "zo", 0).samples == 2
+    with pytest.raises(models.ModelError, match=r"--zo-rule zscore compares .* give --samples 2"):
+        settings(parsed(*zo, "zscore"), "copa", "zo", 0)
+    with pytest.raises(SystemExit):
+        parsed(*zo, "adam")
+
+
 def parsed(*arguments):
     return options.parse(options.Options, "name", "", arguments)[0]
 

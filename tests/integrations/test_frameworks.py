@@ -57,11 +57,14 @@ def assert_moved(model, kind="hybrid"):
 dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
 ADAM = {"fo_optimizer": torch.optim.Adam}
 MOMENTUM = {"momentum": 0.9}
+RULE = {"zo_rule": "normalized"}
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-@pytest.mark.parametrize("options", [ADAM, MOMENTUM, {}], ids=["Adam", "momentum", "SGD"])
+@pytest.mark.parametrize(
+    "options", [ADAM, MOMENTUM, RULE, {}], ids=["Adam", "momentum", "rule", "SGD"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_of_torch(kind, options, used, flat):
     """What was got, and set into a fresh optimizer or a used one, goes on along the same path."""

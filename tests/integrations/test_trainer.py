@@ -162,11 +162,13 @@ def test_logs(tmp_path):
     assert logged(done, "skipped_steps") == [0] * 4
 
 
-@pytest.mark.parametrize("perturbation", ["in_place", "streamed"])
-def test_resume(perturbation, tmp_path):
+@pytest.mark.parametrize(
+    ("perturbation", "rule"), [("in_place", "sgd"), ("streamed", "normalized")]
+)
+def test_resume(perturbation, rule, tmp_path):
     """To the bit, dropout included: the adapter, the base weights, the optimizer."""
     options = dict(save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
-    hybrid = dict(perturbation=perturbation)
+    hybrid = dict(perturbation=perturbation, zo_rule=rule)
     whole = trainer(tmp_path / "a", lora(0.5), options, hybrid=hybrid)
     whole.train()
     cut = trainer(tmp_path / "b", lora(0.5), {**options, "max_steps": 2}, hybrid=hybrid)
@@ -177,6 +179,7 @@ def test_resume(perturbation, tmp_path):
         resumed.train(resume_from_checkpoint=True)
     assert_equal(whole.model, resumed.model)
     assert whole.hybrid_optimizer.zo_groups()[0].options["zo_step"] == 4
+    assert whole.hybrid_optimizer.settings.zo_rule == rule
 
 
 def the_second_is_best(**options):

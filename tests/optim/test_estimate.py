@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from zofo_kernels import Weights
+from zofo_kernels import Direction, Weights
 from zofo_optim.estimate import Estimate
 from zofo_optim.estimators import ESTIMATORS
-from zofo_optim.rules import RULES, sgd
+from zofo_optim.rule_states import keep, saved, shaped
+from zofo_optim.rules import SGD, Normalized
 from zofo_optim.zo_groups import ZOGroup
 
 NAN, INF = float("nan"), float("inf")
@@ -104,12 +105,33 @@ def test_saved_is_exact(losses, clean):
 def test_updates(lr):
     estimate, _ = of([3.0, 1.0], mus=(0.5, 0.25))
     groups = [group(lr=lr), group(lr=lr), group(lr=lr)]  # the last one was added since
-    updates = estimate.updates(groups, RULES["sgd"])
+    updates, states = estimate.updates(groups, SGD())
+    assert [len(states), *states] == [2, {}, {}]
+    assert [u.directions for u in updates] == [(Direction(3, 5, 0),)] * 2
     assert [u.coefficients.tolist() for u in updates] == [[2.0], [4.0]]
     assert all(u.lr.shape == () and float(u.lr) == pytest.approx(0.1) for u in updates)
     useless, _ = of([NAN, 1.0])
-    assert float(useless.updates(groups, sgd)[0].lr) == 0.0
-    assert Estimate().updates(groups, sgd) == []
+    assert float(useless.updates(groups, SGD())[0][0].lr) == 0.0
+    assert Estimate().updates(groups, SGD()) == ([], [])
+
+
+@given(st.lists(finite, min_size=2, max_size=8), st.booleans(), st.floats(0, 1))
+def test_an_update_has_what_the_rule_makes(losses, maximize, decay):
+    """Estimating and updating change nothing by themselves; states are kept by the caller."""
+    losses = losses[: len(losses) // 2 * 2]
+    estimate, _ = of(losses, samples=len(losses) // 2)
+    before, rule = estimate.coefficients.clone(), Normalized()
+    of_group = group(maximize=maximize, weight_decay=decay)
+    (update,), (state,) = estimate.updates([of_group], rule)
+    (row,), _ = shaped(rule, [group()], before)
+    assert torch.equal(update.coefficients, -row if maximize else row)
+    assert update.weight_decay == decay
+    assert torch.equal(estimate.coefficients, before)
+    remembered = of_group.options["zo_rule_state"]
+    assert saved(remembered) == {"rule": repr(rule), "mean_square": 0.0, "weight": 0.0}
+    keep([of_group], [state])
+    assert saved(remembered)["weight"] == pytest.approx(0.01 if before.any() else 0.0)
+    assert of_group.options["zo_step"] == 5
 
 
 @pytest.mark.parametrize("ok", [True, False])

@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from simulation import Simulation
 
 from zofo_kernels import DTYPES
-from zofo_optim import HybridZOFO
+from zofo_optim import CenteredRank, Clip, HybridZOFO, Normalized, Sign, ZScore
+from zofo_optim.rules import SGD, described
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -37,6 +38,8 @@ GROUPS = st.one_of(
     st.fixed_dictionaries(ZO),
     st.fixed_dictionaries(FO),
 )
+RULES = [SGD(), SGD(), Normalized(), Clip(limit=1.5, beta=0.9), Clip(2, relative=False), Sign()]
+SHAPING = [ZScore(), CenteredRank()]  # of several samples
 SETTINGS = st.fixed_dictionaries(
     dict(
         estimator=st.sampled_from(["one_sided", "two_sided"]),
@@ -46,8 +49,9 @@ SETTINGS = st.fixed_dictionaries(
         nonfinite=st.sampled_from(["skip", "skip", "raise"]),
         backend=st.sampled_from(["auto", "reference"]),
         seed=st.sampled_from([0, 2**64 - 1]),
+        zo_rule=st.sampled_from(RULES + SHAPING),
     )
-)
+).filter(lambda chosen: chosen["num_samples"] >= chosen["zo_rule"].min_samples)
 BATCHES, LOSSES = st.integers(0, 3), st.sampled_from([torch.float32, torch.float64])
 MANNERS = st.sampled_from(["returns", "backward", "zero_grad, backward", "no .grad, backward"])
 STEPS = st.lists(st.integers(1, 3), min_size=1, max_size=3)
@@ -201,6 +205,7 @@ class Machine(RuleBasedStateMachine):
                 wanted = torch.tensor(simulation.projected, dtype=torch.float64)
                 found = self.optimizer.projected_grads.double()
                 assert ((found - wanted).abs() <= 4 * simulation.unit * wanted.abs()).all()
+                simulation.adopt_slopes(self.optimizer.projected_grads)
         if closure.state is not None:  # as after one evaluation
             assert len(closure.draws) == 1
             assert torch.equal(torch.get_rng_state(), closure.state)
@@ -337,10 +342,19 @@ class Machine(RuleBasedStateMachine):
         simulation.adopt(found, self.fo_parameters)
         self.kept, self.updated = self.copies(), False
         assert self.optimizer.skipped_steps == simulation.skipped
+        self.check_rule_states()
         for real, group in zip(self.optimizer.param_groups, simulation.groups, strict=True):
             for name, value in group.options.items():
                 if not (group.options["mode"] == "fo" and name == "zo_step"):
                     assert float(real[name]) == value if name == "lr" else real[name] == value
+
+    def check_rule_states(self):
+        groups = self.optimizer.state_dict()["param_groups"]
+        states = [group.get("zo_rule_state", {}) for group in groups if group["mode"] == "zo"]
+        for found, wanted in zip(states, self.simulation.rule_states(), strict=True):
+            name = described(self.chosen["zo_rule"])
+            assert found.pop("rule", "sgd") == name
+            assert found == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
 InPlace = type("InPlace", (Machine,), dict(perturbation="in_place"))

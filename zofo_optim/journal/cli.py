@@ -99,7 +99,8 @@ def _info(options: argparse.Namespace) -> None:
         + ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in kinds})),
         "noise": f"{header['distribution']}, version {header['noise_version']}, seeds "
         + ", ".join(str(group["seed"]) for group in header["groups"]),
-        "estimator": f"{header['estimator']}, {header['num_samples']} samples",
+        "estimator": f"{header['estimator']}, {header['num_samples']} samples, rule "
+        + header.get("zo_rule", "sgd"),
         "made by": f"{header['perturbation']} perturbation, {header['rounding']} rounding, "
         f"backends {', '.join(sorted(recording.backends()))}",
         "metadata": json.dumps(header["metadata"]),

@@ -46,6 +46,7 @@ def header_of(
 ) -> dict[str, Any]:
     """Settings and parameters; without fingerprints."""
     settings = optimizer.settings
+    path = settings.of_the_path()
     groups = optimizer.zo_groups()
     devices = {p.device for group in groups for p in group.params}
     backends = {backend_name(device, settings.backend) for device in devices}
@@ -65,6 +66,8 @@ def header_of(
         "perturbation": settings.perturbation,
         "estimator": settings.estimator,
         "num_samples": settings.num_samples,
+        # coefficients are recorded as the rule left them, so replays need none of it
+        **({} if path["zo_rule"] == "sgd" else {"zo_rule": path["zo_rule"]}),
         "backends": sorted(backends),
         "metadata": metadata,
         # made in the present step before the journal's start; replays leave them out

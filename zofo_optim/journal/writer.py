@@ -20,7 +20,7 @@ from ..listeners import Estimated, Listener, Move
 from ..moves import Moves
 from ..optimizer import HybridZOFO
 from ..plain import plain
-from ..rules import Update
+from ..update import Update
 from ..zo_groups import ZOGroup
 from .errors import JournalError
 from .fingerprint import fingerprints

@@ -18,8 +18,8 @@ from ..estimators import Point
 from ..evaluation import Evaluation
 from ..listeners import Listener
 from ..moves import Moves
-from ..rules import Update
 from ..settings import Settings
+from ..update import Update
 from ..zo_groups import Noise, Tables, ZOGroup, is_same
 
 Evaluate = Callable[[bool], Evaluation]

@@ -23,8 +23,8 @@ from zofo_kernels._torch_compat import set_version
 from ..advice import Advice
 from ..evaluation import Evaluation
 from ..listeners import Listener
-from ..rules import Update
 from ..settings import Settings
+from ..update import Update
 from ..zo_groups import ZOGroup
 from .base import Evaluate, Perturbation, same, written
 from .closed_forms import ClosedForms, NoOwner
