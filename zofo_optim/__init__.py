@@ -4,6 +4,7 @@ from .base_weights import load_base_weights, save_base_weights
 from .groups import hybrid_param_groups
 from .journal import Journal, replay
 from .listeners import Listener
+from .losses import example_losses, example_losses_of
 from .optimizer import HybridZOFO
 from .saving import load_hybrid, save_hybrid
 
@@ -13,6 +14,8 @@ __all__ = [
     "Journal",
     "Listener",
     "__version__",
+    "example_losses",
+    "example_losses_of",
     "hybrid_param_groups",
     "load_base_weights",
     "load_hybrid",
