@@ -47,26 +47,27 @@ def example_losses(
 ) -> Tensor:
     """The losses of the examples of a batch, from a model's outputs and the labels.
 
-    Their mean is the loss that transformers computes, and its gradient is the mean's. Where labels
-    count alike, as the tokens of a language model do, an example weighs as many as it has: with N
-    labels in the batch, its loss is B / N times the sum over its own. One without any has a loss
-    of 0; a batch without any has NaN, as in transformers.
+    Their mean is the loss that transformers computes of the batch, and so are its gradients.
 
-    An example is a row of ``labels``. Texts that are packed into one row are one example.
+    In transformers every label of a batch counts alike, so an example counts by its labels: of B
+    examples with N labels, one has B / N times the sum over its own labels as its loss. It is 0 for
+    an example without any, and NaN for all where the whole batch has none.
+
+    A row of ``labels`` is an example: texts that are packed into one row are one.
 
     Args:
-        outputs: logits, or what has them as ``.logits``: of a model called without labels, as the
-            model would compute a loss of its own beside.
-        labels: as the model takes them, one row an example.
+        outputs: logits, or what has them as ``.logits``. Call the model without labels, or it
+            computes its own loss too, at the cost of as much memory again.
+        labels: as the model takes them.
         task: ``"causal_lm"`` (position t is scored against label t + 1), ``"seq2seq_lm"``,
             ``"masked_lm"``, ``"token_classification"`` or ``"sequence_classification"``. The last
-            is ``"regression"`` where there is one logit, ``"single_label_classification"`` where
-            labels are int64 or int32, ``"multi_label_classification"`` otherwise; name one of these
-            where the model's ``config.problem_type`` says so.
-        virtual_tokens: how many positions a prompt adds in front of the logits, as prompt tuning
-            and P-tuning of causal language models do.
-        num_items_in_batch: N, instead of the number of labels in this batch, as the Trainer counts
-            it over all batches that it accumulates.
+            is ``"regression"`` for one logit a row, ``"single_label_classification"`` for labels
+            of int64 or int32, and else ``"multi_label_classification"``; give one of these names
+            where the model's ``config.problem_type`` does.
+        virtual_tokens: by how many positions a prompt in front makes logits longer than labels, as
+            in prompt tuning and P-tuning of causal language models; in prefix tuning it is 0.
+        num_items_in_batch: N, where it is not the number of labels in this batch: the Trainer
+            counts those of all batches that it accumulates.
         label_smoothing: as ``label_smoothing_factor`` of ``TrainingArguments``.
         ignore_index: the label that does not count.
 
@@ -100,6 +101,7 @@ def example_losses(
         raise TypeError(f"labels must be integers with task={task!r}, got dtype {labels.dtype}")
     if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be a number in [0, 1), got {label_smoothing!r}")
+    labels = labels.long()
     if task in TOKEN_TASKS:  # a label a position: to cut the logits instead would copy them
         shift = int(task == "causal_lm")
         labels = F.pad(labels, (virtual_tokens, shift), value=ignore_index)[:, shift:]
@@ -107,7 +109,7 @@ def example_losses(
         labels = labels.reshape(-1, 1)
     losses = F.cross_entropy(
         logits.flatten(0, -2),
-        labels.flatten().long(),
+        labels.flatten(),
         reduction="none",
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -124,24 +126,25 @@ def example_losses_of(
     num_items_in_batch: int | Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The losses of the examples of a batch: :func:`example_losses` of a transformers model.
+    """The losses of the examples of a batch, from a transformers model: see :func:`example_losses`.
 
-    Runs the model without its labels, so that it computes no loss of its own; the first time, with
-    them, to see that its loss is the mean of these. A prompt that peft puts before the text is
-    allowed for.
+    The model runs without its labels, so that it computes no loss of its own. The first time it
+    runs with them, and its loss is compared with the mean of these. Decoder inputs are made from
+    labels as the model would, and the prompts of peft are allowed for.
 
     Args:
         model: of transformers, or a peft model of one.
         batch: the arguments of the model, with ``labels``.
         task: see :func:`example_losses`; by default what the model's class says.
-        num_items_in_batch, label_smoothing: see :func:`example_losses`.
+        num_items_in_batch, label_smoothing: see :func:`example_losses`; they also act where the
+            model's own loss has no use for them.
 
     Returns:
         Losses of shape (B,), in fp32, or fp64 for fp64 logits.
 
     Raises:
-        TypeError, ValueError: see :func:`example_losses`. Also: the model's class does not tell the
-            task, or the model computes another loss, as one with a loss of its experts does.
+        TypeError, ValueError: see :func:`example_losses`. Also: ``batch`` has no labels, the
+            model's class does not tell the task, or the model computes another loss.
 
     Example:
         >>> losses = example_losses_of(model, batch)
@@ -299,9 +302,11 @@ def _split(batch: Any) -> tuple[dict[str, Any], Tensor]:
 
 
 def _base_of(model: nn.Module) -> Any:
-    """The transformers model in what torch.compile and peft put around it."""
+    """The transformers model in what torch.compile and peft put around it, in any order."""
     inner: Any = getattr(model, "_orig_mod", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return getattr(inner, "_orig_mod", inner)
 
 
 def _task_of(base: Any) -> str:

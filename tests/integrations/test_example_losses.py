@@ -324,6 +324,20 @@ def test_no_more_copies_of_the_logits_than_transformers_makes(dtype, virtual, ba
     assert ours <= theirs
 
 
+def test_compiled_models():
+    """The compiler's wrapper may be outside of peft's or inside; here it compiles nothing."""
+    batch = texts(ragged(3, 7))
+    base = made("llama")[0]
+    model = peft.get_peft_model(base, ADAPTERS["prompt"]("CAUSAL_LM")).eval()
+    outside = torch.compile(model)
+    inside = peft.get_peft_model(torch.compile(base), ADAPTERS["lora"]("CAUSAL_LM")).eval()
+    with torch.compiler.set_stance("force_eager"):
+        expected = example_losses_of(model, batch)
+        assert torch.equal(example_losses_of(outside, batch), expected)
+        losses = example_losses_of(inside, batch)
+        torch.testing.assert_close(losses.mean(), inside(**batch).loss)
+
+
 def test_a_batch_that_cannot_be_compared_is_not():
     """Without any label there is NaN; the next batch is compared."""
     model, batch = made("llama")
@@ -336,7 +350,7 @@ def test_a_batch_that_cannot_be_compared_is_not():
     assert calls == [True, False]
 
 
-class Unshifted(transformers.LlamaForCausalLM):
+class Unshifted(transformers.LlamaForCausalLM):  # type: ignore[name-defined]
     """Scores each label against its own position, as XLM does."""
 
     def forward(self, labels=None, **inputs):
