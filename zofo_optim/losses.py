@@ -16,7 +16,8 @@ PROBLEMS = ("single_label_classification", "multi_label_classification", "regres
 """What "sequence_classification" may be: ``config.problem_type``, by its names there."""
 TASKS = (*TOKEN_TASKS, "sequence_classification", *PROBLEMS)
 
-_OF_ELEMENTS = ("multi_label_classification", "regression")
+OF_ELEMENTS = ("multi_label_classification", "regression")
+"""A number for each logit; these have no num_items_in_batch."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _ENDINGS = {
@@ -88,11 +89,11 @@ def example_losses(
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if task == "sequence_classification":
-        task = _problem(logits, labels)
+        task = _problem(logits.shape[-1], labels)
     _check_shapes(logits, labels, task, virtual_tokens)
     labels = labels.to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if task in _OF_ELEMENTS:
+    if task in OF_ELEMENTS:
         _check_unused(task, num_items_in_batch, label_smoothing)
         loss = F.mse_loss if task == "regression" else F.binary_cross_entropy_with_logits
         wanted = labels.reshape(logits.shape).to(logits.dtype)
@@ -153,13 +154,9 @@ def example_losses_of(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     inputs, labels = _split(batch)
     base = _base_of(model)
-    task = _task_of(base) if task is None else task
-    _check_task(task)
+    task = task_of(model, labels, task)
     compared = _compared.setdefault(model, set())
     compare = task not in compared
-    asked = task
-    if task == "sequence_classification":
-        task = getattr(base.config, "problem_type", None) or task
     if task == "seq2seq_lm":
         _add_decoder_inputs(base, inputs, labels)
     outputs = model(**inputs, labels=labels) if compare else model(**inputs)
@@ -170,8 +167,8 @@ def example_losses_of(
     if theirs is not None:
         with torch.no_grad():
             ours = example_losses(logits, labels, task, virtual_tokens=virtual_tokens).mean()
-        if _agree(ours, theirs, asked, base):
-            compared.add(asked)
+        if _agree(ours, theirs, task, base):
+            compared.add(task)
     return example_losses(
         logits,
         labels,
@@ -209,9 +206,9 @@ def _logits_of(outputs: Any) -> Tensor:
     return logits
 
 
-def _problem(logits: Tensor, labels: Tensor) -> str:
+def _problem(classes: int, labels: Tensor) -> str:
     """As transformers decides where ``config.problem_type`` is None."""
-    if logits.dim() == 2 and logits.shape[1] == 1:
+    if classes == 1:
         return "regression"
     if labels.dtype in (torch.int64, torch.int32):
         return "single_label_classification"
@@ -309,7 +306,22 @@ def _base_of(model: nn.Module) -> Any:
     return getattr(inner, "_orig_mod", inner)
 
 
-def _task_of(base: Any) -> str:
+def task_of(model: nn.Module, labels: Tensor, task: str | None = None) -> str:
+    """The task of a model with such labels, by its class unless given, and by its config.
+
+    Of sequence classification, which of the three.
+    """
+    base = _base_of(model)
+    task = _by_class(base) if task is None else task
+    _check_task(task)
+    if task == "sequence_classification":
+        config = base.config
+        task = getattr(config, "problem_type", None) or _problem(config.num_labels, labels)
+        _check_task(task)
+    return task
+
+
+def _by_class(base: Any) -> str:
     for cls in type(base).__mro__:
         if cls.__name__.endswith("ForConditionalGeneration"):
             return "seq2seq_lm" if base.config.is_encoder_decoder else "causal_lm"
@@ -317,8 +329,8 @@ def _task_of(base: Any) -> str:
             if cls.__name__.endswith(ending):
                 return task
     raise ValueError(
-        f"task must be given for a {type(base).__name__}, whose class does not say which it is; "
-        f"there are {TASKS}"
+        f"task must be given for a {_name(base)}, whose class does not say which it is; there are "
+        f"{TASKS}"
     )
 
 
@@ -330,7 +342,7 @@ def _add_decoder_inputs(base: Any, inputs: dict[str, Any], labels: Tensor) -> No
     make = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     if make is None:
         raise ValueError(
-            f"batch must have decoder_input_ids, as {type(base).__name__} has no method that "
+            f"batch must have decoder_input_ids, as {_name(base)} has no method that "
             "makes them from labels"
         )
     inputs["decoder_input_ids"] = make(labels)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from conftest import needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
@@ -324,6 +325,7 @@ def test_no_more_copies_of_the_logits_than_transformers_makes(dtype, virtual, ba
     assert ours <= theirs
 
 
+@needs_compiler
 def test_compiled_models():
     """The compiler's wrapper may be outside of peft's or inside; here it compiles nothing."""
     batch = texts(ragged(3, 7))
@@ -409,6 +411,13 @@ def test_refused_models():
         example_losses_of({}, batch)
     with pytest.raises(ValueError, match="task must be given for a LlamaModel"):
         example_losses_of(model.model, batch)
+    whisper = transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            d_model=16, vocab_size=40, num_mel_bins=4, max_source_positions=8, **HALVES, **SPECIAL
+        )
+    )
+    with pytest.raises(ValueError, match="batch must have decoder_input_ids, as Whisper"):
+        example_losses_of(whisper, batch)
     with pytest.raises(ValueError, match=r"task must be one of .*got 'lm'"):
         example_losses_of(model, batch, task="lm")
     with pytest.raises(TypeError, match="batch must be a mapping with labels, got list"):
