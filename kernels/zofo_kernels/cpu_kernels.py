@@ -190,7 +190,8 @@ def _largest(x, low, count):
     """Bits of the largest size among ``count`` elements from ``low`` on."""
     found = _U(0)
     for i in range(low, low + count):
-        found = max(found, bits_from_float(x[i]) & _U(0x7FFFFFFF))
+        size = _U(bits_from_float(x[i]) & _U(0x7FFFFFFF))
+        found = size if size > found else found
     return found
 
 
