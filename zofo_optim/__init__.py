@@ -5,6 +5,7 @@ from .gain import Gain, per_example_gain
 from .groups import hybrid_param_groups
 from .journal import Journal, replay
 from .listeners import Listener
+from .losses import example_losses, example_losses_of
 from .optimizer import HybridZOFO
 from .rules import CenteredRank, Clip, Normalized, Rule, Sign, ZScore
 from .saving import load_hybrid, save_hybrid
@@ -22,6 +23,8 @@ __all__ = [
     "Sign",
     "ZScore",
     "__version__",
+    "example_losses",
+    "example_losses_of",
     "hybrid_param_groups",
     "load_base_weights",
     "load_hybrid",

@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 
 from doc_setup import hub, hub_cache, quiet  # noqa: F401  fixtures
 
-from zofo_optim import HybridZOFO, hybrid_param_groups
+from zofo_optim import HybridZOFO, example_losses_of, hybrid_param_groups
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("hub", "quiet")]
 
@@ -61,6 +61,7 @@ def test_every_recipe_is_tested():
         "fp16 with a GradScaler",
         "Lightning",
         "Objectives without gradients",
+        "Losses of examples",
         "Another first-order optimizer",
         "Part of the base model",
         "A listener",
@@ -150,6 +151,25 @@ def test_objectives_without_gradients():
     names, before = run("Objectives without gradients")
     assert any("lora_" in name for name in changed(names["model"], before))
     assert names["optimizer"].param_groups[0]["maximize"] is True
+
+
+def test_losses_of_examples():
+    """As with the model's own loss, which 10 is above; both ways to get them agree."""
+    names, before = run("Losses of examples")
+    model, batch = names["model"], names["batch"]
+    assert_base_and_adapter_changed(model, before)
+    plain = make_model()
+    optimizer = HybridZOFO(
+        hybrid_param_groups(plain, zo=dict(lr=1e-6), fo=dict(lr=1e-3), verbose=False)
+    )
+    for rows in make_loader():
+        optimizer.zero_grad()
+        optimizer.step(lambda rows=rows: plain(**rows).loss)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert names["losses"].shape == (3,)
+    torch.testing.assert_close(names["losses"].mean(), model(**batch).loss)
+    torch.testing.assert_close(names["losses"], example_losses_of(model, batch))
 
 
 def test_another_first_order_optimizer():
