@@ -14,6 +14,7 @@ from test_backends import OPERATIONS, check
 from zofo_kernels import (
     DISTRIBUTIONS,
     DTYPES,
+    NOISE_VERSION,
     Direction,
     Matrix,
     Region,
@@ -41,7 +42,7 @@ def kernels(interpreted):
     return interpreted_kernels()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tables(kernels):
     return importlib.import_module("zofo_kernels.triton_tables")
 
@@ -68,6 +69,7 @@ directions = st.builds(
     step=st.integers(0, 2**64 - 1),
     sample=st.integers(0, 3),
     distribution=st.sampled_from(DISTRIBUTIONS),
+    version=st.just(NOISE_VERSION),
     rank=st.sampled_from([1, 1, 2, 3, 4, 5]),
 )
 matrices = st.builds(
@@ -92,9 +94,12 @@ def other_parameters(made):
     return [(d, rows, (i, *place[1:])) for i, (d, rows, place) in enumerate(made)]
 
 
-@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "factors"])
-@settings(max_examples=6)
-@given(st.lists(places(3), min_size=1, max_size=3), directions, st.booleans(), st.data())
+MADE_OF_OTHERS = ("factors", "replay")  # factors is below
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in MADE_OF_OTHERS])
+@settings(max_examples=3)
+@given(st.lists(places(2), min_size=1, max_size=2), directions, st.booleans(), st.data())
 def test_triton_does_as_the_reference(operation, made, direction, keep, data):
     check("triton", operation, other_parameters(made), direction, keep, data)
 
@@ -102,12 +107,12 @@ def test_triton_does_as_the_reference(operation, made, direction, keep, data):
 SHAPES = [(16, 24), (9, 5), (3, 4, 8), (5, 6, 7), (4, 3, 3, 3), (2, 12, 1, 4), (40,), (1, 30)]
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     st.lists(
         st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.integers(0, 9)),
         min_size=1,
-        max_size=4,
+        max_size=2,
     ),
     directions,
     st.integers(1, 5),
@@ -323,7 +328,7 @@ def test_tables_are_made_once(tables, monkeypatch):
     assert all(map(same_bits, w, expected))
 
 
-@pytest.mark.parametrize("room", [1, 60, 200])
+@pytest.mark.parametrize("room", [1, 200])
 def test_factors_of_some_regions_at_a_time(tables, monkeypatch, room):
     """Where all of them would need much memory."""
     monkeypatch.setattr(tables, "ROOM", room)
@@ -335,14 +340,14 @@ def test_factors_of_some_regions_at_a_time(tables, monkeypatch, room):
             sizes.append(made.numel())
         return made
 
-    shapes = [(24, 16), (9, 5), (40,), (3, 4, 8), (16, 16)]
+    shapes = [(24, 16), (9, 5), (40,), (3, 4, 8)]
     w = [weights(shape, torch.float32, i) for i, shape in enumerate(shapes)]
     expected = [x.clone() for x in w]
-    steps(expected, "reference")
-    kept = Weights(w)
+    shift, other = Shift(SIGNS, 0.1), SIGNS._replace(sample=1)
+    perturb_(expected, other, 0.1, recover=shift, backend="reference")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
-        steps(kept)
+        perturb_(Weights(w), other, 0.1, recover=shift, **HERE)
     assert all(map(same_bits, w, expected))
     # up to two directions, and at least one region, padded
     assert max(sizes) <= max(room, 2 * (12 + 24 + 8)) + 2 * 4 * len(shapes)
@@ -393,13 +398,14 @@ def test_matrices_that_are_too_large_are_refused(kernels, matrix):
     assert not w.eq(1).all()
 
 
-def test_the_largest_matrix(kernels):
-    """At its end, with numbers of 31 bits."""
-    matrix = Matrix(2**30, 2**30)
-    for offset in (2**60 - 24, 2**60 - 2**30 - 13, 5 * 2**60 - 24):
+@pytest.mark.parametrize("columns", [24, 7])
+def test_the_most_rows(kernels, columns):
+    """At the end of a matrix and in a stack, with numbers of 31 bits."""
+    matrix = Matrix(2**30, columns)
+    for offset in (2**30 * columns - 2 * columns, 2**30 * columns - 13, 5 * 2**30 * columns - 8):
         results = []
         for backend in (kernels, reference):
-            w = torch.zeros(24)
+            w = torch.zeros(48)
             backend.perturb([Region(w, 3, offset, matrix=matrix)], [Shift(SIGNS, 1.0)])
             results.append(w)
         assert same_bits(*results)
