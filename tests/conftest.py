@@ -173,13 +173,16 @@ def _word(direction, index, stream, j, per_word):
     return words[j // np.uint64(per_word) % np.uint64(4), np.arange(len(j))]
 
 
-def element_noise(direction, index, offset, count):
-    """z of elements offset ... of parameter ``index``, in float64: the definition, by element."""
+def element_noise(direction, index, offset, count, stream=0):
+    """z of elements offset ... of parameter ``index``, in float64: the definition, by element.
+
+    Full noise; factors of low rank are streams 3 and 4.
+    """
     j = _positions(offset, count)
     if direction.distribution == "rademacher":
-        bit = _word(direction, index, 0, j, 32) >> (j % np.uint64(32)) & np.uint64(1)
+        bit = _word(direction, index, stream, j, 32) >> (j % np.uint64(32)) & np.uint64(1)
         return 1.0 - 2.0 * bit
-    word = _word(direction, index, 0, j, 2)
+    word = _word(direction, index, stream, j, 2)
     k, a = word & np.uint64(2**23 - 1), (word >> np.uint64(23)).astype(np.int64)
     radius = np.sqrt(-2 * np.log((2.0 * k + 1) / 2**24))
     angle = (np.where(a < 256, a, a - 512) + 0.5) * np.pi / 256

@@ -20,6 +20,7 @@ NO_ESTIMATE = (
     "for transformers' Trainer use zofo_optim.trainer.HybridTrainer, or HybridTrainerMixin for its "
     "subclasses; in Lightning's manual optimization call self.optimizers().step(closure)"
 )
+_BEFORE = {"noise_version": 1, "structure": "full", "rank": 1, "directions": "shared"}
 
 
 class Advice:
@@ -114,8 +115,8 @@ class Advice:
 def about_settings(settings: Settings, saved: dict[str, Any], groups: Sequence[ZOGroup]) -> None:
     """A state dict of an optimizer with other settings, under which the path is another."""
     ours = settings.of_the_path()
-    if saved:  # the first version did not say so
-        saved = {"noise_version": 1, **saved}
+    if saved:  # earlier versions did not say what they had no choice in
+        saved = {**_BEFORE, **saved}
     if not any(has_16_bits(p.dtype) for group in groups for p in group.params):
         del ours["noise_version"]  # versions differ in how those weights round
     others = [

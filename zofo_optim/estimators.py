@@ -63,7 +63,8 @@ class Estimator(NamedTuple):
                 directions of its own: then B differences for each sample, in order.
         """
         has_clean = points[0].sign == 0
-        perturbed = losses[int(has_clean) :].unflatten(0, (-1, len(self.signs)))
+        displaced = losses[int(has_clean) :]
+        perturbed = displaced.reshape(-1, len(self.signs), *displaced.shape[1:])
         if self.needs_clean:
             return (perturbed[:, 0] - losses[0]).flatten()
         return ((perturbed[:, 0] - perturbed[:, 1]) / 2).flatten()

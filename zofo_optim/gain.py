@@ -37,8 +37,8 @@ def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions:
     (mean_b ||g_b||^2 / B) tr H with one direction for each of B examples, and ||mean_b g_b||^2
     tr H with a shared one, for gradients g_b of the examples. The ratio is
     1 + (B - 1) ||g||^2 / E ||g_b||^2 in expectation over batches: up to B where examples agree,
-    never below 1; a batch whose examples disagree by chance may give less. Slopes s_b of the examples' losses along random directions give both terms, as
-    E s_b s_c = g_b . g_c.
+    never below 1; a batch whose examples disagree by chance may give less. Slopes s_b of the
+    examples' losses along random directions give both terms, as E s_b s_c = g_b . g_c.
 
     Takes 2 evaluations a direction and a few that verify; no weight, no generator and nothing of
     the optimizer changes.

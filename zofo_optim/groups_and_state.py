@@ -260,7 +260,8 @@ class GroupsAndState(Optimizer):
     def accumulated(self) -> Tensor | None:
         """The coefficients that ``step()`` will apply, shape (ZO groups, num_samples).
 
-        With directions per example, (ZO groups, examples so far). None where there is no estimate to apply. Groups that were added since have no row.
+        With directions per example, (ZO groups, examples so far). None where there is no estimate
+        to apply. Groups that were added since have no row.
         """
         if self._estimate is None:
             return None

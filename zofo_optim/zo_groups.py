@@ -20,6 +20,9 @@ class Noise(NamedTuple):
     rank: int = 0
 
 
+_NOISE = Noise()
+
+
 @dataclass
 class ZOGroup:
     """A zeroth-order parameter group, ready for one step.
@@ -30,7 +33,7 @@ class ZOGroup:
 
     weights: Weights
     options: dict[str, Any]
-    noise: Noise = Noise()
+    noise: Noise = _NOISE
 
     @property
     def params(self) -> list[Tensor]:

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zofo_kernels import DISTRIBUTIONS, Direction, Shift, perturb_, perturbed, update_
 from zofo_optim import HybridZOFO
-from zofo_optim.perturbation.streaming import Source, Streaming
+from zofo_optim.perturbation.low_rank import Source
+from zofo_optim.perturbation.streaming import Streaming
 
 from . import decoders, minilm, plots
 from .check_step import check_step

@@ -13,7 +13,8 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from .cpu_noise import CHUNK, COLUMNS, KIND, RADEMACHER, RANK, add_terms, list_terms, noise
+from .cpu_noise import CHUNK as CHUNK
+from .cpu_noise import COLUMNS, KIND, RADEMACHER, RANK, add_terms, list_terms, noise
 from .cpu_random import FAST, add_signs, bits_from_float, compiled, float_from_bits, philox
 
 BITS_AT_ONCE = 64  # elements whose shifts get rounding bits if one is coarse: 8 Philox calls

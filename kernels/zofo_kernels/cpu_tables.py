@@ -85,7 +85,7 @@ _FULL = (0, 0, 0, 0)
 def _places(regions: Sequence[Region]) -> tuple[list[tuple[int, ...]], NDArray[np.int64], int]:
     """Each region's row of ``places``; and the jobs, each factor made once, and their units."""
     block = Block.of(regions)
-    places = [
+    places: list[tuple[int, ...]] = [
         _FULL if region.matrix is None else (*region.matrix, *block.places[region.parameter])
         for region in regions
     ]
@@ -167,8 +167,8 @@ def room_for(jobs: Sequence[FactorJob], directions: Sequence[Direction]) -> Fact
 
 @functools.lru_cache(maxsize=16)
 def _one_after_the_other(jobs: tuple[FactorJob, ...]) -> tuple[NDArray[np.int64], int]:
-    ends = np.cumsum([job.count for job in jobs])
-    starts = ends - [job.count for job in jobs]
+    ends = np.cumsum([job.rows for job in jobs])
+    starts = ends - [job.rows for job in jobs]
     return np.column_stack([np.array(jobs, dtype=np.int64), starts]), int(ends[-1])
 
 

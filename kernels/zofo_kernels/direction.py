@@ -3,9 +3,9 @@
 The value of element ``j`` of the ``i``-th zeroth-order parameter depends on
 ``(seed, step, sample, i, j)`` and on nothing else: not on the device, the dtype, the launch
 shape, the sharding or the order of draws.  (Where a direction has low rank, what depends on these
-are the factors of its matrices: see ``structure.py``.)  Recorded runs depend on this definition, and on how
-shifts along a direction round, so it is versioned: a direction carries its version, and all
-versions stay implemented.
+are the factors of its matrices: see ``structure.py``.)  Recorded runs depend on this definition,
+and on how shifts along a direction round, so it is versioned: a direction carries its version, and
+all versions stay implemented.
 
 Version 2 has the noise of version 1, and rounds shifts of coarse weights stochastically.  A weight
 of a 16-bit dtype is coarse where its dtype's numbers are spaced wider around it than

@@ -29,10 +29,10 @@ class _Strided(NamedTuple):
     matrix: Matrix | None
 
     def copied(self, buffer: dict[torch.dtype, Tensor]) -> Region:
-        tensor, start, *place = self
+        tensor, start, *_ = self
         begin = start // tensor.itemsize
         copy = buffer[tensor.dtype][begin : begin + tensor.numel()].view(tensor.shape)
-        return Region(copy.copy_(tensor), *place)
+        return Region(copy.copy_(tensor), *self[2:])
 
     def write_back(self, region: Region) -> None:
         self.tensor.copy_(region.tensor)
@@ -86,10 +86,11 @@ def _parts(regions: list[Region]) -> Iterator[list[_Strided]]:
     room = max(_ROOM, *(region.tensor.nbytes for region in regions))
     part: list[_Strided] = []
     start = 0
-    for tensor, *place in regions:
+    for region in regions:
+        tensor = region.tensor
         if part and start + tensor.nbytes > room:
             yield part
             part, start = [], 0
-        part.append(_Strided(tensor, start, *place))
+        part.append(_Strided(tensor, start, *region[1:]))
         start += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     yield part

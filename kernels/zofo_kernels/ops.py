@@ -201,7 +201,8 @@ def factors(
         return []
     device = torch.device(device)
     engine = backend_for(device, backend) if isinstance(backend, str) else backend
-    parts = engine.factors(jobs, directions, device).split([job.count for job in jobs], dim=-1)
+    made = engine.factors(jobs, directions, device)
+    parts = torch.split(made, [job.rows for job in jobs], dim=-1)
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 

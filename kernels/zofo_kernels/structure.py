@@ -44,7 +44,7 @@ class FactorJob(NamedTuple):
     parameter: int
     stream: int
     first: int
-    count: int
+    rows: int
 
 
 def matrix_of(shape: Sequence[int]) -> Matrix | None:

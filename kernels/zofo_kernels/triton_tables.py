@@ -307,5 +307,5 @@ def factors_of(jobs: tuple[FactorJob, ...], device: torch.device) -> Factors:
     placed, at = [], 0
     for job in jobs:
         placed.append((*job, at))
-        at += job.count
+        at += job.rows
     return _factors(Block({}, placed, at), device)

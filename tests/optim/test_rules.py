@@ -9,12 +9,15 @@ from torch.nn import Parameter
 from zofo_kernels import Direction, Weights, noise
 from zofo_optim import HybridZOFO, Listener
 from zofo_optim.rules import RULES, sgd
-from zofo_optim.zo_groups import ZOGroup
+from zofo_optim.zo_groups import Noise, ZOGroup
 
 numbers = st.floats(-1e3, 1e3)
 
 
-def group(noise=Noise(), **options):
+GAUSSIAN = Noise()
+
+
+def group(noise=GAUSSIAN, **options):
     defaults = dict(maximize=False, weight_decay=0.0, seed=3, zo_step=5)
     return ZOGroup(Weights([Parameter(torch.ones(2), False)]), {**defaults, **options}, noise)
 

@@ -10,6 +10,9 @@ leads with the S examples, or has the same number of rows for each, in order.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,7 +71,9 @@ class ClosedForms:
             NoOwner: an input cannot be divided among the examples.
         """
         form = _FORMS.get(func)
-        result = None if form is None else form(self, *args, **kwargs)
+        if form is None or not _takes(form, len(args), kwargs):
+            return None
+        result = form(self, *args, **kwargs)
         if result is not None:
             self.coarsest = max(self.coarsest, result.dtype, key=lambda d: torch.finfo(d).eps)
         return result
@@ -128,9 +133,12 @@ class ClosedForms:
 
     def by_example(self, x: Tensor, width: int, what: Any) -> Tensor:
         """x as (S, rows of an example, width); S is 1 where the direction is shared."""
-        if self.examples is None:
-            self.examples = x.shape[0] if x.dim() > 0 else 1
-        if self.per_example and (x.dim() == 0 or x.shape[0] % self.examples):
+        rows = x.dim() > (width > 1)  # the features of one row, or a number, lead with nothing
+        if self.examples is None and rows:
+            self.examples = max(x.shape[0], 1)
+        if self.examples is None or (
+            self.examples > 1 and not (rows and _divides(self.examples, x))
+        ):
             source = self._sources.get(id(what))
             raise NoOwner(
                 "?" if source is None else source.name,
@@ -138,6 +146,27 @@ class ClosedForms:
                 "examples of the batch, nor by their rows in order",
             )
         return x.reshape(self.examples, -1, width)
+
+
+def _divides(examples: int, x: Tensor) -> bool:
+    return x.shape[0] % examples == 0
+
+
+def _takes(form: Form, args: int, kwargs: dict[str, Any]) -> bool:
+    """Whether the form knows the call's arguments: torch has names and overloads besides."""
+    most, names = _signature(form)
+    return args <= most and (not kwargs or names is None or kwargs.keys() <= names)
+
+
+@functools.cache
+def _signature(form: Form) -> tuple[float, set[str] | None]:
+    """How many positional arguments it takes, and which keywords; None: all."""
+    _, *parameters = inspect.signature(form).parameters.values()
+    kinds = {p.kind for p in parameters}
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    most = math.inf if inspect.Parameter.VAR_POSITIONAL in kinds else len(positional)
+    names = None if inspect.Parameter.VAR_KEYWORD in kinds else {p.name for p in parameters}
+    return most, names
 
 
 def _holds(values: Any, source: Source) -> bool:
@@ -197,7 +226,7 @@ def _times_row(
     each = forms.vector(weight).view(-1, *weight.shape)
     y = torch.bmm(parts, each.transpose(1, 2) if transposed else each)
     if bias is not None:
-        y = y + forms.vector(bias)
+        y = (y + forms.vector(bias)).to(y.dtype)
     return y.view(*x.shape[:-1], outside)
 
 
@@ -205,14 +234,18 @@ def _linear(
     forms: ClosedForms, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor | None:
     source = forms.matrix(weight)
+    if forms.is_source(input):
+        return None
     if source is not None:
         return _times(forms, input, source, bias, transposed=True)
     if forms.is_source(weight):
         return _times_row(forms, input, weight, bias, transposed=True)
-    if forms.per_example:  # its bias is one
-        y = F.linear(input, weight)
-        return (forms.by_example(y, y.shape[-1], bias) + forms.vector(bias)).view(y.shape)
-    return None
+    if not forms.per_example or weight.dim() != 2:
+        return None
+    y = F.linear(input, weight)
+    if bias is None:
+        return y
+    return (forms.by_example(y, y.shape[-1], bias) + forms.vector(bias)).to(y.dtype).view(y.shape)
 
 
 def _addmm(
@@ -279,7 +312,7 @@ def _convolution(conv: Any) -> Form:
         groups: int = 1,
     ) -> Tensor | None:
         source = forms.matrix(weight)
-        if source is None or groups != 1 or forms.per_example:
+        if source is None or groups != 1 or forms.per_example or forms.is_source(input):
             return None
         left, right, scale = forms.factors(source, input)
         filters = right[0].view(right.shape[1], *weight.shape[1:])
@@ -317,7 +350,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    if not forms.per_example or len(normalized_shape) != 1:
+    if not forms.per_example or len(normalized_shape) != 1 or forms.is_source(input):
         return None
     y = F.layer_norm(_wide(input), normalized_shape, None, None, eps)
     return _scaled_and_shifted(forms, y, weight, bias).to(input.dtype)
@@ -330,14 +363,15 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor | None:
-    if not forms.per_example or len(normalized_shape) != 1:
+    if not forms.per_example or len(normalized_shape) != 1 or forms.is_source(input):
         return None
     y = F.rms_norm(_wide(input), normalized_shape, None, eps)
     return _scaled_and_shifted(forms, y, weight, None).to(input.dtype)
 
 
 def _of_two(multiply: bool) -> Form:
-    def form(forms: ClosedForms, a: Any, b: Any, **options: Any) -> Tensor | None:
+    def form(forms: ClosedForms, input: Any, other: Any, **options: Any) -> Tensor | None:
+        a, b = input, other
         if forms.is_source(a):
             a, b = b, a
         pair = isinstance(a, Tensor) and a.dim() > 1 and b.dim() == 1
@@ -357,6 +391,8 @@ _FORMS: dict[Any, Form] = {
     torch.addmm: _addmm,
     torch.matmul: _matmul,
     torch.mm: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.addmm: _addmm,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
     F.embedding: _embedding,

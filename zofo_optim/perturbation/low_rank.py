@@ -12,6 +12,8 @@ from torch import Tensor
 from zofo_kernels import Backend, Direction, Region, Regions, Shift, backend_for, factors, matrix_of
 from zofo_kernels._torch_compat import without_functorch
 
+from .base import written
+
 
 class Source(NamedTuple):
     """A parameter, its place in the noise, its name and the position of its group."""
@@ -66,7 +68,9 @@ class LowRank:
     """
 
     def __init__(self, sources: Iterable[Source], backend: str) -> None:
-        whole = [s for s in sources if s.parameter.numel() > 0]
+        self._all = list(sources)
+        self._kinds = self._kinds_now()
+        whole = [s for s in self._all if s.parameter.numel() > 0]
         by_device: dict[torch.device, list[Source]] = {}
         for source in whole:
             by_device.setdefault(source.parameter.device, []).append(source)
@@ -80,13 +84,21 @@ class LowRank:
             for device, kinds in by_device.items()
             for some in _alike([s for s in kinds if matrix_of(s.parameter.shape) is None])
         ]
-        self._along: tuple[Direction, ...] = ()
+        self._along: tuple[Sequence[Direction], object] = (), None
         self._factors = _Factors({})
+
+    def _kinds_now(self) -> list[tuple[object, ...]]:
+        return [(s.parameter.shape, s.parameter.dtype, s.parameter.device) for s in self._all]
+
+    def is_outdated(self) -> bool:
+        """Whether a parameter was converted, moved or given another shape since."""
+        return self._kinds_now() != self._kinds
 
     def factors(self, directions: Sequence[Direction]) -> _Factors:
         """Of all matrices, along these directions."""
-        if self._along != tuple(directions):
-            self._along, self._factors = (), _Factors({})
+        now = [_number(direction) for direction in directions]
+        if self._along[1] != now:
+            self._along, self._factors = ((), None), _Factors({})
             found: dict[int, tuple[Tensor, Tensor]] = {}
             for device, some in self._matrices.items():
                 with without_functorch(), torch.inference_mode(False):
@@ -98,12 +110,13 @@ class LowRank:
                         backend=self._engines[device],
                     )
                 found |= {id(s.parameter): f for s, f in zip(some, made, strict=True)}
-            self._along, self._factors = tuple(directions), _Factors(found)
+            # directions too: tensors among them keep their ids
+            self._along, self._factors = (directions, now), _Factors(found)
         return self._factors
 
     def forget(self) -> None:
         """Free the factors: a step needs them no more."""
-        self._along, self._factors = (), _Factors({})
+        self._along, self._factors = ((), None), _Factors({})
 
     def vectors(self, shifts: Sequence[Sequence[Shift]]) -> dict[int, Tensor]:
         """Displaced vectors by ``id`` of the parameter, shape (S, n)."""
@@ -113,8 +126,16 @@ class LowRank:
         return found
 
 
+def _number(direction: Direction) -> tuple[object, ...]:
+    """Which noise it has, without waiting for a step that is on the device and may advance."""
+    step = direction.step
+    if isinstance(step, Tensor):
+        return (id(step), *written(step), *direction._replace(step=0))
+    return direction
+
+
 class _Factors:
-    """U^T and V^T by ``id`` of the parameter, (S, r, m) and (S, r, n), fp32; in others on demand."""
+    """U^T, (S, r, m), and V^T, (S, r, n), by ``id`` of the parameter: fp32, others on demand."""
 
     def __init__(self, made: dict[int, tuple[Tensor, Tensor]]) -> None:
         self._made = made
@@ -158,7 +179,7 @@ class _Vectors:
             for row, regions, of_sample in zip(self._memory, self._regions, shifts, strict=False):
                 row.copy_(base)
                 self._engine.perturb(regions, [of_sample[self._sources[0].group]])
-        parts = self._memory[: len(shifts)].split(self._sizes, dim=1)
+        parts = torch.split(self._memory[: len(shifts)], self._sizes, dim=1)
         return {id(s.parameter): part for s, part in zip(self._sources, parts, strict=True)}
 
     def _make_room(self, samples: int) -> None:
@@ -170,7 +191,7 @@ class _Vectors:
         self._regions = [
             Regions(
                 Region(part, source.noise_index)
-                for source, part in zip(self._sources, row.split(self._sizes), strict=True)
+                for source, part in zip(self._sources, torch.split(row, self._sizes), strict=True)
             )
             for row in self._memory.unbind()
         ]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zofo_kernels import Shift, perturb_, uninterrupted
+from zofo_kernels import Shift, matrix_of, perturb_, uninterrupted
 from zofo_kernels._torch_compat import set_version
 
 from ..advice import Advice
@@ -47,13 +47,15 @@ class StreamedPerturbation(Perturbation):
         self._sources: dict[int, Source] = {}
         self._low_rank: LowRank | None = None
         self._forms: ClosedForms | None = None  # of the last evaluation
-        self._closed: Collection[int] | None = None  # ids; None: all that can be
+        self._closed: Collection[int] | None = None  # ids of matrices; None: all that can be
         self._sign = 0
         self._alone: Collection[int] | None = None  # examples; None: all
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         self._put_back()
         super().over(groups)
+        if self._low_rank is not None and self._low_rank.is_outdated():
+            self._low_rank = LowRank(self._sources.values(), self._settings.backend)
         return self
 
     def _renew(self) -> None:
@@ -105,13 +107,19 @@ class StreamedPerturbation(Perturbation):
             return evaluate(gradient)
 
     def _closed_forms(self) -> ClosedForms | None:
+        if self._low_rank is None or (self._closed is not None and not self._closed):
+            return None
         closed = {
             where: source
             for where, source in self._sources.items()
-            if where not in self._kept and (self._closed is None or where in self._closed)
+            if where not in self._kept
+            and (
+                self._closed is None
+                or where in self._closed
+                # a bias is displaced with its product
+                or matrix_of(source.parameter.shape) is None
+            )
         }
-        if self._low_rank is None or not closed:
-            return None
         at = Displacement(self._low_rank, [self._shifts])
         return ClosedForms(closed, lambda _: at)
 
