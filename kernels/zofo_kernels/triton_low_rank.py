@@ -152,8 +152,9 @@ def _where(
         x = column + vector
         down = _divided(x, by_columns)
         x = (x - down * columns)[:, None] + tl.arange(0, 8)[None, :]
-        past = x - columns  # at most 6, which float divides right
-        further = tl.where(past < 0, 0, 1 + ((past + 0.5) / columns.to(tl.float32)).to(tl.int32))
+        past = x - columns  # at most 6: a number so small is divided right in floats
+        part = 1.0 / columns.to(tl.float32)
+        further = tl.where(past < 0, 0, 1 + ((past + 0.5) * part).to(tl.int32))
         x -= further * columns
         down = down[:, None] + further
         return down, _divided(row + down, by_rows) * columns + x

@@ -26,9 +26,10 @@ def test_triton_serves_the_gpu():
     assert backend_for(torch.device("cuda")).__name__ == "zofo_kernels.triton"
 
 
-def every_pass(tensors, steps=(1, 2), coefficients=None, backend="auto"):
+def every_pass(tensors, steps=(1, 2), coefficients=None, backend="auto", rank=0):
     """All kinds of passes but for copies; ends where no shift is carried."""
-    a, b = (Direction(7, step, 0, kind) for step, kind in zip(steps, DISTRIBUTIONS, strict=True))
+    kinds = zip(steps, DISTRIBUTIONS, strict=True)
+    a, b = (Direction(7, step, 0, kind, rank=rank) for step, kind in kinds)
     if coefficients is None:
         coefficients = torch.ones(2)
     options = {"backend": backend}
@@ -41,19 +42,21 @@ def every_pass(tensors, steps=(1, 2), coefficients=None, backend="auto"):
 
 
 def some_weights():
-    return [weights((n,), dtype, n).to(DEVICE) for n in (9000, 131, 8) for dtype in DTYPES]
+    shapes = [(9000,), (131,), (8,), (40, 200), (9, 5)]
+    return [weights(shape, dtype).to(DEVICE) for shape in shapes for dtype in DTYPES]
 
 
-def test_no_pass_waits_for_the_device():
+@pytest.mark.parametrize("rank", [0, 2])
+def test_no_pass_waits_for_the_device(rank):
     kept, coefficients = Weights(some_weights()), torch.ones(2, device=DEVICE)
     step = torch.tensor(3, device=DEVICE)
 
     def passes():
-        every_pass(kept, coefficients=coefficients)
-        every_pass(kept, (step, step), coefficients)
+        every_pass(kept, coefficients=coefficients, rank=rank)
+        every_pass(kept, (step, step), coefficients, rank=rank)
 
     def passes_and_tables():
-        every_pass(kept.tensors, coefficients=coefficients)
+        every_pass(kept.tensors, coefficients=coefficients, rank=rank)
         noise((100,), GAUSSIAN, **ON_GPU)
         perturbed(kept.tensors[0], GAUSSIAN, 0.1)
 
@@ -99,8 +102,9 @@ def test_passes_run_on_the_current_stream():
     assert overtook
 
 
+@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("steps_are", ["numbers", "counter"])
-def test_a_captured_graph_replays_the_passes(steps_are):
+def test_a_captured_graph_replays_the_passes(steps_are, rank):
     """With the step on the device, each replay takes the next directions."""
     w, other = some_weights(), some_weights()
     kept, coefficients = Weights(w), torch.ones(2, device=DEVICE)
@@ -108,7 +112,7 @@ def test_a_captured_graph_replays_the_passes(steps_are):
 
     def run():
         steps = (counter, counter) if steps_are == "counter" else (4, 5)
-        every_pass(kept, steps, coefficients)
+        every_pass(kept, steps, coefficients, rank=rank)
         counter.add_(1)
 
     side = torch.cuda.Stream()
@@ -126,7 +130,7 @@ def test_a_captured_graph_replays_the_passes(steps_are):
         coefficients.fill_(step + 0.5)
         graph.replay()
         steps = (step, step) if steps_are == "counter" else (4, 5)
-        every_pass(other, steps, torch.full((2,), step + 0.5))
+        every_pass(other, steps, torch.full((2,), step + 0.5), rank=rank)
     torch.cuda.synchronize()
     assert counter.item() == 3
     assert all(map(same_bits, w, other))
@@ -154,11 +158,12 @@ def test_tables_must_be_built_before_a_capture():
         assert same_bits(x, start + 0.25 * z + 0.25 * z)
 
 
-def test_steps_on_the_device_are_as_good_as_numbers():
+@pytest.mark.parametrize("rank", [0, 2])
+def test_steps_on_the_device_are_as_good_as_numbers(rank):
     results, counter = [], torch.tensor(5, device=DEVICE)
     for steps in ((5, 5), (counter, counter), (counter, counter.clone())):
         w = some_weights()
-        every_pass(w, steps)
+        every_pass(w, steps, rank=rank)
         perturb_(w, Direction(7, steps[0]), 0.1, recover=Shift(Direction(7, steps[1]), 0.1))
         results.append(w)
     for other in results[1:]:

@@ -52,6 +52,9 @@ def row(rows, kernel, distribution, rounding="nearest"):
         ("recover_and_perturb", "rademacher", 15),
         ("restore_and_update", "gaussian", 26),
         ("restore_and_update", "rademacher", 15),
+        ("perturb, rank 1", None, 10),
+        ("recover_and_perturb, rank 1", None, 15),
+        ("restore_and_update, rank 1", None, 15),
     ],
 )
 def test_budget(rows, kernel, distribution, most):
@@ -68,7 +71,7 @@ def test_budget(rows, kernel, distribution, most):
 
 def test_nothing_spills(rows):
     ours = [r for r in rows if r["kernel"] != "tl.randn4x perturb"]
-    assert len(ours) == 25
+    assert len(ours) == 35
     assert {r["spill_bytes"] for r in ours} == {0}
 
 
@@ -88,9 +91,10 @@ def test_stock_generator_is_listed(rows):
 
 
 def test_table_names_what_it_counts():
-    done = run()
+    done = run("--kernel", "perturb")
     assert done.returncode == 0, done.stderr
     assert "sm_90" in done.stdout
+    assert "update" not in done.stdout
     for line in done.stdout.splitlines():
         if line.startswith("perturb ") and "gaussian" in line:
             assert line.split()[1:3] == ["bfloat16", "gaussian"]
@@ -130,6 +134,21 @@ other = dict(KIND_A=0, KIND_B=1, UPDATE=-1, DECAY=False, SAME=False, KEYS_ON_DEV
 compiled("bfloat16", "gaussian", "nearest", **other)
 compiled("float32", "gaussian", "nearest", **other, SOURCE=1, ALIGNED=False)
 compiled("float64", "gaussian", "nearest", **other, SOURCE=2)
+
+def of_low_rank(dtype, rounding, **constants):
+    kernel = sass.of_low_rank("restore_and_update, rank 1", dtype, rounding, **constants)
+    assert len(sass.compile_for(kernel, 90)) > 1000
+
+many = dict(SEVERAL=True, RANK=0, KEYS_ON_DEVICE=True)
+of_low_rank("float16", "stochastic", ALIGNED=False, COARSE=True, ONLY=True)
+of_low_rank("float32", "nearest", ALIGNED=False, **many)
+of_low_rank("bfloat16", "stochastic", **many, DECAY=True)
+for dtype in ("float64", "bfloat16"):
+    of_low_rank(dtype, "nearest", **many, MIXED=True)
+    of_low_rank(dtype, "nearest", UPDATE=False, SOURCE=2, ONLY=True)
+    of_low_rank(dtype, "nearest", UPDATE=False, B=True, SOURCE=1, RANK=0)
+for options in (dict(ONLY=True), dict(KEYS_ON_DEVICE=True)):
+    assert len(sass.compile_for(sass.factors("rademacher", **options), 90)) > 1000
 print("all compiled")
 """
 
@@ -147,7 +166,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import sass
 
-for kernel in (sass.kernels.pass_kernel, sass.kernels.keys_kernel):
+low_rank = sass.low_rank.low_rank_kernel, sass.low_rank.factors_kernel
+for kernel in (sass.kernels.pass_kernel, sass.kernels.keys_kernel, *low_rank):
     for param in kernel.params:
         if not param.is_constexpr and not param.do_not_specialize:
             assert param.do_not_specialize_on_alignment, param.name
@@ -160,8 +180,9 @@ def test_alignment_makes_no_variants():
     command = [sys.executable, "-c", ALIGNMENT, str(SCRIPT.parent)]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
-    names = ["table", "items", "keys", "coefficients", "rate", "keys", "device_step"]
-    assert done.stdout.split() == names, done.stderr[-2000:]
+    names = "table items keys coefficients rate keys device_step "
+    names += "table items keys coefficients rate factors factors keys table items"
+    assert done.stdout.split() == names.split(), done.stderr[-2000:]
 
 
 def test_exceeded_budgets_are_found(monkeypatch):

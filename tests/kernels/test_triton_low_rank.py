@@ -14,6 +14,7 @@ from test_backends import OPERATIONS, check
 from zofo_kernels import (
     DISTRIBUTIONS,
     DTYPES,
+    NOISE_VERSION,
     Direction,
     Matrix,
     Region,
@@ -41,7 +42,7 @@ def kernels(interpreted):
     return interpreted_kernels()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tables(kernels):
     return importlib.import_module("zofo_kernels.triton_tables")
 
@@ -68,6 +69,7 @@ directions = st.builds(
     step=st.integers(0, 2**64 - 1),
     sample=st.integers(0, 3),
     distribution=st.sampled_from(DISTRIBUTIONS),
+    version=st.just(NOISE_VERSION),
     rank=st.sampled_from([1, 1, 2, 3, 4, 5]),
 )
 matrices = st.builds(
@@ -92,9 +94,12 @@ def other_parameters(made):
     return [(d, rows, (i, *place[1:])) for i, (d, rows, place) in enumerate(made)]
 
 
-@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "factors"])
-@settings(max_examples=6)
-@given(st.lists(places(3), min_size=1, max_size=3), directions, st.booleans(), st.data())
+MADE_OF_OTHERS = ("factors", "replay")  # factors is below
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in MADE_OF_OTHERS])
+@settings(max_examples=3)
+@given(st.lists(places(2), min_size=1, max_size=2), directions, st.booleans(), st.data())
 def test_triton_does_as_the_reference(operation, made, direction, keep, data):
     check("triton", operation, other_parameters(made), direction, keep, data)
 
@@ -102,12 +107,12 @@ def test_triton_does_as_the_reference(operation, made, direction, keep, data):
 SHAPES = [(16, 24), (9, 5), (3, 4, 8), (5, 6, 7), (4, 3, 3, 3), (2, 12, 1, 4), (40,), (1, 30)]
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     st.lists(
         st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.integers(0, 9)),
         min_size=1,
-        max_size=4,
+        max_size=2,
     ),
     directions,
     st.integers(1, 5),
@@ -139,10 +144,9 @@ def test_steps_of_lists_anywhere_in_memory(made, direction, samples, recover, ro
     assert arranged.rest_is_untouched()
 
 
-@pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_noise_is_the_product_of_the_factors(dtype, rank):
-    for shape in ((24, 16), (9, 5)):
+def test_noise_is_the_product_of_the_factors(dtype):
+    for shape, rank in (((24, 16), 3), ((9, 5), 2))[: 2 if dtype == torch.float64 else 1]:
         direction = SIGNS._replace(rank=rank)
         ((left, right),) = factors([shape], [direction], **HERE)
         root = torch.tensor(1 / math.sqrt(rank), dtype=torch.float64)
@@ -153,47 +157,51 @@ def test_noise_is_the_product_of_the_factors(dtype, rank):
 
 
 def test_minus_zero_keeps_its_sign_where_it_does_in_the_reference():
-    for direction in (SIGNS, SIGNS._replace(rank=3)):
-        for scale in (0.0, -0.0):
-            w = torch.full((8, 16), -0.0)
-            expected = w.clone()
-            assert same_bits(
-                perturbed(w, direction, scale, **HERE),
-                perturbed(w, direction, scale, backend="reference"),
-            )
-            for group, backend in ((w, "triton"), (expected, "reference")):
-                update_([group], [direction], torch.tensor([scale]), 0.1, backend=backend)
-            assert same_bits(w, expected)
+    for rank, scale in ((1, -0.0), (3, 0.0)):
+        direction = SIGNS._replace(rank=rank)
+        w = torch.full((8, 16), -0.0)
+        here, there = (perturbed(w, direction, scale, backend=b) for b in ("triton", "reference"))
+        assert same_bits(here, there)
+        assert here.signbit().any()
+        update_([w], [direction], torch.tensor([scale]), 0.1, **HERE)
+        assert w.signbit().all()
 
 
 # Directions of several ranks.
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("ranks", [(0, 1), (2, 0, 1), (1, 3), (6, 0)])
-@pytest.mark.parametrize("back", [None, 0, 2], ids=str)
-def test_updates_along_several_ranks(ranks, back, distribution):
+@pytest.mark.parametrize(
+    ("ranks", "back", "distribution", "dtype"),
+    [
+        ((0, 1), None, "gaussian", torch.float64),
+        ((0, 1), 2, "rademacher", torch.bfloat16),
+        ((2, 0, 1), 2, "gaussian", torch.float32),
+        ((2, 0, 1), 0, "rademacher", torch.float32),
+        ((1, 3), None, "rademacher", torch.float64),
+        ((6, 0), 6, "gaussian", torch.bfloat16),
+    ],
+)
+def test_updates_along_several_ranks(ranks, back, distribution, dtype):
     along = [Direction(7, 8, s, distribution, rank=rank) for s, rank in enumerate(ranks)]
     if len(along) == 3:
         along[1] = along[1]._replace(distribution="rademacher")
     coefficients = weights((len(ranks),), torch.float64, 5, 0.5)
     shift = None if back is None else Shift(along[0]._replace(rank=back, sample=9), 0.25)
-    for dtype in (torch.float32, torch.bfloat16):
-        results = []
-        for backend in ("triton", "reference"):
-            w = [weights(shape, dtype, i) for i, shape in enumerate([(24, 16), (9, 5), (40,)])]
-            update_(w, along, coefficients, 0.1, recover=shift, backend=backend)
-            results.append(w)
-        for result, wanted in zip(*results, strict=True):
-            assert agree(result, wanted, along[0], roundings=3)
+    results = []
+    for backend in ("triton", "reference"):
+        w = [weights(shape, dtype, i) for i, shape in enumerate([(24, 16), (9, 5)])]
+        update_(w, along, coefficients, 0.1, recover=shift, backend=backend)
+        results.append(w)
+    for result, wanted in zip(*results, strict=True):
+        assert agree(result, wanted, along[0], roundings=3)
 
 
-@pytest.mark.parametrize("ranks", [(0, 1), (1, 0), (1, 2)])
+@pytest.mark.parametrize("ranks", [(0, 1), (1, 0)])
 def test_moves_between_ranks(ranks):
     first, second = (SIGNS._replace(rank=rank) for rank in ranks)
     results = []
     for backend in ("triton", "reference"):
-        w = [weights(shape, torch.bfloat16, i) for i, shape in enumerate([(24, 16), (9, 5), (8,)])]
+        w = [weights(shape, torch.bfloat16, i) for i, shape in enumerate([(24, 16), (8,)])]
         perturb_(w, second, 0.125, recover=Shift(first, -0.25), backend=backend)
         update_(w, [first], torch.ones(1), 0.1, recover=Shift(second, 0.125), backend=backend)
         results.append(w)
@@ -212,20 +220,14 @@ def test_full_noise_of_version_1_and_low_rank_of_version_2_mix():
 # Keys and steps.
 
 
-@pytest.mark.parametrize("direction", [SIGNS, NORMAL], ids=DISTRIBUTIONS[::-1])
-def test_a_step_on_the_device_is_as_good_as_a_number(direction):
+def test_a_step_on_the_device_is_as_good_as_a_number():
     results = []
     for step in (3, torch.tensor(3)):
-        w = [
-            weights((24, 16), torch.bfloat16),
-            weights((9, 5), torch.float32),
-            weights((8,), torch.float32),
-        ]
-        a, b = direction._replace(step=step), direction._replace(step=step, sample=4)
-        perturb_(w, a, 0.1, **HERE)
+        w = [weights((24, 16), torch.bfloat16), weights((9, 5), torch.bfloat16)]
+        a, b = NORMAL._replace(step=step), NORMAL._replace(step=step, sample=4)
         perturb_(w, b, -0.1, recover=Shift(a, 0.1), **HERE)
         update_(w, [a, b], torch.ones(2), 0.2, recover=Shift(b, -0.1), **HERE)
-        update_(w, [a], torch.ones(1), 0.2, **HERE)
+        update_(w[:1], [a], torch.ones(1), 0.2, **HERE)
         w += [tensor for pair in factors([(5, 4), (3, 9)], [a, b], **HERE) for tensor in pair]
         results.append(w)
     assert all(map(same_bits, *results))
@@ -251,8 +253,7 @@ def test_a_direction_is_made_once(kernels):
 # Factors.
 
 
-@pytest.mark.parametrize("rank", [1, 2, 7])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(("distribution", "rank"), [("gaussian", 2), ("rademacher", 1)])
 def test_factors_are_those_of_the_reference(kernels, distribution, rank):
     """Several and one, from any row on, and in pieces."""
     jobs = [
@@ -260,33 +261,18 @@ def test_factors_are_those_of_the_reference(kernels, distribution, rank):
         FactorJob(4, STREAM_RIGHT, 2**33 + 5, 1030),
         FactorJob(2**32 - 1, STREAM_LEFT, 11, 130),
     ]
-    along = [Direction(5, 6, sample, distribution, rank=rank) for sample in (0, 1, 7)]
+    along = [Direction(5, 6, sample, distribution, rank=rank) for sample in (0, 7)]
     cpu = torch.device("cpu")
-    for some in (jobs, jobs[:2], jobs[1:2]):
-        for chosen in (along, along[:1]):
-            made = kernels.factors(some, chosen, cpu)
-            wanted = reference.factors(some, chosen, cpu)
-            if distribution == "rademacher":
-                assert same_bits(made, wanted)
-            else:
-                torch.testing.assert_close(made, wanted, rtol=0, atol=5e-6)
+    for some, chosen in ((jobs, along), (jobs[:2], along[:1]), (jobs[1:2], along[:1])):
+        made = kernels.factors(some, chosen, cpu)
+        wanted = reference.factors(some, chosen, cpu)
+        if distribution == "rademacher":
+            assert same_bits(made, wanted)
+        else:
+            torch.testing.assert_close(made, wanted, rtol=0, atol=5e-6)
 
 
 # Tables.
-
-
-def steps(tensors, backend="triton", direction=SIGNS):
-    other = direction._replace(sample=1)
-    perturb_(tensors, direction, 0.1, backend=backend)
-    perturb_(tensors, other, 0.1, recover=Shift(direction, 0.1), backend=backend)
-    update_(
-        tensors,
-        [direction, other],
-        torch.ones(2),
-        0.1,
-        recover=Shift(other, 0.1),
-        backend=backend,
-    )
 
 
 def test_vectors_have_launches_of_full_noise(launches):
@@ -309,21 +295,17 @@ def test_vectors_have_launches_of_full_noise(launches):
 def test_tables_are_made_once(tables, monkeypatch):
     build, made = tables._build, []
     monkeypatch.setattr(tables, "_build", lambda *args: made.append(1) or build(*args))
-    w = [
-        weights((24, 16), torch.float32),
-        weights((9, 5), torch.float32),
-        weights((40,), torch.float32),
-    ]
-    expected = [x.clone() for x in w]
-    kept = Weights(w)
-    for direction in (SIGNS, SIGNS._replace(step=2)):
-        steps(kept, "triton", direction)
-        steps(expected, "reference", direction)
+    w = [weights(shape, torch.float32) for shape in ((24, 16), (16, 8), (40,))]
+    kept, expected = Weights(w), [x.clone() for x in w]
+    for step in range(3):
+        direction = SIGNS._replace(step=step)
+        perturb_(kept, direction, 0.1, **HERE)
+        perturb_(expected, direction, 0.1, backend="reference")
         assert len(made) == 1  # the matrices'; one vector needs none
     assert all(map(same_bits, w, expected))
 
 
-@pytest.mark.parametrize("room", [1, 60, 200])
+@pytest.mark.parametrize("room", [1, 200])
 def test_factors_of_some_regions_at_a_time(tables, monkeypatch, room):
     """Where all of them would need much memory."""
     monkeypatch.setattr(tables, "ROOM", room)
@@ -335,14 +317,14 @@ def test_factors_of_some_regions_at_a_time(tables, monkeypatch, room):
             sizes.append(made.numel())
         return made
 
-    shapes = [(24, 16), (9, 5), (40,), (3, 4, 8), (16, 16)]
+    shapes = [(24, 16), (9, 5), (40,), (3, 4, 8)]
     w = [weights(shape, torch.float32, i) for i, shape in enumerate(shapes)]
     expected = [x.clone() for x in w]
-    steps(expected, "reference")
-    kept = Weights(w)
+    shift, other = Shift(SIGNS, 0.1), SIGNS._replace(sample=1)
+    perturb_(expected, other, 0.1, recover=shift, backend="reference")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
-        steps(kept)
+        perturb_(Weights(w), other, 0.1, recover=shift, **HERE)
     assert all(map(same_bits, w, expected))
     # up to two directions, and at least one region, padded
     assert max(sizes) <= max(room, 2 * (12 + 24 + 8)) + 2 * 4 * len(shapes)
@@ -393,13 +375,14 @@ def test_matrices_that_are_too_large_are_refused(kernels, matrix):
     assert not w.eq(1).all()
 
 
-def test_the_largest_matrix(kernels):
-    """At its end, with numbers of 31 bits."""
-    matrix = Matrix(2**30, 2**30)
-    for offset in (2**60 - 24, 2**60 - 2**30 - 13, 5 * 2**60 - 24):
+@pytest.mark.parametrize("columns", [24, 7])
+def test_the_most_rows(kernels, columns):
+    """At the end of a matrix and in a stack, with numbers of 31 bits."""
+    matrix = Matrix(2**30, columns)
+    for offset in (2**30 * columns - 2 * columns, 2**30 * columns - 13, 5 * 2**30 * columns - 8):
         results = []
         for backend in (kernels, reference):
-            w = torch.zeros(24)
+            w = torch.zeros(48)
             backend.perturb([Region(w, 3, offset, matrix=matrix)], [Shift(SIGNS, 1.0)])
             results.append(w)
         assert same_bits(*results)
