@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -68,6 +68,8 @@ class Evaluation(NamedTuple):
     """Whether all its calls of backward were such, and left gradients that ours were added to."""
     inner: frozenset[int] = frozenset()
     """Which of the closure's calls of backward its loss depends on; see :class:`ClosureWatch`."""
+    unwatched: bool = False
+    """Whether it may run again without a watch, which costs a little in every torch call."""
 
 
 def evaluate(
@@ -77,6 +79,7 @@ def evaluate(
     inner: frozenset[int] = frozenset(),
     first_order: Sequence[Tensor] = (),
     per_example: bool = False,
+    watched: bool = True,
 ) -> Evaluation:
     """Run the closure once.
 
@@ -90,6 +93,7 @@ def evaluate(
         first_order: the parameters that gradients are for.
         per_example: the closure returns the losses of B examples, shape (B,); gradients are those
             of their mean.
+        watched: False where it ran before in the same step, and needed no watch.
 
     Raises:
         TypeError, ValueError: the closure did not return a real scalar, or such losses.
@@ -100,12 +104,14 @@ def evaluate(
     recording = torch.is_grad_enabled()
     before = [_gradient(p) for p in first_order]
     try:
-        with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
+        mode = watch if watched else nullcontext()
+        with torch.set_grad_enabled(gradients or bool(inner)), mode, interruptible():
             returned = closure()
         loss = losses_of_examples(returned) if per_example else scalar_loss(returned)
         calls, plain = watch.calls, watch.unscaled(loss)
         scaled = gradients and watch.holds_a_scale(loss)
         inner = watch.inner_calls(loss) if gradients else inner
+        idle = watch.idle
     finally:
         # Ctrl-C at the block's edges can skip their own undoing
         watch.stop()
@@ -122,7 +128,7 @@ def evaluate(
     loss = plain.detach().reshape(-1 if per_example else ())  # a scale is for gradients
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-    return Evaluation(returned, loss, backpropagated, scaled, left, inner)
+    return Evaluation(returned, loss, backpropagated, scaled, left, inner, idle)
 
 
 def _gradient(p: Tensor) -> tuple[int, int] | None:
@@ -200,6 +206,7 @@ class Runs:
         self._aside: list[tuple[Tensor, Tensor | None]] | None = None
         self._inner: frozenset[int] = frozenset()
         self._began = False
+        self._unwatched = False  # until a run has shown that it may
 
     def __enter__(self) -> Runs:
         if self._devices is not None:
@@ -241,7 +248,9 @@ class Runs:
                     inner=inner,
                     first_order=self._first_order if gradients else (),
                     per_example=self._evaluator.per_example,
+                    watched=not self._unwatched,
                 )
+            self._unwatched = result.unwatched
             self._inner = result.inner
         finally:
             self._evaluator.running = None

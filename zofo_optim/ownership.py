@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-_MIXES = (_ConvNd, _BatchNorm, nn.GroupNorm, nn.RNNBase, nn.MultiheadAttention)
+_MIXES = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
+    *(nn.RNNBase, nn.MultiheadAttention),
+)
 """Modules whose torch functions have no closed form for examples."""
 _POSITIONS = re.compile(r"(^|[._])(positions?|pos|wpe|relative_attention_bias)([._]|$)|pos_emb")
 """Embeddings that are looked up once for all examples."""

@@ -38,6 +38,8 @@ class ClosureWatch(TorchFunctionMode):
         self._scaled: tuple[Any, Any] = None, None  # what a GradScaler made, and what of
         self.swallow = swallow
         self.captured = capturing()
+        self.idle = not self.captured
+        """Whether nothing was done but to pass calls on."""
 
     @property
     def calls(self) -> int:
@@ -79,13 +81,19 @@ class ClosureWatch(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.backward or func is torch.autograd.backward:
             self._roots.append(_roots(*args, **(kwargs or {})))
+            self.idle = False
             if self.swallow and self.calls - 1 not in self._made:
                 return None
-        if self.swallow and not self._made and func is SET_GRAD_ENABLED and not in_functorch():
-            args = (False,)  # Lightning's closures turn gradients on, and would keep activations
+        if func is SET_GRAD_ENABLED and not in_functorch():
+            # True where gradients are off may be the end of a no_grad block
+            if args[0] and (self.swallow or torch.is_grad_enabled()):
+                self.idle = False
+            if self.swallow and not self._made:
+                args = (False,)  # Lightning's closures turn them on, and would keep activations
         if self.captured:
             check_replayable(func, args, kwargs or {})
         if func is Tensor.mul and _called_by_a_scaler():
+            self.idle = False
             self._scaled = func(*args, **(kwargs or {})), args[0]
             return self._scaled[0]
         return func(*args, **(kwargs or {}))
