@@ -93,6 +93,7 @@ DIRECTIONS = st.builds(
     sample=st.one_of(st.integers(0, 9), st.just(2**64 - 1)),
     distribution=st.sampled_from(DISTRIBUTIONS),
     version=st.sampled_from(NOISE_VERSIONS),
+    rank=st.just(0),
 )
 
 

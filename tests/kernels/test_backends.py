@@ -32,6 +32,7 @@ from zofo_kernels import (
     replay_,
     update_,
 )
+from zofo_kernels.structure import STREAM_LEFT, STREAM_RIGHT, FactorJob
 
 CPU = torch.device("cpu")
 DIRECTION = Direction(5, 3)
@@ -100,6 +101,7 @@ directions = st.builds(
     sample=st.integers(0, 3),
     distribution=st.sampled_from(DISTRIBUTIONS),
     version=st.sampled_from(NOISE_VERSIONS),
+    rank=st.just(0),
 )
 scales = st.sampled_from([0.125, -0.125, 1e-3, 0.0])
 rates = st.sampled_from([0.003, 0.1])
@@ -176,7 +178,27 @@ def fill_noise(draw, direction):
     return run, 1
 
 
-DRAWN = {f.__name__: f for f in (perturb, perturb_copy, update, replay, fill_noise)}
+def factors(draw, direction):
+    """Gives numbers, and writes to no region."""
+    chosen = along(direction._replace(version=2, rank=draw(st.integers(1, 3))), 2)
+    job = st.builds(
+        FactorJob,
+        parameter=st.sampled_from([0, 5, 2**32 - 1]),
+        stream=st.sampled_from([STREAM_LEFT, STREAM_RIGHT]),
+        first=st.sampled_from([0, 7, 2**35 - 3]),
+        rows=st.integers(1, 300),
+    )
+    jobs = draw(st.lists(job, min_size=1, max_size=3))
+
+    def run(backend, regions):
+        found = backend.factors(jobs, chosen, CPU)
+        assert found.shape == (2, chosen[0].rank, sum(job.rows for job in jobs))
+        return list(found)
+
+    return run, 1
+
+
+DRAWN = {f.__name__: f for f in (perturb, perturb_copy, update, replay, fill_noise, factors)}
 
 
 @torch.no_grad()
@@ -187,8 +209,8 @@ def check(name, operation, made, direction, keep, data):
     for backend in (backend_for(CPU, name), reference):
         tensors = [weights((rows, p[2]), dtype, i) for i, (dtype, rows, p) in enumerate(made)]
         regions = [Region(w, *place) for w, (*_, place) in zip(tensors, made, strict=True)]
-        run(backend, Regions(regions) if keep else regions)
-        results.append(tensors)
+        found = run(backend, Regions(regions) if keep else regions)
+        results.append(tensors if found is None else found)
     for result, expected in zip(*results, strict=True):
         assert agree(result, expected, direction, rounded)
 

@@ -73,6 +73,7 @@ DIRECTIONS = st.builds(
     sample=st.integers(0, 9),
     distribution=st.sampled_from(DISTRIBUTIONS),
     version=st.sampled_from(NOISE_VERSIONS),
+    rank=st.just(0),
 )
 INDICES = st.one_of(st.integers(0, 5), st.just(2**32 - 1))
 

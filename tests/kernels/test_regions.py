@@ -91,6 +91,7 @@ directions = st.builds(
     sample=st.integers(0, 9),
     distribution=st.sampled_from(DISTRIBUTIONS),
     version=st.sampled_from(NOISE_VERSIONS),
+    rank=st.just(0),
 )
 operations = st.sampled_from(list(ROUNDINGS_OF_EACH))
 roundings = st.sampled_from(ROUNDINGS)

@@ -77,6 +77,7 @@ DIRECTIONS = st.lists(
         sample=st.integers(0, 3),
         distribution=st.sampled_from(DISTRIBUTIONS),
         version=st.sampled_from(NOISE_VERSIONS),
+        rank=st.just(0),
     ),
     min_size=1,
     max_size=3,

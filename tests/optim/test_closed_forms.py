@@ -196,10 +196,18 @@ COPIED = {
     ),
     "a stack": (lambda w: torch.bmm(like(w)(B, 2, 4), w), dict(w=weight(B, 4, 5))),
     "out": (lambda v: torch.mm(like(v)(B, 5), v, out=torch.empty(B, 4, dtype=v.dtype)), dict(v=V)),
+    "a sparse input": (lambda v: torch.mm(like(v)(B, 5).to_sparse(), v), dict(v=V)),
+    "a nested input": (
+        lambda w: F.linear(
+            torch.nested.as_nested_tensor(list(like(w)(B, 2, 5))), w
+        ).to_padded_tensor(0.0),
+        dict(w=W),
+    ),
     "a product with a vector": (lambda v: v @ like(v)(4), dict(v=V)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name", COPIED)
 def test_a_shared_direction_falls_back_to_a_copy(monkeypatch, name):
     function, parts = COPIED[name]
@@ -243,6 +251,7 @@ NO_FORM = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("estimator", ["one_sided", "two_sided"])
 @pytest.mark.parametrize("name", NO_FORM)
 def test_an_example_must_own_what_it_sees(name, estimator):
@@ -270,8 +279,13 @@ def test_factors_follow_the_step_on_the_device():
         params = named(dict(w=W.clone(), b=BIAS.clone()))
         seen = Seen(SHARED["linear"][0], params)
         optimizer = optimizer_of(params, capturable=capturable, lr=1e-3)
-        for _ in range(3):
+        state = optimizer.state_dict()
+        state["param_groups"][0]["zo_step"] = 7
+        for _ in range(2):
             optimizer.step(seen)
+        optimizer.backward(seen)
+        optimizer.load_state_dict(state)  # with another step, and no update between
+        optimizer.backward(seen)
         found.append(([y.tolist() for y in seen.outputs], params[0][1].tolist()))
     assert found[0] == found[1]
 

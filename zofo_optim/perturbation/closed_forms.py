@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zofo_kernels import matrix_of
+from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from .low_rank import Displacement, Source
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 Form = Callable[..., "Tensor | None"]
 """A form takes the function's arguments, after the :class:`ClosedForms`; None: it has none."""
 
@@ -71,7 +73,7 @@ class ClosedForms:
             NoOwner: an input cannot be divided among the examples.
         """
         form = _FORMS.get(func)
-        if form is None or not _takes(form, len(args), kwargs):
+        if form is None or not _takes(form, len(args), kwargs) or not _are_dense(args):
             return None
         result = form(self, *args, **kwargs)
         if result is not None:
@@ -156,6 +158,19 @@ def _takes(form: Form, args: int, kwargs: dict[str, Any]) -> bool:
     """Whether the form knows the call's arguments: torch has names and overloads besides."""
     most, names = _signature(form)
     return args <= most and (not kwargs or names is None or kwargs.keys() <= names)
+
+
+def _are_dense(args: tuple[Any, ...]) -> bool:
+    """Not so: sparse and nested tensors, and those that wrap others, have products of their own."""
+    return not any(
+        isinstance(a, Tensor)
+        and (
+            a.layout != torch.strided
+            or a.is_nested
+            or (type(a) not in _PLAIN and is_wrapper_subclass(a))
+        )
+        for a in args
+    )
 
 
 @functools.cache

@@ -222,15 +222,17 @@ class StreamedPerturbation(Perturbation):
         assert self._forms is not None
         last = len(loss) - 1
         room = TOLERANCE[self._forms.coarsest]
-        at_rest, one = self._with_alone((), evaluate), self._with_alone((last,), evaluate)
-        if not same(at_rest[:last], one[:last]):
-            raise RuntimeError(
-                "closure must compute the loss of each example from that example alone where "
-                f"directions='per_example': displacing the weights for example {last} changed the "
-                f"losses of others (by up to {(at_rest - one)[:last].abs().max().item():.3g}). "
-                "Batch normalisation, packed examples and experts of limited capacity mix them; "
-                "use directions='shared'"
-            )
+        at_rest = self._with_alone((), evaluate)
+        for some, others in _halves(len(loss)):
+            moved = (self._with_alone(some, evaluate) - at_rest)[others]
+            if moved.any():
+                raise RuntimeError(
+                    "closure must compute the loss of each example from that example alone, and "
+                    "keep their order, where directions='per_example': displacing the weights for "
+                    f"some examples changed the losses of others (by up to {moved.abs().max():.3g}"
+                    "). Batch normalisation, packed or sorted examples and experts of limited "
+                    "capacity mix them; use directions='shared'"
+                )
         self._shifts = self._shifts_of(self._first_example + last)
         with self._in_closed_form(()):
             alone = evaluate()[last]
@@ -363,6 +365,15 @@ class _Kept(NamedTuple):
     """The parameter then, see :func:`written`."""
     failed: tuple[int, int] | None = None
     """Where putting it back failed: the parameter as it was then, likewise."""
+
+
+def _halves(count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The numbers below ``count`` in two parts, so often that any two of them are once apart."""
+    for bit in range((count - 1).bit_length()):
+        ones = [k for k in range(count) if k >> bit & 1]
+        zeros = [k for k in range(count) if not k >> bit & 1]
+        yield ones, zeros
+        yield zeros, ones
 
 
 def _parts(sources: list[Source]) -> Iterator[list[Source]]:
