@@ -23,6 +23,7 @@ from .base_weights import FILE, load_base_weights, save_base_weights
 from .buffers import ParamGroups
 from .counts import Counts
 from .groups import hybrid_param_groups
+from .losses import example_losses_of
 from .optimizer import HybridZOFO
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class HybridTrainerMixin(_Base):
     the Trainer's own: its training step becomes the closure of ``HybridZOFO.backward``, so that
     accumulation, clipping, mixed precision, schedulers, callbacks and logging work as usual.
     What a trainer counts in its attributes, such as TRL's metrics, is of a step's first evaluation.
+    With ``hybrid=dict(directions="per_example", ...)`` the loss is the mean of
+    :func:`example_losses_of` the model, by the arguments' ``label_smoothing_factor``.
 
     The learning rate, the weight decay and the optimizer (``adamw_torch``, ``sgd``, ...) of the
     first-order group are those of the arguments; schedulers drive both groups. Logs get
@@ -79,8 +82,10 @@ class HybridTrainerMixin(_Base):
             each evaluation of a step (GRPO).
         ValueError: both an optimizer and its options were given; the training is distributed in a
             way that is not supported; or the reference of a preference loss (DPO) is the model
-            itself. When the optimizer is made: ``zo`` has no ``lr``, or the arguments name an
-            optimizer that chooses its own parameters, other than in groups of all that trains.
+            itself; or directions are per example, and ``compute_loss_func`` or a method
+            ``compute_loss`` makes a loss of its own. When the optimizer is made: ``zo`` has no
+            ``lr``, or the arguments name an optimizer that chooses its own parameters, other than
+            in groups of all that trains.
     """
 
     def __init__(
@@ -92,7 +97,9 @@ class HybridTrainerMixin(_Base):
         hybrid: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._slopes: torch.Tensor | None = None  # summed over the micro-batches of a step
+        self._slopes: torch.Tensor | None = None  # of all micro-batches of a step
+        self._losses: torch.Tensor | None = None  # of the examples, in the evaluation going on
+        self._training = False
         self._hybrid_options = dict(hybrid or {})
         self._group_options: dict[str, Any] = dict(zo=zo, include=include, exclude=exclude)
         super().__init__(*args, **kwargs)
@@ -159,8 +166,14 @@ class HybridTrainerMixin(_Base):
                     f"{sorted(parameters)}: pass optimizers=(HybridZOFO(...), None)"
                 )
             decaying = set(self.get_decay_parameter_names(model))
+            directions = self._hybrid_options.get("directions", "shared")
+            if directions == "per_example":
+                self._check_own_loss()
             groups = hybrid_param_groups(
-                model, **self._group_options, verbose=self.is_world_process_zero()
+                model,
+                **self._group_options,
+                directions=directions,
+                verbose=self.is_world_process_zero(),
             )
             first_order = [
                 part
@@ -214,17 +227,62 @@ class HybridTrainerMixin(_Base):
             counts = counts or Counts(self)
             return loss
 
+        def of_examples() -> torch.Tensor:
+            loss = closure()
+            losses = self._losses
+            if losses is None:
+                raise RuntimeError(
+                    "compute_loss of HybridTrainerMixin must be called in a training step where "
+                    "directions='per_example', and was not"
+                )
+            mean = losses.mean()  # which the Trainer divides where it accumulates
+            return losses * torch.where(mean == 0, 1.0, loss / mean)
+
         optimizer = self.hybrid_optimizer
         accumulates = optimizer.accumulated is not None
+        per_example = optimizer.settings.directions == "per_example"
+        self._training = per_example
         try:
-            loss = optimizer.backward(closure)
+            loss = optimizer.backward(of_examples if per_example else closure)
         finally:
+            self._training, self._losses = False, None
             if counts is not None:
                 counts.restore()
         before, slopes = self._slopes if accumulates else None, optimizer.projected_grads
-        self._slopes = slopes if before is None or slopes is None else before + slopes
+        if before is not None and slopes is not None:
+            slopes = torch.cat([before, slopes], dim=1) if per_example else before + slopes
+        self._slopes = slopes
         assert isinstance(loss, torch.Tensor)
-        return loss
+        return loss.mean()
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; in training steps with a direction for each example, by the examples."""
+        if not self._training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
+        losses = example_losses_of(
+            model,
+            inputs,
+            num_items_in_batch=items if self.model_accepts_loss_kwargs else None,
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        self._losses = losses.detach()
+        return losses.mean()
+
+    def _check_own_loss(self) -> None:
+        """Losses of examples are known where the loss is the model's own."""
+        made_by = [
+            cls.__name__
+            for cls in type(self).__mro__
+            if "compute_loss" in vars(cls) and cls not in (HybridTrainerMixin, Trainer)
+        ]
+        if self.compute_loss_func is not None or made_by:
+            what = "compute_loss_func" if not made_by else f"{made_by[0]}.compute_loss"
+            raise ValueError(
+                f"directions must be 'shared' with {what}, which makes a loss that is not known "
+                "to be a mean over examples; or train in a loop of your own, with a closure that "
+                "returns losses of shape (B,)"
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with what zeroth order has to tell."""

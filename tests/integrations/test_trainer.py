@@ -24,7 +24,13 @@ from tiny_llama import (  # noqa: E402
 )
 from torch import nn  # noqa: E402
 
-from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, replay  # noqa: E402
+from zofo_optim import (  # noqa: E402
+    HybridZOFO,
+    Journal,
+    example_losses_of,
+    hybrid_param_groups,
+    replay,
+)
 from zofo_optim.base_weights import load_base_weights, save_base_weights  # noqa: E402
 from zofo_optim.trainer import HybridTrainer, HybridTrainerMixin  # noqa: E402
 
@@ -90,6 +96,60 @@ def test_as_a_plain_loop(accumulate, tmp_path):
     for a, b in zip(contents(done.model), contents(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert_moved(model, contents(lora()))
+
+
+PER_EXAMPLE = dict(structure="low_rank", perturbation="streamed", directions="per_example")
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "frozen", "smoothing"), [(1, False, 0.0), (2, False, 0.1), (3, True, 0.0)]
+)
+def test_one_direction_an_example(accumulate, frozen, smoothing, tmp_path):
+    """As a plain loop with losses of examples; 10 rows make a last step of fewer."""
+
+    def model():
+        return base_model().requires_grad_(False) if frozen else lora()
+
+    options = dict(gradient_accumulation_steps=accumulate, label_smoothing_factor=smoothing)
+    options.update(max_grad_norm=1e9, num_train_epochs=1, max_steps=-1)
+    done = trainer(tmp_path, model(), options, hybrid=PER_EXAMPLE)
+    done.train_dataset = DATA[:10]
+    done.train()
+    plain = model().train()
+    groups = hybrid_param_groups(plain, dict(lr=1e-3), directions="per_example", verbose=False)
+    optimizer = HybridZOFO(groups, lr=0.1, seed=1, **PER_EXAMPLE)
+    data, estimates = batches(done), []
+    for low in range(0, len(data), accumulate):
+        step = data[low : low + accumulate]
+        labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step)
+        for batch in step:
+            optimizer.backward(
+                lambda batch=batch, labels=labels: example_losses_of(
+                    plain, batch, num_items_in_batch=labels, label_smoothing=smoothing
+                )
+            )
+        estimates.append(optimizer.accumulated.abs().sum().item())
+        optimizer.step()
+        optimizer.zero_grad()
+    for a, b in zip(contents(done.model), contents(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert min(estimates) > 0
+    assert len(logged(done, "projected_grad")) == len(estimates)
+    assert not all(map(same_bits, contents(done.model), contents(model())))
+
+
+def test_one_direction_an_example_needs_the_models_own_loss(tmp_path):
+    class Other(HybridTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            return super().compute_loss(model, inputs, **kwargs)
+
+    for cls, more, what in (
+        (Other, {}, "Other.compute_loss"),
+        (HybridTrainer, dict(compute_loss_func=lambda *a, **k: 0), "compute_loss_func"),
+    ):
+        done = trainer(tmp_path, cls=cls, hybrid=PER_EXAMPLE, **more)
+        with pytest.raises(ValueError, match=f"directions must be 'shared' with {what}"):
+            done.create_optimizer()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
