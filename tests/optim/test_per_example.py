@@ -151,6 +151,7 @@ def test_the_report_is_of_all_examples():
         x = batch(3, seed=part)
         task.optimizer.backward(lambda x=x: task.losses(x))
         expected.append(task.optimizer.projected_grads.abs())
+    assert task.optimizer.accumulated.shape == (1, 6)
     size = torch.cat(expected).mean().item()
     assert f"slope {size:.2e}" in task.optimizer.report()
 
