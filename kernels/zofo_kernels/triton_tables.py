@@ -25,7 +25,8 @@ VECTORS = 512
 """Vectors of 8 elements a program. With 4 warps a thread has 32 elements, 64 bytes of bf16 in
 flight. Registers then let a multiprocessor (sm_90) hold all of its threads where 16-bit weights are
 perturbed in place; in other passes in place 44 to 75 % of them for bf16 and 31 to 75 % for fp16; in
-all passes 44 to 50 % for fp32 and 19 to 25 % for fp64. ``benchmarks/sass.py`` counts them."""
+all passes 44 to 50 % for fp32 and 19 to 25 % for fp64. Along rank 1 it is 44 to 75 % for 16-bit
+weights, 56 to 62 % for fp32 and 19 to 31 % for fp64. ``benchmarks/sass.py`` counts them."""
 LONGEST = 1 << 30
 """Elements of a run of low rank, and rows and columns of its matrix: 32-bit numbers count them."""
 ROOM = 1 << 24

@@ -122,6 +122,7 @@ def test_instructions():
         assert row["spill_bytes"] == 0
         return f"{row['instructions_per_element']:.1f}"
 
+    low_rank = {line[0]: line[3] for line in rows(section("The Triton kernels"))}
     table = {line[0]: line[1:3] for line in rows(section("The Triton kernels"))}
     kinds = ("gaussian", "rademacher")
     for name in ("perturb", "recover and perturb"):
@@ -132,6 +133,13 @@ def test_instructions():
     stochastic = table["the same, rounded stochastically (default)"]
     assert nearest == [count(update, kind, "nearest") for kind in kinds]
     assert stochastic == [count(update, kind, "stochastic") for kind in kinds]
+    update += ", rank 1"
+    assert low_rank["perturb"] == count("perturb, rank 1", None, "nearest")
+    assert low_rank["recover and perturb"] == count("recover_and_perturb, rank 1", None, "nearest")
+    assert low_rank["restore and update, to nearest"] == count(update, None, "nearest")
+    assert low_rank["the same, rounded stochastically (default)"] == count(
+        update, None, "stochastic"
+    )
 
 
 NAMES = {
