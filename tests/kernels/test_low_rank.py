@@ -346,8 +346,8 @@ def test_factors_in_parts_change_nothing(monkeypatch, operation):
     parts = [w.clone() for w in whole]
     operation(Weights(whole), along("gaussian"), "stochastic", "cpu")
     monkeypatch.setattr(cpu_tables, "_ROOM", 100)
-    split, asked = cpu_tables._split, []
-    monkeypatch.setattr(cpu_tables, "_split", lambda *a: asked.append(split(*a)) or asked[-1])
+    split, asked = cpu_tables.split, []
+    monkeypatch.setattr(cpu_tables, "split", lambda *a: asked.append(split(*a)) or asked[-1])
     operation(Weights(parts), along("gaussian"), "stochastic", "cpu")
     assert max(map(len, asked)) > 1 or operation is fill_noise
     for a, b in zip(parts, whole, strict=True):
