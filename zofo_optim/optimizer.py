@@ -69,11 +69,9 @@ class HybridZOFO(GroupsAndState):
             error O(mu^2)).
         num_samples: number q of directions averaged in a step.
         distribution: "gaussian" or "rademacher".
-        structure: of directions. "full", or "low_rank": U V^T / sqrt(rank) for each matrix, full
-            for vectors; "streamed" evaluates these without a copy of a weight.
-        rank: of low-rank directions.
-        directions: "shared", or "per_example": example s of a step has direction s of its own; the
-            closure returns losses of shape (B,). Needs low rank, streamed.
+        structure, rank: directions are "full", or "low_rank": U V^T / sqrt(rank) for each matrix.
+        directions: "shared", or "per_example": one for each example, where the closure returns
+            losses of shape (B,). Needs low rank, streamed.
         perturbation: "in_place" moves the weights and back, which rounds; "streamed" hands torch
             functions perturbed copies and writes weights in updates only.
         zo_rule: what an update makes of the slopes: "sgd", "normalized", "clip", "sign", "zscore",
@@ -92,10 +90,9 @@ class HybridZOFO(GroupsAndState):
         restore_buffers: buffers that a closure changes, such as batch-norm statistics, change
             once a step: those of the model that :func:`hybrid_param_groups` was given (True), of
             the module given here, or none (False). Copied and unpickled optimizers restore none.
-        capturable: keep the step counter on the device, so that a step captured in a CUDA graph
-            takes new directions in every replay; also given to ``fo_optimizer`` where it has this
-            option. Run a few steps before capturing, pass ``lr`` as a tensor if it is to change,
-            and use no dropout.
+        capturable: keep the step counter on the device, so that replays of a CUDA graph take new
+            directions; also given to ``fo_optimizer`` where it has this option. Run a few steps
+            before capturing, pass ``lr`` as a tensor if it is to change, and use no dropout.
         fo_optimizer: a torch optimizer class (or a callable like one) for the FO groups.
         **fo_options: further options of ``fo_optimizer``, such as ``betas``.
 

@@ -206,7 +206,7 @@ def test_a_table_is_built_once(built):
         p[0].mul_(2)
         p[2].copy_(torch.ones(5))
     check_three_passes(kept)
-    p[0].data = p[0].data.view(4, 6)  # of another structure now
+    p[0].data = p[0].data.view(4, 6)  # a matrix now, which low rank would see
     check_three_passes(kept)
     assert len(built) == 2
     three_passes(p)  # a plain list keeps nothing

@@ -60,8 +60,11 @@ def header_of(
         "format": FORMAT_VERSION,
         "noise_version": settings.noise_version,
         "distribution": settings.distribution,
-        "structure": settings.structure,
-        "rank": settings.rank,
+        **(
+            {}
+            if settings.structure == _BEFORE["structure"]
+            else {"structure": settings.structure, "rank": settings.rank}
+        ),
         "rounding": settings.rounding,
         "perturbation": settings.perturbation,
         "estimator": settings.estimator,
@@ -103,7 +106,7 @@ def _names(group: ZOGroup, known: dict[int, str] | None) -> list[str]:
 
 def check_same(recording: Recording, header: dict[str, Any]) -> None:
     """Raise JournalError where the journal is not of the optimizer that ``header`` is of."""
-    ours, theirs = header, {**_BEFORE, **recording.header}
+    ours, theirs = {**_BEFORE, **header}, {**_BEFORE, **recording.header}
     dtypes = {dtype for group in ours["groups"] for dtype in group["dtypes"]}
     rounds = not dtypes.isdisjoint(("bfloat16", "float16"))
     for key in ("noise_version", *_MUST_MATCH) if rounds else _MUST_MATCH:
