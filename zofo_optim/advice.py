@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import STATEFUL, caller_level
 from .evaluation import Evaluation
-from .settings import Settings
+from .settings import BEFORE, Settings
 from .zo_groups import ZOGroup, has_16_bits
 
 NO_ESTIMATE = (
@@ -20,7 +20,6 @@ NO_ESTIMATE = (
     "for transformers' Trainer use zofo_optim.trainer.HybridTrainer, or HybridTrainerMixin for its "
     "subclasses; in Lightning's manual optimization call self.optimizers().step(closure)"
 )
-_BEFORE = {"noise_version": 1, "structure": "full", "rank": 1, "directions": "shared"}
 
 
 class Advice:
@@ -131,7 +130,7 @@ def about_settings(
     """
     ours = settings.of_the_path()
     if saved:  # earlier versions did not say what they had no choice in
-        saved = {**_BEFORE, **saved}
+        saved = {**BEFORE, **saved}
     if groups:
         saved = {**saved, "zo_rule": rule or saved.get("zo_rule", "sgd")}
     if not any(has_16_bits(p.dtype) for group in groups for p in group.params):

@@ -25,6 +25,15 @@ _OF_EXAMPLES = {"structure": "low_rank", "perturbation": "streamed", "num_sample
 _NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable")
 
 
+BEFORE = {"noise_version": 1, "structure": "full", "rank": 1, "directions": "shared"}
+"""What earlier versions had no choice in, so that what they saved does not say it."""
+
+
+def direction_rank(structure: str, rank: int) -> int:
+    """What directions call their rank: 0 where they are full."""
+    return rank if structure == "low_rank" else 0
+
+
 @dataclass(frozen=True)
 class Settings:
     """See :class:`zofo_optim.HybridZOFO` for the meaning of each field, and for what is raised."""
@@ -102,8 +111,8 @@ class Settings:
 
     @property
     def direction_rank(self) -> int:
-        """What directions call their rank: 0 where they are full."""
-        return self.rank if self.structure == "low_rank" else 0
+        """What directions call their rank."""
+        return direction_rank(self.structure, self.rank)
 
     @property
     def rule(self) -> Rule:

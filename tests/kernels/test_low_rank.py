@@ -7,6 +7,7 @@ import torch
 from conftest import CPU_BACKENDS, element_bits, element_noise, same_bits, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import fill_noise, perturb, perturb_copy, replay
 
 from zofo_kernels import (
     DISTRIBUTIONS,
@@ -20,7 +21,6 @@ from zofo_kernels import (
     Regions,
     Shift,
     Weights,
-    backend_for,
     factors,
     matrix_of,
     noise,
@@ -113,20 +113,6 @@ def test_moments(distribution, rank):
 # ---- operations on weights: shards are parts of the whole, backends agree --------------------
 
 
-def perturb(w, direction, rounding, backend):
-    other = direction._replace(sample=direction.sample + 1)
-    perturb_(w, direction, 0.25, recover=Shift(other, 0.125), backend=backend)
-
-
-def perturb_copy(w, direction, rounding, backend):
-    with torch.no_grad():
-        for device, regions in w.layout().parts():
-            sources = [region.tensor.clone() for region in regions]
-            for region in regions:
-                region.tensor.fill_(math.nan)
-            backend_for(device, backend).perturb_copy(regions, sources, Shift(direction, 0.25))
-
-
 def update(w, direction, rounding, backend):
     """Along directions of several ranks, full among them; less than a bfloat16's ulp."""
     others = [direction._replace(sample=1 + s, rank=r) for s, r in enumerate((3, 0, 1))]
@@ -140,25 +126,6 @@ def update(w, direction, rounding, backend):
         rounding=rounding,
         backend=backend,
     )
-
-
-def replay(w, direction, rounding, backend):
-    other = direction._replace(sample=direction.sample + 1)
-    program = Program(
-        [
-            Pass((Shift(direction, 0.25), Shift(direction, -0.25)), (other,), (0.75,), 0.003),
-            Pass((), (direction, other), (0.5, 0.25), 0.003, 0.1),
-        ]
-    )
-    replay_(w, program, rounding=rounding, backend=backend)
-
-
-def fill_noise(w, direction, rounding, backend):
-    with torch.no_grad():
-        for device, regions in w.layout().parts():
-            for region in regions:
-                region.tensor.fill_(math.nan)
-                backend_for(device, backend).fill_noise(region, direction)
 
 
 OPERATIONS = [perturb, perturb_copy, update, replay, fill_noise]

@@ -8,6 +8,7 @@ from arranged import agree
 from conftest import CPU_BACKENDS, same_bits, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import fill_noise, perturb, perturb_copy, replay
 
 from zofo_kernels import (
     DISTRIBUTIONS,
@@ -15,16 +16,12 @@ from zofo_kernels import (
     NOISE_VERSIONS,
     ROUNDINGS,
     Direction,
-    Pass,
-    Program,
     Region,
     Regions,
     Shift,
     Weights,
-    backend_for,
     perturb_,
     perturbed,
-    replay_,
     update_,
 )
 from zofo_kernels.region import regions_of_rows
@@ -34,20 +31,6 @@ UNINTERPRETED = [name for name in CPU_BACKENDS if name != "triton"]
 
 
 # What is done to weights. Each takes Weights, a direction, the rounding and the backend's name.
-
-
-def perturb(w, direction, rounding, backend):
-    other = direction._replace(sample=direction.sample + 1)
-    perturb_(w, direction, 0.25, recover=Shift(other, 0.125), backend=backend)
-
-
-def perturb_copy(w, direction, rounding, backend):
-    with torch.no_grad():
-        for device, regions in w.layout().parts():
-            sources = [region.tensor.clone() for region in regions]
-            for region in regions:
-                region.tensor.fill_(math.nan)
-            backend_for(device, backend).perturb_copy(regions, sources, Shift(direction, 0.25))
 
 
 def update(w, direction, rounding, backend):
@@ -61,25 +44,6 @@ def update(w, direction, rounding, backend):
         rounding=rounding,
         backend=backend,
     )
-
-
-def replay(w, direction, rounding, backend):
-    other = direction._replace(sample=direction.sample + 1)
-    program = Program(
-        [
-            Pass((Shift(direction, 0.25), Shift(direction, -0.25)), (other,), (0.75,), 0.003),
-            Pass((), (direction, other), (0.5, 0.25), 0.003, 0.1),
-        ]
-    )
-    replay_(w, program, rounding=rounding, backend=backend)
-
-
-def fill_noise(w, direction, rounding, backend):
-    with torch.no_grad():
-        for device, regions in w.layout().parts():
-            for region in regions:
-                region.tensor.fill_(math.nan)
-                backend_for(device, backend).fill_noise(region, direction)
 
 
 ROUNDINGS_OF_EACH = {perturb: 2, perturb_copy: 1, update: 2, replay: 4, fill_noise: 1}

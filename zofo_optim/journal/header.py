@@ -11,6 +11,7 @@ from torch import nn
 
 from ..names import difference
 from ..optimizer import HybridZOFO
+from ..settings import BEFORE
 from ..zo_groups import ZOGroup
 from .errors import JournalError
 from .fingerprint import backend_name
@@ -18,8 +19,6 @@ from .format import FORMAT_VERSION
 from .reader import Recording
 
 _MUST_MATCH = ("distribution", "structure", "rank", "rounding", "perturbation")
-_BEFORE = {"structure": "full", "rank": 1}
-"""What headers that do not say it mean: those from before there was a choice."""
 
 
 def check_recordable(optimizer: HybridZOFO) -> None:
@@ -62,7 +61,7 @@ def header_of(
         "distribution": settings.distribution,
         **(
             {}
-            if settings.structure == _BEFORE["structure"]
+            if settings.structure == BEFORE["structure"]
             else {"structure": settings.structure, "rank": settings.rank}
         ),
         "rounding": settings.rounding,
@@ -106,7 +105,7 @@ def _names(group: ZOGroup, known: dict[int, str] | None) -> list[str]:
 
 def check_same(recording: Recording, header: dict[str, Any]) -> None:
     """Raise JournalError where the journal is not of the optimizer that ``header`` is of."""
-    ours, theirs = {**_BEFORE, **header}, {**_BEFORE, **recording.header}
+    ours, theirs = {**BEFORE, **header}, {**BEFORE, **recording.header}
     dtypes = {dtype for group in ours["groups"] for dtype in group["dtypes"]}
     rounds = not dtypes.isdisjoint(("bfloat16", "float16"))
     for key in ("noise_version", *_MUST_MATCH) if rounds else _MUST_MATCH:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zofo_kernels import NOISE_VERSIONS, Direction, Pass, Program, Shift, Weights, replay_
 
 from ..checks import caller_level
+from ..settings import BEFORE, direction_rank
 from ..zo_groups import Noise
 from .errors import JournalError
 from .fingerprint import backend_name, fingerprints
@@ -282,7 +283,8 @@ def _pieces(whole: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[We
 
 def _program(parts: Sequence[Part], header: Mapping[str, Any]) -> Program:
     """One group's steps as passes over its weights."""
-    rank = header["rank"] if header.get("structure", "full") == "low_rank" else 0
+    said = {**BEFORE, **header}
+    rank = direction_rank(said["structure"], said["rank"])
     noise = Noise(header["distribution"], header["noise_version"], rank)
     return Program(_pass(part, noise) for part in parts)
 

@@ -139,7 +139,7 @@ class ClosedForms:
         if self.examples is None and rows:
             self.examples = max(x.shape[0], 1)
         if self.examples is None or (
-            self.examples > 1 and not (rows and _divides(self.examples, x))
+            self.examples > 1 and not (rows and x.shape[0] % self.examples == 0)
         ):
             source = self._sources.get(id(what))
             raise NoOwner(
@@ -148,10 +148,6 @@ class ClosedForms:
                 "examples of the batch, nor by their rows in order",
             )
         return x.reshape(self.examples, -1, width)
-
-
-def _divides(examples: int, x: Tensor) -> bool:
-    return x.shape[0] % examples == 0
 
 
 def _takes(form: Form, args: int, kwargs: dict[str, Any]) -> bool:

@@ -33,7 +33,6 @@ class Displacement:
     """
 
     def __init__(self, low_rank: LowRank, shifts: Sequence[Sequence[Shift]]) -> None:
-        self.samples = len(shifts)
         self._matrices = low_rank.factors([of_sample[0].direction for of_sample in shifts])
         self._vectors = low_rank.vectors(shifts)
         rank = shifts[0][0].direction.rank

@@ -26,7 +26,7 @@ from ..listeners import Listener
 from ..settings import Settings
 from ..update import Update
 from ..zo_groups import ZOGroup
-from .base import Evaluate, Perturbation, same, written
+from .base import Evaluate, Perturbation, same, shown, written
 from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
 from .streaming import Streaming, uncompiled
@@ -182,12 +182,9 @@ class StreamedPerturbation(Perturbation):
         if again is not None:  # then nothing can be said
             return again
         if self._per_example:
-            self._verify_examples(evaluate, loss)
+            loss = self._verify_examples(evaluate, loss)
         elif self._low_rank is not None:
-            self._verify_closed_forms(evaluate, loss)
-        if self._low_rank is not None:
-            with self._in_closed_form(()):
-                loss = evaluate()
+            loss = self._verify_closed_forms(evaluate, loss)
         try:
             self._verify_uses(evaluate, loss)
         finally:
@@ -200,7 +197,7 @@ class StreamedPerturbation(Perturbation):
             missed = [
                 name
                 for part in _parts(list(self._sources.values()))
-                for name in self._unseen(part, evaluate, loss)
+                for name in _wrong(part, lambda some: self._are_seen(some, evaluate, loss))
             ]
         if missed:
             raise RuntimeError(
@@ -211,10 +208,13 @@ class StreamedPerturbation(Perturbation):
                 + "; use perturbation='in_place'"
             )
 
-    def _verify_examples(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
+    def _verify_examples(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor:
         """An example's loss is that under its direction alone; the others do not depend on it.
 
         Leaves the last example's direction to all, for what is verified next.
+
+        Returns:
+            The losses there, by copies.
 
         Raises:
             RuntimeError: not so.
@@ -235,7 +235,8 @@ class StreamedPerturbation(Perturbation):
                 )
         self._shifts = self._shifts_of(self._first_example + last)
         with self._in_closed_form(()):
-            alone = evaluate()[last]
+            by_copies = evaluate()
+        alone = by_copies[last]
         if not abs((loss[last] - alone).item()) <= room * max(1.0, abs(alone.item())):
             raise RuntimeError(
                 "closure must lead with the examples, or with their rows in order, in every layer "
@@ -243,6 +244,7 @@ class StreamedPerturbation(Perturbation):
                 f"{loss[last].item():.8g} beside others, and {alone.item():.8g} where the whole "
                 "batch has its direction; use directions='shared'"
             )
+        return by_copies
 
     def _with_alone(self, some: Collection[int], evaluate: Callable[[], Tensor]) -> Tensor:
         """Losses where only these examples are displaced."""
@@ -252,35 +254,36 @@ class StreamedPerturbation(Perturbation):
         finally:
             self._alone = None
 
-    def _verify_closed_forms(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
+    def _verify_closed_forms(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor:
         """Compare with an evaluation by copies.
+
+        Returns:
+            The loss by copies.
 
         Raises:
             RuntimeError: another loss; names the parameters.
         """
         assert self._forms is not None
-        loss = loss.mean()
-        room = TOLERANCE[self._forms.coarsest] * max(1.0, abs(loss.item()))
+        room = TOLERANCE[self._forms.coarsest] * max(1.0, abs(loss.mean().item()))
         with self._in_closed_form(()):
-            by_copies = evaluate().mean()
+            by_copies = evaluate()
 
-        def wrong(some: Sequence[Source]) -> list[str]:
+        def is_near(found: Tensor) -> bool:
+            return abs((found.mean() - by_copies.mean()).item()) <= room
+
+        def are_right(some: Sequence[Source]) -> bool:
             with self._in_closed_form({id(s.parameter) for s in some}):
-                if abs((evaluate().mean() - by_copies).item()) <= room:
-                    return []
-            if len(some) == 1:
-                return [some[0].name]
-            half = len(some) // 2
-            return wrong(some[:half]) + wrong(some[half:]) or [s.name for s in some]
+                return is_near(evaluate())
 
-        if not abs((loss - by_copies).item()) <= room:
+        if not is_near(loss):
             raise RuntimeError(
-                f"closure gave the loss {loss.item():.8g} by closed forms of low-rank directions, "
-                f"and {by_copies.item():.8g} with perturbed copies of the weights: something reads "
+                f"closure gave the loss {shown(loss)} by closed forms of low-rank directions, "
+                f"and {shown(by_copies)} with perturbed copies of the weights: something reads "
                 "these zeroth-order parameters' layers in another way than a product with them: "
-                + ", ".join(wrong(list(self._sources.values())))
+                + ", ".join(_wrong(list(self._sources.values()), are_right))
                 + "; use structure='full', or perturbation='in_place'"
             )
+        return by_copies
 
     @contextmanager
     def _in_closed_form(self, parameters: Collection[int]) -> Iterator[None]:
@@ -297,26 +300,15 @@ class StreamedPerturbation(Perturbation):
             "perturbation='streamed' reaches every use of the zeroth-order parameters"
         )
 
-    def _unseen(
-        self, part: list[Source], evaluate: Callable[[], Tensor], loss: Tensor
-    ) -> list[str]:
-        """Names of the parameters in ``part`` that streaming does not perturb everywhere."""
+    def _are_seen(
+        self, part: Sequence[Source], evaluate: Callable[[], Tensor], loss: Tensor
+    ) -> bool:
+        """Whether streaming perturbs these parameters wherever they are used."""
         with self._written(part):
-            seen = same(evaluate(), loss)
-        if seen:
-            return []
-        if len(part) == 1:
-            return [part[0].name]
-        half = len(part) // 2
-        found = [
-            name
-            for some in (part[:half], part[half:])
-            for name in self._unseen(some, evaluate, loss)
-        ]
-        return found or [source.name for source in part]
+            return same(evaluate(), loss)
 
     @contextmanager
-    def _written(self, part: list[Source]) -> Iterator[None]:
+    def _written(self, part: Sequence[Source]) -> Iterator[None]:
         """These weights are perturbed in place; then restored to the bit."""
         self._kept = {
             id(s.parameter): _Kept(s.parameter, s.parameter.detach().clone(), written(s.parameter))
@@ -365,6 +357,17 @@ class _Kept(NamedTuple):
     """The parameter then, see :func:`written`."""
     failed: tuple[int, int] | None = None
     """Where putting it back failed: the parameter as it was then, likewise."""
+
+
+def _wrong(some: Sequence[Source], are_right: Callable[[Sequence[Source]], bool]) -> list[str]:
+    """Names of those that make the rest wrong; all, where none does by itself."""
+    if are_right(some):
+        return []
+    if len(some) == 1:
+        return [some[0].name]
+    half = len(some) // 2
+    found = _wrong(some[:half], are_right) + _wrong(some[half:], are_right)
+    return found or [source.name for source in some]
 
 
 def _halves(count: int) -> Iterator[tuple[list[int], list[int]]]:
