@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from . import parallel
 from .buffers import Buffers
 from .capture import capturing
 from .frameworks import may_skip
-from .watch import ClosureWatch
+from .watch import Answer, ClosureWatch
 
 Closure = Callable[[], Any]
 
@@ -68,8 +68,6 @@ class Evaluation(NamedTuple):
     """Whether all its calls of backward were such, and left gradients that ours were added to."""
     inner: frozenset[int] = frozenset()
     """Which of the closure's calls of backward its loss depends on; see :class:`ClosureWatch`."""
-    unwatched: bool = False
-    """Whether it may run again without a watch, which costs a little in every torch call."""
 
 
 def evaluate(
@@ -79,7 +77,7 @@ def evaluate(
     inner: frozenset[int] = frozenset(),
     first_order: Sequence[Tensor] = (),
     per_example: bool = False,
-    watched: bool = True,
+    answer: Answer | None = None,
 ) -> Evaluation:
     """Run the closure once.
 
@@ -93,25 +91,23 @@ def evaluate(
         first_order: the parameters that gradients are for.
         per_example: the closure returns the losses of B examples, shape (B,); gradients are those
             of their mean.
-        watched: False where it ran before in the same step, and needed no watch.
+        answer: makes the results of the closure's torch calls; None: torch does.
 
     Raises:
         TypeError, ValueError: the closure did not return a real scalar, or such losses.
     """
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
-    watch = ClosureWatch(swallow=not gradients, inner=inner)
+    watch = ClosureWatch(swallow=not gradients, inner=inner, answer=answer)
     recording = torch.is_grad_enabled()
     before = [_gradient(p) for p in first_order]
     try:
-        mode = watch if watched else nullcontext()
-        with torch.set_grad_enabled(gradients or bool(inner)), mode, interruptible():
+        with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
             returned = closure()
         loss = losses_of_examples(returned) if per_example else scalar_loss(returned)
         calls, plain = watch.calls, watch.unscaled(loss)
         scaled = gradients and watch.holds_a_scale(loss)
         inner = watch.inner_calls(loss) if gradients else inner
-        idle = watch.idle
     finally:
         # Ctrl-C at the block's edges can skip their own undoing
         watch.stop()
@@ -125,10 +121,12 @@ def evaluate(
         with interruptible():
             whole.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
-    loss = plain.detach().reshape(-1 if per_example else ())  # a scale is for gradients
+    # a scale is for gradients; a parameter may be the loss itself
+    loss = plain.detach() if answer is None else answer(Tensor.detach, (plain,), {})
+    loss = loss.reshape(-1 if per_example else ())
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-    return Evaluation(returned, loss, backpropagated, scaled, left, inner, idle)
+    return Evaluation(returned, loss, backpropagated, scaled, left, inner)
 
 
 def _gradient(p: Tensor) -> tuple[int, int] | None:
@@ -206,7 +204,6 @@ class Runs:
         self._aside: list[tuple[Tensor, Tensor | None]] | None = None
         self._inner: frozenset[int] = frozenset()
         self._began = False
-        self._unwatched = False  # until a run has shown that it may
 
     def __enter__(self) -> Runs:
         if self._devices is not None:
@@ -230,7 +227,7 @@ class Runs:
                 self._evaluator.buffers.end()
         return isinstance(error, NoLossError) and self._after is None and may_skip(self._closure)
 
-    def __call__(self, gradients: bool) -> Evaluation:
+    def __call__(self, gradients: bool, answer: Answer | None = None) -> Evaluation:
         """Run the closure once more; see :func:`evaluate`."""
         if not gradients:
             self._set_gradients_aside()
@@ -248,9 +245,8 @@ class Runs:
                     inner=inner,
                     first_order=self._first_order if gradients else (),
                     per_example=self._evaluator.per_example,
-                    watched=not self._unwatched,
+                    answer=answer,
                 )
-            self._unwatched = result.unwatched
             self._inner = result.inner
         finally:
             self._evaluator.running = None

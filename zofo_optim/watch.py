@@ -1,9 +1,13 @@
-"""Watching a closure as it runs: its calls of backward, and what a captured graph cannot do."""
+"""Watching a closure as it runs: its calls of backward, and what a captured graph cannot do.
+
+One torch-function mode for all that looks at torch calls: a mode by itself costs a few
+microseconds a call.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ from .capture import capturing, check_replayable
 
 _NEAR = 50
 """Operations between a loss and what it was computed from: divisions, sums, means."""
+Answer = Callable[[Any, "tuple[Any, ...]", "dict[str, Any]"], Any]
+"""Makes a torch call's result, from the function and its arguments."""
 
 
 class ClosureWatch(TorchFunctionMode):
@@ -28,18 +34,20 @@ class ClosureWatch(TorchFunctionMode):
     Args:
         swallow: skip the calls of backward, and keep gradients off.
         inner: positions of the calls that are not skipped; then gradients stay on.
+        answer: makes the results of torch calls; None: torch does.
     """
 
-    def __init__(self, swallow: bool, inner: Collection[int] = ()) -> None:
+    def __init__(
+        self, swallow: bool, inner: Collection[int] = (), answer: Answer | None = None
+    ) -> None:
         super().__init__()
         show_backward_to_modes()
+        self._answer = answer
         self._made = inner
         self._roots: list[list[Any]] = []  # one list a call
         self._scaled: tuple[Any, Any] = None, None  # what a GradScaler made, and what of
         self.swallow = swallow
         self.captured = capturing()
-        self.idle = not self.captured
-        """Whether nothing was done but to pass calls on."""
 
     @property
     def calls(self) -> int:
@@ -74,29 +82,28 @@ class ClosureWatch(TorchFunctionMode):
     def stop(self) -> None:
         """Only pass calls on, should a Ctrl-C have kept the mode from being left."""
         self.swallow = self.captured = False
-        self._roots, self._scaled = [], (None, None)
+        self._roots, self._scaled, self._answer = [], (None, None), None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        # comparisons, one by one: torch.compile traces this, and has no look-ups of functions
         if func is Tensor.backward or func is torch.autograd.backward:
-            self._roots.append(_roots(*args, **(kwargs or {})))
-            self.idle = False
+            self._roots.append(_roots(*args, **kwargs))
             if self.swallow and self.calls - 1 not in self._made:
                 return None
-        if func is SET_GRAD_ENABLED and not in_functorch():
-            # True where gradients are off may be the end of a no_grad block
-            if args[0] and (self.swallow or torch.is_grad_enabled()):
-                self.idle = False
-            if self.swallow and not self._made:
-                args = (False,)  # Lightning's closures turn them on, and would keep activations
+        if func is SET_GRAD_ENABLED and self.swallow and not self._made and not in_functorch():
+            args = (False,)  # Lightning's closures turn them on, and would keep activations
         if self.captured:
-            check_replayable(func, args, kwargs or {})
+            check_replayable(func, args, kwargs)
         if func is Tensor.mul and _called_by_a_scaler():
-            self.idle = False
-            self._scaled = func(*args, **(kwargs or {})), args[0]
+            self._scaled = self._result(func, args, kwargs), args[0]
             return self._scaled[0]
-        return func(*args, **(kwargs or {}))
+        return self._result(func, args, kwargs)
+
+    def _result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs) if self._answer is None else self._answer(func, args, kwargs)
 
 
 def _roots(tensors: Any = (), *unused: Any, **options: Any) -> list[Any]:

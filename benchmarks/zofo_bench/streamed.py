@@ -16,6 +16,7 @@ from zofo_kernels import DISTRIBUTIONS, Direction, Shift, perturb_, perturbed, u
 from zofo_optim import HybridZOFO
 from zofo_optim.perturbation.low_rank import Source
 from zofo_optim.perturbation.streaming import Streaming
+from zofo_optim.watch import ClosureWatch
 
 from . import decoders, minilm, plots
 from .check_step import check_step
@@ -225,8 +226,8 @@ def _calls(device: torch.device) -> Case:
         "two parameters": lambda: nn.functional.linear(x, layer.weight, layer.bias),
     }
 
-    def mode() -> Streaming:
-        return Streaming(sources, [shift], "auto")
+    def mode() -> ClosureWatch:
+        return ClosureWatch(swallow=True, answer=Streaming(sources, [shift], "auto"))
 
     def check() -> None:
         with mode():
@@ -254,7 +255,7 @@ def _calls(device: torch.device) -> Case:
 
 
 @torch.no_grad()
-def _repeat(call: Callable[[], Tensor], mode: Callable[[], Streaming] | None) -> None:
+def _repeat(call: Callable[[], Tensor], mode: Callable[[], ClosureWatch] | None) -> None:
     if mode is None:
         for _ in range(CALLS):
             call()

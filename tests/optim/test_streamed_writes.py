@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from streamed_models import Around, Call, assert_same, contents, frozen, randn, tokens, trained
 from torch import nn
 
-from zofo_optim.perturbation import streaming
+from zofo_optim.watch import ClosureWatch
 
 
 def set_data(w):
@@ -129,7 +129,7 @@ def test_a_mode_that_ctrl_c_left_behind_does_nothing(monkeypatch):
         raise KeyboardInterrupt
 
     modes = torch._C._len_torch_function_stack()
-    monkeypatch.setattr(streaming.Streaming, "__exit__", interrupted)
+    monkeypatch.setattr(ClosureWatch, "__exit__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(model)
     try:

@@ -20,10 +20,13 @@ from ..listeners import Listener
 from ..moves import Moves
 from ..settings import Settings
 from ..update import Update
+from ..watch import Answer
 from ..zo_groups import Noise, Tables, ZOGroup, is_same
 
 Evaluate = Callable[[bool], Evaluation]
 """Runs the closure once: with gradients, or without."""
+Run = Callable[["bool", "Answer | None"], Evaluation]
+"""The same, with who answers its torch calls."""
 
 
 class Perturbation(ABC):
@@ -83,7 +86,7 @@ class Perturbation(ABC):
         self.restore()
 
     def visit(
-        self, points: Sequence[Point], evaluate: Evaluate, *, first_example: int = 0
+        self, points: Sequence[Point], evaluate: Run, *, first_example: int = 0
     ) -> list[Evaluation]:
         """Evaluate at each point in turn. The weights then stay at the last one.
 
@@ -96,7 +99,6 @@ class Perturbation(ABC):
         found = []
         self._first_example = first_example
         self._examples = None
-        # outside of a mode in which copies are made: it would see every look at a version
         run = self._guarded(lambda gradient: self._run(evaluate, gradient))
         for point in points:
             if point.sign:
@@ -112,9 +114,9 @@ class Perturbation(ABC):
             self._verify_once(lambda: run(False).loss, evaluation.loss)
         return evaluation
 
-    def _run(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
+    def _run(self, evaluate: Run, gradient: bool) -> Evaluation:
         """One evaluation where the weights are now."""
-        return evaluate(gradient)
+        return evaluate(gradient, None)
 
     def _guarded(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate``; raises where the closure writes to a weight, which no move takes back."""

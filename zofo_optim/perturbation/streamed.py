@@ -26,7 +26,7 @@ from ..listeners import Listener
 from ..settings import Settings
 from ..update import Update
 from ..zo_groups import ZOGroup
-from .base import Evaluate, Perturbation, same, shown, written
+from .base import Perturbation, Run, same, shown, written
 from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
 from .streaming import Streaming, uncompiled
@@ -42,7 +42,6 @@ class StreamedPerturbation(Perturbation):
     def __init__(self, settings: Settings, listener: Listener, advice: Advice) -> None:
         super().__init__(settings, listener, advice)
         self._shifts: list[Shift] = []
-        self._mode: Streaming | None = None
         self._kept: dict[int, _Kept] = {}  # parameters that verification displaces
         self._sources: dict[int, Source] = {}
         self._low_rank: LowRank | None = None
@@ -85,26 +84,24 @@ class StreamedPerturbation(Perturbation):
     def _shifts_of(self, sample: int) -> list[Shift]:
         return [self._shift(group, sample, self._sign) for group in self.groups]
 
-    def _run(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
+    def _run(self, evaluate: Run, gradient: bool) -> Evaluation:
         if not self._sources:
-            return evaluate(gradient)
+            return evaluate(gradient, None)
         if self._shifts:  # all examples share them
             return self._run_at(evaluate, gradient, self._closed_forms())
         if self._sign:
             return self._run_by_example(evaluate, gradient)
         with uncompiled():
-            found = evaluate(gradient)
+            found = evaluate(gradient, None)
         self._examples = found.loss.numel()
         return found
 
-    def _run_at(self, evaluate: Evaluate, gradient: bool, forms: ClosedForms | None) -> Evaluation:
+    def _run_at(self, evaluate: Run, gradient: bool, forms: ClosedForms | None) -> Evaluation:
         displaced = self._kept.keys()
         self._forms = forms
-        self._mode = Streaming(
-            self._sources, self._shifts, self._settings.backend, displaced, forms
-        )
-        with uncompiled(), self._mode:
-            return evaluate(gradient)
+        answer = Streaming(self._sources, self._shifts, self._settings.backend, displaced, forms)
+        with uncompiled():
+            return evaluate(gradient, answer)
 
     def _closed_forms(self) -> ClosedForms | None:
         if self._low_rank is None or (self._closed is not None and not self._closed):
@@ -129,7 +126,7 @@ class StreamedPerturbation(Perturbation):
     def _per_example(self) -> bool:
         return self._settings.directions == "per_example"
 
-    def _run_by_example(self, evaluate: Evaluate, gradient: bool) -> Evaluation:
+    def _run_by_example(self, evaluate: Run, gradient: bool) -> Evaluation:
         """Where no loss has told how many examples there are, the first input's length is taken
         for it; if it was not, all is done again."""
         if self._examples is None:
@@ -140,7 +137,7 @@ class StreamedPerturbation(Perturbation):
                     return found
             except NoOwner:
                 with uncompiled():
-                    self._examples = evaluate(False).loss.numel()
+                    self._examples = evaluate(False, None).loss.numel()
         found = self._run_examples(evaluate, gradient, self._examples)
         if found.loss.numel() != self._examples:
             raise ValueError(
@@ -149,7 +146,7 @@ class StreamedPerturbation(Perturbation):
             )
         return found
 
-    def _run_examples(self, evaluate: Evaluate, gradient: bool, examples: int | None) -> Evaluation:
+    def _run_examples(self, evaluate: Run, gradient: bool, examples: int | None) -> Evaluation:
         low_rank, first = self._low_rank, self._first_example
         assert low_rank is not None
 
@@ -332,8 +329,6 @@ class StreamedPerturbation(Perturbation):
         """Where a write fails, the others are done, and the next call tries it again."""
         failed: BaseException | None = None
         with uninterrupted(), torch.inference_mode():  # where torch may write all tensors
-            if self._mode is not None:
-                self._mode.stop()
             for where, kept in list(self._kept.items()):
                 try:
                     if kept.failed is None or kept.failed == written(kept.parameter):

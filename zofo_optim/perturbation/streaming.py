@@ -1,4 +1,4 @@
-"""The torch-function mode that hands torch calls perturbed copies of the parameters."""
+"""Torch calls with perturbed copies of the parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from zofo_kernels import Shift, backend_for, perturbed
 from zofo_kernels._torch_compat import in_functorch, without_functorch
@@ -98,8 +97,8 @@ def _takes_one_part(index: Any) -> bool:
     return index is Ellipsis or isinstance(index, slice) or type(index) is int
 
 
-class Streaming(TorchFunctionMode):
-    """Perturbed copies in place of parameters, for the torch calls made within.
+class Streaming:
+    """Answers torch calls by their results with perturbed copies in place of parameters.
 
     A copy has its parameter's shape and strides. Calls without parameters pass at once.
 
@@ -119,7 +118,6 @@ class Streaming(TorchFunctionMode):
         displaced: Collection[int] = (),
         forms: ClosedForms | None = None,
     ) -> None:
-        super().__init__()
         self._forms = forms
         self._sources = sources
         self._shifts = shifts
@@ -127,17 +125,11 @@ class Streaming(TorchFunctionMode):
         devices = {source.parameter.device for source in sources.values()}
         self._backends = {device: backend_for(device, backend) for device in devices}
 
-    def stop(self) -> None:
-        """See no parameters from now on, should a Ctrl-C have kept the mode from being left."""
-        self._sources = {}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call's result; see :data:`zofo_optim.watch.Answer`."""
         sources = self._sources
         if not (_takes(args, sources) or (kwargs and _takes(kwargs.values(), sources))):
-            return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = kwargs or {}
+            return func(*args, **kwargs)
         if func in _METADATA:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
