@@ -118,9 +118,9 @@ class ChoiceData:
             labels[row, len(tokens) - count : len(tokens)] = torch.tensor(tokens[-count:])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """What is trained: :func:`option_loss`."""
-        return option_loss(model, batch)
+    def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Of each example, minus its :func:`mean_log_likelihood`; their mean is trained."""
+        return -mean_log_likelihood(model, batch)
 
     @torch.no_grad()
     def score(self, model: nn.Module, first: int | None = None, batch_size: int = 32) -> Scores:
@@ -185,5 +185,5 @@ def mean_log_likelihood(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def option_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """What is trained: minus the mean over rows of :func:`mean_log_likelihood`."""
+    """Minus the mean over rows of :func:`mean_log_likelihood`."""
     return -mean_log_likelihood(model, batch).mean()

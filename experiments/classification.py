@@ -119,9 +119,15 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return found.float().reshape(len(batch["labels"]), -1)
 
 
+def classification_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """The cross-entropy of each example."""
+    found = logits(model, batch)
+    return nn.functional.cross_entropy(found, batch["labels"], reduction="none")
+
+
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy over examples."""
-    return nn.functional.cross_entropy(logits(model, batch), batch["labels"])
+    return classification_losses(model, batch).mean()
 
 
 @torch.no_grad()
@@ -182,9 +188,9 @@ class Encoded:
         indices = sorted(range(len(self))[:first], key=self.lengths.__getitem__)
         return [self.batch(indices[i : i + size]) for i in range(0, len(indices), size)]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What is trained: :func:`classification_loss`."""
-        return classification_loss(model, batch)
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of each example; their mean is trained: :func:`classification_losses`."""
+        return classification_losses(model, batch)
 
     def score(self, model: nn.Module, first: int | None = None, batch_size: int = 32) -> Scores:
         """Of the (first) examples."""

@@ -1,4 +1,7 @@
-"""The methods of `finetune.py`: the base by zeroth order, an adapter by first order, or both."""
+"""The methods of `finetune.py`: the base by zeroth order, an adapter by first order, or both.
+
+And the bound of them all: everything by first order.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,15 @@ from .models import ModelError, Problem
 
 @dataclass(frozen=True)
 class Method:
-    """Whether the base trains, by zeroth order; and the adapter that trains by first order."""
+    """Whether the base trains, by zeroth or by first order; and the adapter, by first order."""
 
     zo_base: bool
     adapter: str | None
+    fo_base: bool = False
+
+    @property
+    def first_order(self) -> bool:
+        return self.fo_base or self.adapter is not None
 
 
 ADAPTERS = ("prompt", "prefix", "lora")
@@ -44,7 +52,10 @@ METHODS: dict[str, Method] = {
         for adapter in ADAPTERS
         for kind in ("fo", "hybrid")
     },
+    "fo": Method(zo_base=False, adapter=None, fo_base=True),
 }
+PAPER_METHODS = tuple(name for name in METHODS if name != "fo")
+"""Those that the paper compares; full fine-tuning takes several times their memory."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,15 @@ def prepare(
     zo: Mapping[str, Any],
     fo: Mapping[str, Any],
     include: Sequence[str],
+    directions: str = "shared",
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A copy of the base model set up for the method, and the parameter groups of its optimizer.
 
     It lies on the CPU.
 
-    `zo`: everything, an encoder's head included, is frozen and learns by zeroth order. With an
-    adapter, it (and the head) learns by first order; first-order groups come first.
+    `zo`: everything, an encoder's head included, is frozen and learns by zeroth order; `fo`:
+    everything by first order. With an adapter, it (and the head) learns by first order;
+    first-order groups come first.
 
     Draws from torch's global generator; the same adapter at the same seed, in FO and hybrid.
 
@@ -81,12 +94,17 @@ def prepare(
     """
     model: nn.Module = copy.deepcopy(problem.base)
     if method.adapter is None:
-        model.requires_grad_(False)
+        model.requires_grad_(method.fo_base)
     else:
         model = _adapted(method.adapter, problem, model, adapter)
     try:
         groups = hybrid_param_groups(
-            model, zo=zo, fo=fo, include=include if method.zo_base else (), verbose=False
+            model,
+            zo=zo if method.zo_base else None,
+            fo=fo,
+            include=include if method.zo_base else (),
+            directions=directions,
+            verbose=False,
         )
     except ValueError as error:
         raise ModelError(f"--include: {error}") from error

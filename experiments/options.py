@@ -13,10 +13,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from transformers import HfArgumentParser
 
+from zofo_kernels import STRUCTURES
 from zofo_optim.rules import RULES
+from zofo_optim.settings import DIRECTIONS, PERTURBATIONS
 
 from .heads import HEADS
-from .methods import METHODS
+from .methods import METHODS, PAPER_METHODS
 from .models import DEFAULT_MODEL_PACKAGE
 from .own_data import OWN
 from .presets import FOUND, PAPER
@@ -154,7 +156,7 @@ class Options:
         "For causal language models",
     )
     methods: list[str] = option(
-        list(METHODS), "what to compare", choices=tuple(METHODS), metavar="METHOD"
+        list(PAPER_METHODS), "what to compare", choices=tuple(METHODS), metavar="METHOD"
     )
     seeds: list[int] = option([0], "of data order, adapter, directions")
     steps: int | None = option(None, "optimizer steps of each run, at most")
@@ -175,6 +177,18 @@ class Options:
     )
     samples: int | None = option(None, "directions averaged in a step")
     distribution: str | None = option(None, "of the directions", choices=("gaussian", "rademacher"))
+    structure: str | None = option(
+        None, "of directions: all elements of a matrix, or factors", choices=tuple(STRUCTURES)
+    )
+    rank: int | None = option(None, "of low-rank directions")
+    directions: str | None = option(
+        None,
+        "one for the batch, or one for each example, which takes low_rank and streamed",
+        choices=DIRECTIONS,
+    )
+    perturbation: str | None = option(
+        None, "whether weights are moved, or torch functions see moved ones", choices=PERTURBATIONS
+    )
     zo_rule: str | None = option(
         None, "what a zeroth-order update makes of the slopes", choices=tuple(RULES)
     )
@@ -217,7 +231,7 @@ class Options:
 RANGES = {
     **dict.fromkeys(("seeds", "data_seed", "patience", "lora_layers"), INDEX),
     **dict.fromkeys(("steps", "batch_size", "train_size", "dev_size", "test_size"), COUNT),
-    **dict.fromkeys(("eval_every", "samples", "lora_rank", "tokens"), COUNT),
+    **dict.fromkeys(("eval_every", "samples", "rank", "lora_rank", "tokens"), COUNT),
     **dict.fromkeys(("lr_zo", "lr_fo"), RATE),
     "mu": POSITIVE,
     "lora_dropout": Range(0, below=1),
@@ -225,9 +239,10 @@ RANGES = {
 
 EPILOG = (
     "Methods: zo trains the whole model, or --include, by zeroth order; fo-ADAPTER an adapter by "
-    "first order; hybrid-ADAPTER both. What has no default shown comes from the preset of the "
-    f"model. Presets are for {', '.join([*FOUND, *PAPER])} (presets.py); other models need --lr-zo "
-    "and --lr-fo, and have the defaults of Settings in settings.py."
+    "first order; hybrid-ADAPTER both; fo everything by first order. What has no default shown "
+    f"comes from the preset of the model. Presets are for {', '.join([*FOUND, *PAPER])} "
+    "(presets.py); other models need --lr-zo and --lr-fo, and have the defaults of Settings in "
+    "settings.py."
 )
 
 

@@ -48,7 +48,7 @@ def band(
         )
 
 
-def _tidy(figure: Any, title: str, path: Path) -> None:
+def finish(figure: Any, title: str, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -71,7 +71,7 @@ def plot_curves(
             band(axis, runs, name, method, x, **style(method))
         axis.set(xlabel=x, ylabel=PANELS[name])
     np.atleast_1d(axes)[0].legend(frameon=False, fontsize=8)
-    _tidy(figure, title, path)
+    finish(figure, title, path)
 
 
 def diverges(runs: Sequence[Result]) -> bool:
@@ -101,4 +101,4 @@ def plot_rates(
     lowest = min(loss for loss in losses if math.isfinite(loss))
     room = highest - lowest
     axes[0].set(ylabel=PANELS["train_loss"], ylim=(lowest - 0.1 * room, highest + 0.8 * room))
-    _tidy(figure, title, path)
+    finish(figure, title, path)

@@ -85,6 +85,8 @@ def preset(model: str, method: str, task: str) -> dict[str, Any]:
             return _merged(methods, method, task)
     for known, rows in PAPER.items():
         if known in name:
+            if method not in rows:
+                return dict(SCHEME)
             cell = rows[method][TASKS.index(task) if task in TASKS else 0]
             return {**SCHEME, "mu": PAPER_MU, **_rates(cell)}
     return {}
@@ -95,7 +97,7 @@ def guesses(model: str, method: str, task: str) -> list[str]:
     name = model.rstrip("/").rsplit("/", 1)[-1].lower()
     found = []
     for known, rows in PAPER.items():
-        if known in name:
+        if known in name and method in rows:
             cell = rows[method][TASKS.index(task) if task in TASKS else 0]
             if task not in TASKS:
                 found.append(f"{method}: the rates are those of {TASKS[0]}, not of {task}")

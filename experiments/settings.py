@@ -30,6 +30,10 @@ class Settings:
     estimator: str = "two_sided"
     samples: int = 1
     distribution: str = "gaussian"
+    structure: str = "full"
+    rank: int = 1
+    directions: str = "shared"
+    perturbation: str = "in_place"
     zo_rule: str = "sgd"
     include: tuple[str, ...] = ()
     optimizer: str = "adamw"
@@ -52,6 +56,12 @@ class Settings:
     template: str | None = None
 
 
+PER_EXAMPLE = dict(structure="low_rank", perturbation="streamed")
+"""What a direction for each example needs."""
+OF_ZEROTH_ORDER = {
+    *("lr_zo", "mu", "estimator", "samples", "distribution", "zo_rule", "include"),
+    *("structure", "rank", "directions", "perturbation"),
+}
 MADE = {"model", "task", "method", "seed", "adapter", "columns", "template", "include"}
 """Settings that are more than the option of their name."""
 TAKEN = {one.name for one in fields(Settings)} - MADE
@@ -77,12 +87,17 @@ def settings(options: Options, task: str, method: str, seed: int, **fixed: Any) 
         given["columns"] = Columns(options.text_column, options.pair_column, options.label_column)
         given["template"] = options.template
     chosen: Mapping[str, Any] = {**preset(options.model, method, task), **given, **fixed}
-    needed = {"lr_zo": METHODS[method].zo_base, "lr_fo": METHODS[method].adapter is not None}
+    needed = {"lr_zo": METHODS[method].zo_base, "lr_fo": METHODS[method].first_order}
     for name, needs in needed.items():
         if needs and name not in chosen:
             raise ModelError(
                 f"{method} has no preset for the model {options.model!r}: give {flag(name)}"
             )
+    if chosen.get("directions") == "per_example":
+        chosen = {**PER_EXAMPLE, **chosen}
+        for name, value in PER_EXAMPLE.items():
+            if chosen[name] != value:
+                raise ModelError(f"--directions per_example needs {flag(name)} {value}")
     rule = chosen.get("zo_rule", Settings.zo_rule)
     least = RULES[rule].min_samples
     if METHODS[method].zo_base and chosen.get("samples", Settings.samples) < least:
@@ -108,10 +123,8 @@ def settings(options: Options, task: str, method: str, seed: int, **fixed: Any) 
 
 def _unused(method: Method) -> set[str]:
     """Settings that make no difference to a method, so that changing them changes no run."""
-    unused = set() if method.adapter is not None else {"lr_fo", "optimizer"}
-    if not method.zo_base:
-        unused |= {"lr_zo", "mu", "estimator", "samples", "distribution", "zo_rule", "include"}
-    return unused
+    unused = set() if method.first_order else {"lr_fo", "optimizer"}
+    return unused if method.zo_base else unused | OF_ZEROTH_ORDER
 
 
 def _own(adapter: AdapterOptions, method: Method) -> AdapterOptions:

@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from zofo_optim import HybridZOFO
 from zofo_optim.trainer import HybridTrainer
 
+from .classification import Batch
 from .measure import peak_memory
 from .methods import METHODS, prepare, save, trained_parameters
 from .models import Problem
@@ -79,8 +80,8 @@ class FinetuneTrainer(HybridTrainer):
         assert isinstance(self.model, nn.Module)
         return self.model
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.problem.train.loss(model, inputs)
+    def example_losses(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        return self.problem.train.losses(model, inputs)
 
     def load_finished(self, checkpoint: str) -> None:
         """The state and the best weights of a training that had come to its end."""
@@ -137,6 +138,51 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **settings.get("adapter", {}), "adapter": None}
 
 
+def prepared(settings: Settings, problem: Problem) -> tuple[nn.Module, HybridZOFO]:
+    """A copy of the base model, on the CPU, with its adapter, and the optimizer of what trains.
+
+    Raises:
+        ModelError: the method does not fit the model.
+    """
+    torch.manual_seed(settings.seed)
+    model, groups = prepare(
+        METHODS[settings.method],
+        problem,
+        settings.adapter,
+        zo={"lr": settings.lr_zo or 0.0, "mu": settings.mu},
+        fo={"lr": settings.lr_fo or 0.0},
+        include=settings.include,
+        directions=settings.directions,
+    )
+    optimizer = HybridZOFO(
+        groups,
+        estimator=settings.estimator,
+        num_samples=settings.samples,
+        distribution=settings.distribution,
+        structure=settings.structure,
+        rank=settings.rank,
+        directions=settings.directions,
+        perturbation=settings.perturbation,
+        zo_rule=settings.zo_rule,
+        seed=settings.seed,
+        fo_optimizer={"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer],
+        weight_decay=0,
+    )
+    return model, optimizer
+
+
+def closure_of(
+    settings: Settings, problem: Problem, model: nn.Module, batch: Batch
+) -> Callable[[], Tensor]:
+    """Gives what the optimizer takes: losses of the training batch's examples, or their mean."""
+
+    def closure() -> Tensor:
+        losses = problem.train.losses(model, batch)
+        return losses if settings.directions == "per_example" else losses.mean()
+
+    return closure
+
+
 def run(
     settings: Settings,
     problem: Problem,
@@ -160,27 +206,9 @@ def run(
         RunError: the folder cannot be made, or `report_to` names what cannot report.
     """
     method = METHODS[settings.method]
-    torch.manual_seed(settings.seed)
-    model, groups = prepare(
-        method,
-        problem,
-        settings.adapter,
-        zo={"lr": settings.lr_zo or 0.0, "mu": settings.mu},
-        fo={"lr": settings.lr_fo or 0.0},
-        include=settings.include,
-    )
+    model, optimizer = prepared(settings, problem)
     untrained = problem.untrained(device)
     model.to(device)
-    optimizer = HybridZOFO(
-        groups,
-        estimator=settings.estimator,
-        num_samples=settings.samples,
-        distribution=settings.distribution,
-        zo_rule=settings.zo_rule,
-        seed=settings.seed,
-        fo_optimizer={"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer],
-        weight_decay=0,
-    )
     checkpoints = str(folder / "checkpoints")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -292,7 +320,7 @@ def _result(
             if "loss" in e
         ],
     }
-    result["peak_memory_bytes"] = _peak_of_a_step(trainer, problem)
+    result["peak_memory_bytes"] = _peak_of_a_step(trainer, settings, problem)
     return result
 
 
@@ -300,7 +328,7 @@ def _rank(point: dict[str, float]) -> float:
     return math.inf if math.isnan(point["loss"]) else point["loss"]
 
 
-def _peak_of_a_step(trainer: FinetuneTrainer, problem: Problem) -> int:
+def _peak_of_a_step(trainer: FinetuneTrainer, settings: Settings, problem: Problem) -> int:
     """Of an extra step on the longest training batch; the weights are put back."""
     lengths, size = problem.train.lengths, trainer.args.per_device_train_batch_size
     longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-size:]
@@ -309,8 +337,10 @@ def _peak_of_a_step(trainer: FinetuneTrainer, problem: Problem) -> int:
     live: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     kept = [p.detach().to("cpu", copy=True) for p in live]
 
+    closure = closure_of(settings, problem, model, batch)
+
     def step() -> None:
-        optimizer.backward(lambda: problem.train.loss(model, batch))
+        optimizer.backward(closure)
         optimizer.step()
         optimizer.zero_grad()
 

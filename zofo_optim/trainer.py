@@ -57,7 +57,8 @@ class HybridTrainerMixin(_Base):
     accumulation, clipping, mixed precision, schedulers, callbacks and logging work as usual.
     What a trainer counts in its attributes, such as TRL's metrics, is of a step's first evaluation.
     With ``hybrid=dict(directions="per_example", ...)`` the loss is the mean of
-    :func:`example_losses_of` the model, by the arguments' ``label_smoothing_factor``.
+    :meth:`example_losses`. A subclass with a loss of its own overrides that, and it is trained
+    whatever the directions are.
 
     The learning rate, the weight decay and the optimizer (``adamw_torch``, ``sgd``, ...) of the
     first-order group are those of the arguments; schedulers drive both groups. Logs get
@@ -83,7 +84,8 @@ class HybridTrainerMixin(_Base):
         ValueError: both an optimizer and its options were given; the training is distributed in a
             way that is not supported; or the reference of a preference loss (DPO) is the model
             itself; or directions are per example, and ``compute_loss_func`` or a method
-            ``compute_loss`` makes a loss of its own. When the optimizer is made: ``zo`` has no
+            ``compute_loss`` makes a loss of its own, and :meth:`example_losses` is not overridden.
+            When the optimizer is made: ``zo`` has no
             ``lr``, or the arguments name an optimizer that chooses its own parameters, other than
             in groups of all that trains.
     """
@@ -241,7 +243,7 @@ class HybridTrainerMixin(_Base):
         optimizer = self.hybrid_optimizer
         accumulates = optimizer.accumulated is not None
         per_example = optimizer.settings.directions == "per_example"
-        self._training = per_example
+        self._training = per_example or self._has_own_losses()
         try:
             loss = optimizer.backward(of_examples if per_example else closure)
         finally:
@@ -256,21 +258,40 @@ class HybridTrainerMixin(_Base):
         return loss.mean()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; in training steps with a direction for each example, by the examples."""
+        """The Trainer's; in training steps the mean of :meth:`example_losses`, where it counts."""
         if not self._training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        losses = example_losses_of(
-            model,
-            inputs,
-            num_items_in_batch=items if self.model_accepts_loss_kwargs else None,
-            label_smoothing=self.args.label_smoothing_factor,
-        )
+        losses = self.example_losses(model, inputs, items)
         self._losses = losses.detach()
         return losses.mean()
 
+    def example_losses(self, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        """The losses of a batch's examples, (B,), whose mean is trained; to be overridden.
+
+        Args:
+            model: as it is called, perhaps wrapped.
+            inputs: of the model, labels among them.
+            num_items_in_batch: labels in all batches that are accumulated, where the Trainer
+                counts them.
+
+        Returns:
+            :func:`example_losses_of` the model, by the arguments' ``label_smoothing_factor``.
+        """
+        return example_losses_of(
+            model,
+            inputs,
+            num_items_in_batch=num_items_in_batch if self.model_accepts_loss_kwargs else None,
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+
+    def _has_own_losses(self) -> bool:
+        return type(self).example_losses is not HybridTrainerMixin.example_losses
+
     def _check_own_loss(self) -> None:
-        """Losses of examples are known where the loss is the model's own."""
+        """Losses of examples are known where the loss is the model's own, or overridden."""
+        if self._has_own_losses():
+            return
         made_by = [
             cls.__name__
             for cls in type(self).__mro__
@@ -280,8 +301,8 @@ class HybridTrainerMixin(_Base):
             what = "compute_loss_func" if not made_by else f"{made_by[0]}.compute_loss"
             raise ValueError(
                 f"directions must be 'shared' with {what}, which makes a loss that is not known "
-                "to be a mean over examples; or train in a loop of your own, with a closure that "
-                "returns losses of shape (B,)"
+                "to be a mean over examples; or override example_losses, or train in a loop of "
+                "your own, with a closure that returns losses of shape (B,)"
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

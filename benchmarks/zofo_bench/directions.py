@@ -161,7 +161,8 @@ class Bare:
 def _published(task: Task) -> mezo.MeZO:
     """MeZO's recipe, which moves the weights to new memory: of its own."""
     task = copy.deepcopy(task)
-    return mezo.MeZO(task.weights, lambda: task.losses().mean(), lr=LR, eps=MU)
+    (group,) = task.optimizer(WAYS[0]).param_groups
+    return mezo.MeZO(group["params"], lambda: task.losses().mean(), lr=LR, eps=MU)
 
 
 def _case(task: Task, context: Context) -> Case:

@@ -58,7 +58,7 @@ def test_multiple_choice_has_one_row_an_option(tokenizer):
     batch = data.batch([0, 1])
     assert batch["input_ids"].shape == (4, 4)
     assert logits(Tiny(1), batch).tolist() == [[3.0, 2.0], [2.0, 4.0]]
-    loss = data.loss(Tiny(1), batch)
+    loss = data.losses(Tiny(1), batch).mean()
     log = torch.nn.functional.softplus
     expected = (log(torch.tensor(-1.0)) + log(torch.tensor(2.0))) / 2
     torch.testing.assert_close(loss, expected)

@@ -11,7 +11,7 @@ import transformers
 from small_models import SIZES, quick_collections, tiny, word_tokenizer, words
 
 from experiments import compare
-from experiments.methods import METHODS
+from experiments.methods import PAPER_METHODS
 
 
 def test_a_grid_is_rendered(tiny, words, tmp_path):
@@ -80,10 +80,10 @@ def test_the_papers_command_on_a_small_model_of_the_kind(words, tmp_path):
     arguments = [part for pair in given.items() for part in pair]
     assert compare.main([*arguments, "--no-save", *SIZES]) == 0
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
-    assert list(settings) == [f"sst2 {method}" for method in METHODS]
+    assert list(settings) == [f"sst2 {method}" for method in PAPER_METHODS]
     assert settings["sst2 hybrid-prompt"]["lr_zo"] == 1e-7
     assert settings["sst2 hybrid-prompt"]["dtype"] == "bfloat16"
-    assert {settings[f"sst2 {m}"]["optimizer"] for m in METHODS if m != "zo"} == {"sgd"}
+    assert {settings[f"sst2 {m}"]["optimizer"] for m in PAPER_METHODS if m != "zo"} == {"sgd"}
     assert settings["sst2 zo"]["model"] == "opt-1.3b"
 
 

@@ -28,7 +28,8 @@ FEW = ["--train-size", "12", "--dev-size", "8", "--test-size", "8", "--batch-siz
 def out(tmp_path_factory):
     """The folder that one run of all methods on the encoder wrote."""
     folder = tmp_path_factory.mktemp("finetune")
-    assert finetune.main([*RUN, *FEW, "--out", str(folder)]) == 0
+    arguments = [*RUN, *FEW, "--methods", *METHODS, "--out", str(folder)]
+    assert finetune.main(arguments) == 0
     return folder / "sentiment"
 
 
@@ -138,7 +139,7 @@ def test_scores_of_the_untrained_model_are_those_of_the_base(results, test_data)
 def test_saved_encoder_reproduces_the_test_scores(out, results, test_data, method):
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     folder = out / method / "seed-0"
-    if method == "zo":
+    if method in ("zo", "fo"):
         model = load(folder / "model")
     else:
         trained = method.startswith("hybrid")
@@ -164,7 +165,8 @@ def test_hybrid_base_has_moved(out):
 @pytest.mark.parametrize("task", ["copa", "sst2-sentences"])
 def test_causal_language_models(task, tiny, words, tmp_path):
     arguments = ["--model", str(tiny), "--data", str(words), "--task", task, "--seeds", "0", "1"]
-    finetune.main([*RUN, *arguments, "--include", "mlp", "--out", str(tmp_path)])
+    arguments += ["--methods", *METHODS, "--include", "mlp"]
+    finetune.main([*RUN, *arguments, "--out", str(tmp_path)])
     runs = json.loads((tmp_path / task / "results.json").read_text())["runs"]
     assert [(run["method"], run["seed"]) for run in runs] == [
         (m, s) for m in METHODS for s in (0, 1)
@@ -191,6 +193,38 @@ def test_every_method_learns(method, tiny, words, tmp_path):
     finetune.main([*SIZES, *arguments, "--out", str(tmp_path)])
     (run,) = json.loads((tmp_path / "copa" / "results.json").read_text())["runs"]
     assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"] - 0.2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--structure", "low_rank", "--rank", "2"],
+        ["--structure", "low_rank", "--perturbation", "streamed"],
+        ["--directions", "per_example"],
+        ["--directions", "per_example", "--estimator", "one_sided", "--zo-rule", "normalized"],
+    ],
+    ids=lambda options: " ".join(options[1::2]),
+)
+def test_kinds_of_directions(options, tiny, words, tmp_path):
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa"]
+    arguments += ["--methods", "zo", "fo-lora", "hybrid-prompt", *options]
+    finetune.main([*RUN, *arguments, "--out", str(tmp_path)])
+    runs = json.loads((tmp_path / "copa" / "results.json").read_text())["runs"]
+    results = {run["method"]: run for run in runs}
+    for method in ("zo", "hybrid-prompt"):
+        run = results[method]
+        assert run["settings"]["directions"] == ("per_example" if len(options) != 4 else "shared")
+        assert run["settings"]["structure"] == "low_rank"
+        assert run["losses"][-1]["projected_grad"] > 0
+    assert results["fo-lora"]["settings"]["structure"] == "full"
+
+
+def test_directions_of_examples_need_their_kind(tiny, words, tmp_path, capsys):
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--methods", "zo"]
+    arguments += ["--directions", "per_example", "--perturbation", "in_place"]
+    with pytest.raises(SystemExit):
+        finetune.main([*RUN, *arguments, "--out", str(tmp_path)])
+    assert "--directions per_example needs --perturbation streamed" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_says_so(tiny, words, tmp_path, capsys):

@@ -1,13 +1,13 @@
 """The learning rates of the paper's Table 2, by model, method and task."""
 
 from experiments import presets, tasks
-from experiments.methods import METHODS
+from experiments.methods import PAPER_METHODS
 
 
 def test_presets_of_the_paper():
     for model, rows in presets.PAPER.items():
-        assert set(rows) == set(METHODS)
-        for method in METHODS:
+        assert set(rows) == set(PAPER_METHODS)
+        for method in PAPER_METHODS:
             needed = {"lr_zo": method[:2] != "fo", "lr_fo": method != "zo"}
             for task in tasks.TASKS:
                 found = presets.preset(f"some/{model}-hf", method, task)
@@ -26,3 +26,5 @@ def test_presets_of_the_paper():
     found = presets.preset("meta-llama/Llama-2-7b-hf", "fo-lora", "winogrande")
     assert found["lr_fo"] == 1e-2
     assert presets.preset("gpt2", "zo", "sst2") == {}
+    assert presets.preset("facebook/opt-1.3b", "fo", "sst2") == presets.SCHEME
+    assert presets.guesses("facebook/opt-1.3b", "fo", "sst2") == []

@@ -1,0 +1,1 @@
+"""What directions and rules are worth: the grid of runs, its times, tables and plots."""

@@ -1,0 +1,150 @@
+"""What kinds of directions are worth, alone and beside adapters: a grid of runs.
+
+    python -m experiments.directions --model path/to/stories260k --out runs/directions
+    python -m experiments.directions --do runs --share 1 2 ...    one of two processes
+    python -m experiments.directions --do times ...               on a quiet machine
+    python -m experiments.directions --do report
+
+The grid is in grid.py: zeroth order alone along Gaussian, ±1 and rank-1 directions and with one
+rank-1 direction for each example, plain and normalized; prompt, prefix and LoRA tuning, by first
+order alone and beside a base that learns by one direction for each example; and full fine-tuning as
+their bound. Every rate is searched on one seed, by the development loss.
+
+`OUT/MODEL/` receives a folder for each run, as those of `finetune`, and `times-TASK.json`: seconds
+of a step, measured in turn on the same batches. The report, `OUT/table.md`, `runs.csv`,
+`curves.csv` and plots, is of all models there; it leaves out cells that are not finished.
+
+Needs, in a checkout: pip install -e ".[experiments]"
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..files import DataError
+from ..finetune import Runs, machine, model_name, versions
+from ..models import DEFAULT_MODEL_PACKAGE, ModelError
+from ..options import OUT, OptionError, Options, option, parse
+from ..training import RunError, write
+from . import report
+from .grid import STUDIES, Cell, cells, study_of
+from .runs import Searches, Unfinished
+from .timing import step_seconds
+
+PARTS = ("runs", "times", "report")
+
+
+@dataclass
+class DirectionsOptions(Options):
+    """The command line of `directions`."""
+
+    do: list[str] = option(list(PARTS), "what to do", choices=PARTS, metavar="PART")
+    share: list[int] = field(
+        default_factory=lambda: [1, 1],
+        metadata={"help": "two numbers: which share of the runs, of how many", "nargs": 2},
+    )
+    rounds: int = option(30, "of steps that are timed")
+    out: Path = option(Path("runs/directions"), OUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        which, count = self.share
+        if not 1 <= which <= count:
+            raise OptionError(f"--share must be a number and how many there are, got {self.share}")
+
+
+class Command:
+    """The parts of one command line."""
+
+    def __init__(self, options: DirectionsOptions, console: Console) -> None:
+        self._options, self._console = options, console
+        options.no_save = True
+        self._runs = Runs(options, console)
+        self._name = model_name(options.model or DEFAULT_MODEL_PACKAGE)
+        self._folder = options.out / self._name
+
+    def runs(self) -> None:
+        """The runs of our share."""
+        searches = Searches(self._runs, self._folder, self._options.seeds)
+        which, count = self._options.share
+        for number, some in enumerate(cells(study_of(self._name))):
+            if number % count == which - 1:
+                for cell in some:
+                    searches.results(cell)
+
+    def times(self) -> None:
+        """Seconds of steps, task by task."""
+        study = study_of(self._name)
+        for task in study.tasks:
+            own = [cell for some in cells(study) for cell in some if cell.task == task]
+            found = step_seconds(self._runs, own, self._options.rounds, self._console)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write(
+                self._folder / f"times-{task}.json",
+                {"steps": found, "versions": versions(), "machine": machine(self._runs.device)},
+            )
+
+    def report(self) -> None:
+        """Tables and plots of all models that have runs."""
+        report.render(self._options.out, _found(self._options.out))
+
+
+def _found(out: Path) -> dict[str, list[report.Found]]:
+    """Finished cells by model and task."""
+    studies: dict[str, list[report.Found]] = {}
+    for folder in sorted(part for part in out.iterdir() if part.is_dir()):
+        study = next((s for s in STUDIES if s.model in folder.name.lower()), None)
+        if study is None:
+            continue
+        searches = Searches(None, folder, [0, 1, 2])
+        by_task: dict[str, list[Cell]] = {task: [] for task in study.tasks}
+        for some in cells(study):
+            for cell in some:
+                try:
+                    searches.results(cell)
+                except Unfinished:
+                    continue
+                by_task[cell.task].append(cell)
+        for task, own in by_task.items():
+            times: dict[str, Any] = {"steps": {}}
+            file = folder / f"times-{task}.json"
+            if file.is_file():
+                times = json.loads(file.read_text(encoding="utf-8"))
+            if own:
+                one = report.Found(
+                    task,
+                    own,
+                    {cell: searches.searched(cell) for cell in own},
+                    {cell: searches.results(cell) for cell in own},
+                    times["steps"],
+                )
+                studies.setdefault(folder.name, []).append(one)
+    return studies
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    about = "Compare kinds of directions, alone and beside adapters."
+    options, parser = parse(DirectionsOptions, "experiments.directions", about, argv)
+    console = Console()
+    try:
+        command = Command(options, console)
+        for part in PARTS:
+            if part in options.do:
+                getattr(command, part)()
+    except (DataError, ModelError, RunError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from the last checkpoint.")
+        return 130
+    console.print(f"Runs, times and tables: {options.out}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""Making the grid's runs: each cell's rates on one seed, then the best rate on the others."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..finetune import Runs
+from ..report import Result
+from .grid import Cell
+
+SEARCHED = 0
+"""The seed that rates are searched on."""
+
+
+class Unfinished(Exception):
+    """A run is not there, and must not be made."""
+
+
+class Searches:
+    """Makes and reads the runs of cells.
+
+    Args:
+        runs: of the command line; None: those that are there are read, and others
+            :class:`Unfinished`.
+        out: folder of the model's runs.
+        seeds: of the best rate, the searched one among them.
+    """
+
+    def __init__(self, runs: Runs | None, out: Path, seeds: list[int]) -> None:
+        self._runs, self._out = runs, out
+        self._seeds = [SEARCHED, *(seed for seed in seeds if seed != SEARCHED)]
+        self._best: dict[Cell, float] = {}
+
+    def searched(self, cell: Cell) -> dict[float, Result]:
+        """By rate, on one seed."""
+        return {rate: self._run(cell, rate, SEARCHED) for rate in cell.rates}
+
+    def best(self, cell: Cell) -> float:
+        """The rate with the lowest development loss of the best evaluation."""
+        if cell not in self._best:
+            losses = {rate: _loss(run) for rate, run in self.searched(cell).items()}
+            self._best[cell] = min(losses, key=losses.__getitem__)
+        return self._best[cell]
+
+    def results(self, cell: Cell) -> list[Result]:
+        """At the best rate, one a seed."""
+        return [self._run(cell, self.best(cell), seed) for seed in self._seeds]
+
+    def _run(self, cell: Cell, rate: float, seed: int) -> Result:
+        fixed: dict[str, Any] = {**cell.options, cell.rate: rate}
+        place = f"{cell.folder}/{rate:g}"
+        if cell.after is not None:
+            fixed["lr_fo"] = self.best(cell.after)
+            place += f"-{fixed['lr_fo']:g}"
+        folder = self._out / place / f"seed-{seed}"
+        if self._runs is None:
+            return _read(folder / "result.json")
+        wanted = self._runs.settings(cell.task, cell.method, seed, **fixed)
+        return self._runs.run(wanted, folder, f"{cell.task}: {cell.name}, {rate:g}, seed {seed}")
+
+
+def _read(file: Path) -> Result:
+    if not file.is_file():
+        raise Unfinished(str(file))
+    found: Result = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _loss(run: Result) -> float:
+    loss = float(run["best"]["loss"])
+    return math.inf if math.isnan(loss) else loss
+
+
+def is_at_an_end(cell: Cell, rate: float) -> bool:
+    """Whether a better rate may lie outside of those searched."""
+    return rate in (min(cell.rates), max(cell.rates))
