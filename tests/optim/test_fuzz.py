@@ -367,3 +367,31 @@ InPlace = type("InPlace", (Machine,), dict(perturbation="in_place"))
 Streamed = type("Streamed", (Machine,), dict(perturbation="streamed"))
 TestInPlace, TestStreamed = InPlace.TestCase, Streamed.TestCase  # type: ignore[attr-defined]
 TestInPlace.settings = TestStreamed.settings = settings(max_examples=200, stateful_step_count=25)
+
+
+@pytest.mark.parametrize("zo_rule", [*RULES[1:], *SHAPING], ids=repr)
+@pytest.mark.parametrize("kind", [InPlace, Streamed])
+def test_every_rule(kind, zo_rule):
+    """Examples may leave one out; here each takes steps, is saved, loaded and copied."""
+    machine, dtype = kind(), torch.float32
+    any_group = dict(lr=0.01, weight_decay=0.5, maximize=False)
+    shapes = [
+        ((130,), dtype, "contiguous"),
+        ((3,), dtype, "contiguous"),
+        ((2, 3), dtype, "strided"),
+    ]
+    groups = [dict(any_group, parameters=[each]) for each in shapes]
+    groups[0].update(mode="zo", mu=2.0**-7)
+    groups[1].update(mode="fo", momentum=0.9)
+    groups[2].update(mode="zo", mu=0.05, maximize=True)
+    chosen = dict(estimator="two_sided", num_samples=3, distribution="rademacher", seed=0)
+    chosen.update(rounding="stochastic", nonfinite="skip", backend="reference", zo_rule=zo_rule)
+    machine.construct(chosen=chosen, groups=groups, loss_dtype=torch.float32)
+    machine.train(steps=[1, 2], event=None)
+    machine.train(steps=[1], event="nan")
+    machine.step(batch=1, manner="returns", fault=("nan", 2, False))  # one direction is lost
+    machine.as_simulated()
+    for event in ("load", "load afresh", "rewind", "copy"):
+        machine.train(steps=[1, 2], event=event)
+    if type(zo_rule).__name__ == "Normalized" or getattr(zo_rule, "relative", False):
+        assert len(machine.simulation.zo[0].history) == 9  # a step that is rewound has none
