@@ -400,7 +400,7 @@ class Simulation:
                 coefficients, blurs = self._ruled(position, group, errors[position])
                 coefficients = [sign * c for c in coefficients]
                 lr = float(options["lr"]) if pending.usable else 0.0
-                moving = self.moving(position, group)[0]
+                moving, scale = self.moving(position, group)
                 for i, weight in enumerate(group.weights):
                     if i not in moving:
                         continue
@@ -410,7 +410,7 @@ class Simulation:
                         coefficients,
                         blurs,
                         lr,
-                        options["weight_decay"],
+                        options["weight_decay"] * scale,
                         self.noise_error,
                         self.stochastic,
                     )

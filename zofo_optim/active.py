@@ -67,9 +67,9 @@ class Draw(Active):
     """A random part of the parameters in each step, drawn uniformly, without replacement.
 
     Of N parameters of a group, k = max(1, round(fraction N)) move. Slopes are multiplied by N / k,
-    so that the mean estimate is the gradient of all of them. Where they have one size, its variance
-    is that of a direction for all, as fewer elements share each slope. What is saved are passes
-    over the weights; weight decay, too, acts on those that move alone.
+    so that the mean estimate is the gradient of all of them; and so is the weight decay of those
+    that move. Where they have one size, the variance is that of a direction for all, as fewer
+    elements share each slope. What is saved are passes over the weights.
 
     Args:
         fraction: in (0, 1].

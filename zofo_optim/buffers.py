@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,15 @@ class Buffers:
         """After the last: as they were after the first."""
         self._put_back(self._after)
         self._before, self._after = {}, {}
+
+    @contextmanager
+    def as_before(self) -> Generator[None, None, None]:
+        """After the block they are as they were before it."""
+        before = self._contents() if self._places else {}
+        try:
+            yield
+        finally:
+            self._put_back(before)
 
     def _put_back(self, contents: dict[int, _Content]) -> None:
         if contents:

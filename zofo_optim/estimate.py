@@ -128,7 +128,7 @@ class Estimate:
                 tuple(group.direction(s) for s in range(row.numel())),
                 -row if group.options["maximize"] else row,
                 self._gate(group.options["lr"]),
-                float(group.options["weight_decay"]),
+                float(group.options["weight_decay"]) * group.scale,
                 group.active,
             )
             for group, row in zip(groups, rows, strict=True)

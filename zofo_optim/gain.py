@@ -40,8 +40,8 @@ def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions:
     never below 1; a batch whose examples disagree by chance may give less. Slopes s_b of the
     examples' losses along random directions give both terms, as E s_b s_c = g_b . g_c.
 
-    Takes 2 evaluations a direction and a few that verify; no weight, no generator and nothing of
-    the optimizer changes.
+    Takes 2 evaluations a direction and a few that verify; no weight, no buffer and nothing of the
+    optimizer changes. Generators are as after one evaluation.
 
     Args:
         optimizer: whose zeroth-order groups, ``mu`` and kind of directions are measured.
@@ -72,7 +72,13 @@ def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions:
     points = estimator.points(directions, first_order=False)
     devices = {p.device for group in groups for p in group.params}
     perturbation = StreamedPerturbation(settings, Listener(), Advice())
-    with perturbation.over(groups), Evaluator(per_example=True).runs(closure, (), devices) as run:
+    evaluator = Evaluator(per_example=True)
+    evaluator.buffers = optimizer.buffers
+    with (
+        evaluator.buffers.as_before(),
+        perturbation.over(perturbation.active(groups)),
+        evaluator.runs(closure, (), devices) as run,
+    ):
         losses = [e.loss for e in perturbation.visit(points, run)]
     slopes = estimator.differences(points, torch.stack(losses)).view(directions, -1).double()
     if slopes.shape[1] < 2:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from . import advice, rule_states, state
+from .buffers import Buffers
 from .capture import StepCounters
 from .checks import check_active, check_group, check_zo_parameters
 from .defaults import given as is_given
@@ -246,6 +247,11 @@ class GroupsAndState(Optimizer):
             step 120: loss 0.6931, slope 1.20e+01, update 3.1e-05 of the weights' norm, skipped 0
         """
         return self._monitor.report(self.zo_groups())
+
+    @property
+    def buffers(self) -> Buffers:
+        """What ``restore_buffers`` speaks of."""
+        return self._evaluator.buffers
 
     @property
     def settings(self) -> Settings:

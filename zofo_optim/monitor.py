@@ -42,6 +42,7 @@ class Monitor(Listener):
         self.slopes: Tensor | None = None
         """See :attr:`HybridZOFO.projected_grads`."""
         self._total: tuple[Tensor | None, Tensor | None] = (None, None)  # loss and slopes, summed
+        self._parts = 1  # of a step, whose examples have slopes of their own
         self._updates: Sequence[Update] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,12 +67,14 @@ class Monitor(Listener):
     ) -> None:
         """An estimate was taken; ``accumulates`` where the step's first one came before it.
 
-        Slopes add up along the same directions; those of examples stand side by side.
+        Slopes add up along the same directions. Those of examples stand side by side, each of a
+        loss that was divided by the number of micro-batches.
         """
         before = self._total if accumulates else (None, None)
         self.loss, self.slopes = loss, slopes
         put_together = _joined if per_example else _sum
         self._total = _sum(before[0], loss), put_together(before[1], slopes)
+        self._parts = self._parts + 1 if accumulates and per_example else 1
 
     def estimated(self, estimated: Estimated) -> None:
         flat = (estimated.losses == estimated.losses[0]).all() & estimated.finite
@@ -132,7 +135,7 @@ class Monitor(Listener):
         if loss is not None:
             parts.append(f"loss {loss.item():.4f}")
         if slopes is not None:
-            parts.append(f"slope {slopes.abs().mean().item():.2e}")
+            parts.append(f"slope {self._parts * slopes.abs().mean().item():.2e}")
         if self._updates:
             size = relative_size(self._updates, groups)
             parts.append(f"update {size:.1e} of the weights' norm")

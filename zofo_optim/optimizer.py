@@ -226,7 +226,7 @@ class HybridZOFO(GroupsAndState):
         self._advice.about_losses(evaluations, groups, first_order)
         has_clean = points[0].sign == 0
         if not groups:
-            self._monitor.add(evaluations[0].loss, None, self._estimate is not None)
+            self._monitor.add(evaluations[0].loss.mean(), None, self._estimate is not None)
             self._estimate = self._estimate or Estimate()
             return evaluations[0].returned
 

@@ -100,6 +100,7 @@ class HybridTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self._slopes: torch.Tensor | None = None  # of all micro-batches of a step
+        self._parts = 1  # of a step, whose examples have slopes of their own
         self._losses: torch.Tensor | None = None  # of the examples, in the evaluation going on
         self._training = False
         self._hybrid_options = dict(hybrid or {})
@@ -113,6 +114,8 @@ class HybridTrainerMixin(_Base):
                     "zo, include, exclude and hybrid must be left out where optimizers holds a "
                     "HybridZOFO, which has its options already"
                 )
+            if self.hybrid_optimizer.settings.directions == "per_example":
+                self._check_own_loss()
         self.add_callback(_Clearing(self))
 
     def _check_supported(self) -> None:
@@ -237,8 +240,10 @@ class HybridTrainerMixin(_Base):
                     "compute_loss of HybridTrainerMixin must be called in a training step where "
                     "directions='per_example', and was not"
                 )
-            mean = losses.mean()  # which the Trainer divides where it accumulates
-            return losses * torch.where(mean == 0, 1.0, loss / mean)
+            # the Trainer divides the mean where it accumulates; a bad row tells not by how much
+            mean, divisor = losses.mean(), loss.new_full((), self._divisor())
+            told = mean.isfinite() & (mean != 0)
+            return losses * torch.where(told, loss / mean, 1 / divisor)
 
         optimizer = self.hybrid_optimizer
         accumulates = optimizer.accumulated is not None
@@ -254,6 +259,7 @@ class HybridTrainerMixin(_Base):
         if before is not None and slopes is not None:
             slopes = torch.cat([before, slopes], dim=1) if per_example else before + slopes
         self._slopes = slopes
+        self._parts = self._parts + 1 if before is not None and per_example else 1
         assert isinstance(loss, torch.Tensor)
         return loss.mean()
 
@@ -288,6 +294,13 @@ class HybridTrainerMixin(_Base):
             label_smoothing=self.args.label_smoothing_factor,
         )
 
+    def _divisor(self) -> int:
+        """By what the Trainer divides a micro-batch's loss: models that count labels do it."""
+        if self.model_accepts_loss_kwargs:
+            return 1
+        steps = self.args.gradient_accumulation_steps
+        return int(getattr(self, "current_gradient_accumulation_steps", steps))
+
     def _has_own_losses(self) -> bool:
         return type(self).example_losses is not HybridTrainerMixin.example_losses
 
@@ -311,7 +324,7 @@ class HybridTrainerMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with what zeroth order has to tell."""
         if "loss" in logs and self._slopes is not None:
-            logs["projected_grad"] = self._slopes.abs().mean().item()
+            logs["projected_grad"] = self._parts * self._slopes.abs().mean().item()
             logs["skipped_steps"] = self.hybrid_optimizer.skipped_steps
         super().log(logs, *args, **kwargs)
 

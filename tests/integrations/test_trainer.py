@@ -151,6 +151,49 @@ def test_one_direction_an_example_needs_the_models_own_loss(tmp_path):
         done = trainer(tmp_path, cls=cls, hybrid=PER_EXAMPLE, **more)
         with pytest.raises(ValueError, match=f"directions must be 'shared' with {what}"):
             done.create_optimizer()
+        model = lora()
+        groups = hybrid_param_groups(model, dict(lr=1e-3), directions="per_example", verbose=False)
+        made = HybridZOFO(groups, lr=0.1, **PER_EXAMPLE)
+        with pytest.raises(ValueError, match=f"directions must be 'shared' with {what}"):
+            trainer(tmp_path, model, cls=cls, zo=None, optimizers=(made, None), **more)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_bad_row_voids_its_own_slope(accumulate, tmp_path):
+    class OneBad(HybridTrainer):
+        def example_losses(self, model, inputs, num_items_in_batch):
+            losses = super().example_losses(model, inputs, num_items_in_batch)
+            return losses + torch.tensor([0.0, float("nan")])
+
+    frozen = base_model().requires_grad_(False)
+    options = dict(gradient_accumulation_steps=accumulate, logging_nan_inf_filter=False)
+    done = trainer(tmp_path, frozen, options, cls=OneBad, hybrid=PER_EXAMPLE)
+    slopes = []
+    taken = HybridZOFO.backward
+
+    def spy(self, closure):
+        loss = taken(self, closure)
+        slopes.append(self.projected_grads[0].tolist())
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HybridZOFO, "backward", spy)
+        done.train()
+    assert all(bad == 0 != good for good, bad in slopes)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_slopes_of_examples_in_the_log_are_of_the_whole_batch(accumulate, tmp_path):
+    """As those of a batch that is not divided."""
+    frozen = base_model().requires_grad_(False)
+    size = dict(gradient_accumulation_steps=accumulate, per_device_train_batch_size=4 // accumulate)
+    done = trainer(tmp_path, frozen, dict(**size, max_steps=1), hybrid=PER_EXAMPLE)
+    done.train()
+    whole = dict(per_device_train_batch_size=4, max_steps=1)
+    other = trainer(tmp_path, base_model().requires_grad_(False), whole, hybrid=PER_EXAMPLE)
+    other.train()
+    (ours,), (theirs,) = (logged(one, "projected_grad") for one in (done, other))
+    assert ours == pytest.approx(theirs, rel=5e-2)
 
 
 @pytest.mark.parametrize("directions", ["shared", "per_example"])

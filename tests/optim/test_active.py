@@ -213,6 +213,16 @@ def test_the_mean_estimate_is_the_gradient(samples):
     assert abs(squares.mean() - wanted) < 5 * squares.std() / math.sqrt(draws) + 0.02 * wanted
 
 
+def test_decay_is_that_of_all_on_average():
+    """Near exp(-lr decay steps), as without draws: each moves half as often, by twice as much."""
+    params = [Parameter(torch.ones(3, dtype=torch.float64), False) for _ in range(4)]
+    options = dict(mode="zo", lr=1e-3, weight_decay=1.0, active=0.5)
+    optimizer = HybridZOFO(params, **options)
+    for _ in range(400):
+        optimizer.step(lambda: sum(p.sum() for p in params) * 0)
+    assert torch.stack(params).mean().item() == pytest.approx(math.exp(-0.4), rel=0.02)
+
+
 @pytest.mark.parametrize("perturbation", ["in_place", "streamed"])
 def test_each_parameter_is_verified_once(perturbation):
     _, optimizer, loss = job(perturbation=perturbation, active=Cycle(["[01]", "[12]", "[03]"]))

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from zofo_kernels import LARGEST_RANK, Direction, factors, noise
 from zofo_optim import HybridZOFO
+from zofo_optim.perturbation import closed_forms
 
 IDS = torch.tensor([[0, 4, 2, 2], [5, 2, 1, 0], [3, 3, 5, 1]])
 
@@ -231,3 +232,59 @@ def test_defaults_are_full_and_shared():
     assert settings.direction_rank == 0
     assert made(**LOW).settings.direction_rank == 1
     assert made(mu=MU).param_groups[0]["mu"] == MU
+
+
+# ---- groups, and what is verified ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_groups_have_directions_of_their_own(samples):
+    """Seeds, steps and mu of each; slopes are those in place, to rounding."""
+    found = {}
+    for perturbation in ("in_place", "streamed"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)).double()
+        model.requires_grad_(False)
+        options = (dict(seed=0), dict(seed=5, mu=1e-2))
+        groups = [
+            dict(params=list(layer.parameters()), mode="zo", lr=0.0, **own)
+            for layer, own in zip(model, options, strict=True)
+        ]
+        optimizer = HybridZOFO(
+            groups, structure="low_rank", perturbation=perturbation, num_samples=samples
+        )
+        optimizer.param_groups[1]["zo_step"] = 7
+        x = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
+        optimizer.backward(lambda model=model, x=x: model(x).square().mean())
+        found[perturbation] = optimizer.projected_grads
+    torch.testing.assert_close(found["streamed"], found["in_place"], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mu", [1e-3, 1e-4])
+@pytest.mark.parametrize("directions", ["shared", "per_example"])
+def test_a_wrong_form_is_found_however_small_mu_is(dtype, mu, directions, monkeypatch):
+    """A form that displaces nothing: at mu, rounding alone could explain its loss."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in (torch.nn.Linear(64, 64), torch.nn.Tanh())]
+    model = torch.nn.Sequential(*layers).to(dtype).requires_grad_(False)
+    x = torch.randn(4, 64).to(dtype)
+
+    def closure():
+        losses = model(x).float().square().mean(1)
+        return losses if directions == "per_example" else losses.mean()
+
+    def step():
+        groups = [dict(params=list(model.parameters()), mode="zo", lr=0.0, mu=mu)]
+        chosen = dict(PER_EXAMPLE, directions=directions)
+        HybridZOFO(groups, **chosen).step(closure)
+
+    step()
+    plain = torch.nn.functional.linear
+
+    def nothing(forms, input, weight, bias=None):
+        return plain(input, weight.detach(), None if bias is None else bias.detach())
+
+    monkeypatch.setitem(closed_forms._FORMS, plain, nothing)
+    with pytest.raises(RuntimeError, match="closure"):
+        step()

@@ -484,3 +484,47 @@ def test_groups_with_their_own_mu():
     ratio = optimizer.projected_grads[0] / optimizer.projected_grads[1]
     close(ratio, torch.full((3,), 4.0, dtype=torch.float64))
     assert not torch.equal(clean, displaced)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (1, 4), (1, 1, 4)])
+def test_a_batch_of_one_example_verifies_no_ownership(sizes):
+    """Sorted rows are found by the first batch of several."""
+    torch.manual_seed(0)
+    first, second = (nn.Linear(*shape).double() for shape in ((8, 16), (16, 1)))
+    model = nn.Sequential(first, second).requires_grad_(False)
+    optimizer = optimizer_of(list(model.named_parameters()), **PER_EXAMPLE)
+
+    def losses(x):
+        order = x.sum(1).argsort()
+        h = torch.tanh(first(x[order]))
+        return second(h[order.argsort()]).square().mean(1)
+
+    for size in sizes[:-1]:
+        optimizer.step(lambda size=size: losses(batch_of(size)))
+    with pytest.raises(RuntimeError, match="changed the losses of others"):
+        optimizer.step(lambda: losses(batch_of(sizes[-1])))
+
+
+def batch_of(size):
+    return torch.randn(size, 8, generator=torch.Generator().manual_seed(size)).double()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_slopes_that_are_reported_are_of_the_whole_batch(parts):
+    """However it is divided, where the closure divides as for a scalar loss."""
+    task = Task(estimator="two_sided")
+    optimizer = task.optimizer
+    for some in batch(4).chunk(parts):
+        optimizer.backward(lambda some=some: task.losses(some) / parts)
+    told = float(optimizer.report().split("slope ")[1].split(",")[0])
+    each = optimizer.accumulated.abs().mean().item() * 4
+    assert told == pytest.approx(each, rel=1e-2)
+
+
+def test_first_order_alone_reports_the_mean():
+    layer = nn.Linear(8, 1).double()
+    optimizer = HybridZOFO(layer.parameters(), lr=0.1, **PER_EXAMPLE)
+    losses = optimizer.step(lambda: layer(batch_of(4)).square().mean(1))
+    assert losses.shape == (4,)
+    assert optimizer.last_loss.item() == pytest.approx(losses.mean().item())
+    assert "loss" in optimizer.report()

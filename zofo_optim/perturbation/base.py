@@ -54,7 +54,7 @@ class Perturbation(ABC):
         )
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
         self._weights: list[Weights] = []  # what the verification is of
-        self._verified: dict[int, Tensor] = {}  # by id
+        self._verified: dict[int, tuple[Tensor, int]] = {}  # by id: and the level
         self._first_example = 0
         self._examples: int | None = None  # of this batch, once known
 
@@ -114,7 +114,7 @@ class Perturbation(ABC):
 
     def _evaluate_here(self, point: Point, run: Evaluate) -> Evaluation:
         evaluation = run(point.gradient)
-        if point.sign and not capturing() and not self._all_verified():
+        if point.sign and not capturing() and not self._all_verified(evaluation.loss):
             self._verify_once(lambda: run(False).loss, evaluation.loss)
         return evaluation
 
@@ -152,8 +152,14 @@ class Perturbation(ABC):
 
     # ---- verification, once for every parameter -----------------------------------------------
 
-    def _all_verified(self) -> bool:
-        return all(id(p) in self._verified for group in self.groups for p in group.params)
+    def _all_verified(self, loss: Tensor) -> bool:
+        level, none = self._level(loss), (None, -1)
+        params = (p for group in self.groups for p in group.params)
+        return all(self._verified.get(id(p), none)[1] >= level for p in params)
+
+    def _level(self, loss: Tensor) -> int:
+        """How much a verification at such a loss tells; a later one may tell more."""
+        return 0
 
     def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
         """At the first displaced point with a finite loss; others tell nothing."""
@@ -162,7 +168,8 @@ class Perturbation(ABC):
         again = self.verify(evaluate, loss)
         if again is not None:
             self._advice.once("repeat", self._of_two_losses(loss, again))
-        self._verified |= {id(p): p for group in self.groups for p in group.params}
+        level = self._level(loss)
+        self._verified |= {id(p): (p, level) for group in self.groups for p in group.params}
 
     def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
         """Evaluate once more at the present point, and compare.

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zofo_kernels import matrix_of
-from zofo_kernels._torch_compat import is_wrapper_subclass
+from zofo_kernels._torch_compat import in_functorch, is_wrapper_subclass
 
 from .low_rank import Displacement, Source
 
@@ -95,9 +95,7 @@ class ClosedForms:
         """
         if self.per_example:
             name = next((s.name for s in self._sources.values() if _holds(args, s)), "?")
-            raise NoOwner(
-                name, f"it is used by {getattr(func, '__name__', func)}, which has no closed form"
-            )
+            raise NoOwner(name, f"it is used by {_called(func)}, which has no closed form")
 
     def copy(self, source: Source) -> Tensor | None:
         """A displaced vector, where all examples share it; None for a matrix."""
@@ -178,6 +176,14 @@ def _signature(form: Form) -> tuple[float, set[str] | None]:
     most = math.inf if inspect.Parameter.VAR_POSITIONAL in kinds else len(positional)
     names = None if inspect.Parameter.VAR_KEYWORD in kinds else {p.name for p in parameters}
     return most, names
+
+
+def _called(func: Any) -> str:
+    """What a user calls it: torch hands on attributes such as ``.T`` as their getters."""
+    name = str(getattr(func, "__name__", func))
+    if in_functorch():
+        return f"{name} within torch.func"
+    return f".{func.__self__.__name__}" if name == "__get__" else name
 
 
 def _holds(values: Any, source: Source) -> bool:

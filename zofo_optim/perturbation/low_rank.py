@@ -33,7 +33,9 @@ class Displacement:
     """
 
     def __init__(self, low_rank: LowRank, shifts: Sequence[Sequence[Shift]]) -> None:
-        self._matrices = low_rank.factors([of_sample[0].direction for of_sample in shifts])
+        self._matrices = low_rank.factors(
+            [[shift.direction for shift in of_sample] for of_sample in shifts]
+        )
         self._vectors = low_rank.vectors(shifts)
         rank = shifts[0][0].direction.rank
         self._weights = [
@@ -74,16 +76,17 @@ class LowRank:
         for source in whole:
             by_device.setdefault(source.parameter.device, []).append(source)
         self._engines = {device: backend_for(device, backend) for device in by_device}
-        self._matrices = {
-            device: [s for s in some if matrix_of(s.parameter.shape) is not None]
-            for device, some in by_device.items()
-        }
+        self._matrices: dict[tuple[torch.device, int], list[Source]] = {}
+        for source in whole:  # directions are a group's own
+            if matrix_of(source.parameter.shape) is not None:
+                key = source.parameter.device, source.group
+                self._matrices.setdefault(key, []).append(source)
         self._vectors = [
             _Vectors(some, self._engines[device])
             for device, kinds in by_device.items()
             for some in _alike([s for s in kinds if matrix_of(s.parameter.shape) is None])
         ]
-        self._along: tuple[Sequence[Direction], object] = (), None
+        self._along: tuple[Sequence[Sequence[Direction]], object] = (), None
         self._factors = _Factors({})
 
     def _kinds_now(self) -> list[tuple[object, ...]]:
@@ -93,17 +96,17 @@ class LowRank:
         """Whether a parameter was converted, moved or given another shape since."""
         return self._kinds_now() != self._kinds
 
-    def factors(self, directions: Sequence[Direction]) -> _Factors:
-        """Of all matrices, along these directions."""
-        now = [_number(direction) for direction in directions]
+    def factors(self, directions: Sequence[Sequence[Direction]]) -> _Factors:
+        """Of all matrices, along these directions: of each sample, one a group."""
+        now = [[_number(direction) for direction in of_sample] for of_sample in directions]
         if self._along[1] != now:
             self._along, self._factors = ((), None), _Factors({})
             found: dict[int, tuple[Tensor, Tensor]] = {}
-            for device, some in self._matrices.items():
+            for (device, group), some in self._matrices.items():
                 with without_functorch(), torch.inference_mode(False):
                     made = factors(
                         [s.parameter.shape for s in some],
-                        directions,
+                        [of_sample[group] for of_sample in directions],
                         indices=[s.noise_index for s in some],
                         device=device,
                         backend=self._engines[device],

@@ -34,6 +34,10 @@ from .streaming import Streaming, uncompiled
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of losses, relative where they are above 1, by the coarsest dtype that a form gives: models of
 float64 compute parts in float32."""
+_ENOUGH = {torch.float64: 100, torch.float32: 100, torch.float16: 10, torch.bfloat16: 10}
+"""By so many tolerances a displacement must change a loss, for it to be verified there."""
+_FACTORS = (1, 8, 64, 512, 4096)
+"""Of mu, one after the other until that is so."""
 
 
 class StreamedPerturbation(Perturbation):
@@ -47,7 +51,8 @@ class StreamedPerturbation(Perturbation):
         self._low_rank: LowRank | None = None
         self._forms: ClosedForms | None = None  # of the last evaluation
         self._closed: Collection[int] | None = None  # ids of matrices; None: all that can be
-        self._sign = 0
+        self._sample = self._sign = 0
+        self._factor = 1  # of mu, in the verification
         self._alone: Collection[int] | None = None  # examples; None: all
         self._guess: int | None = None  # examples of a batch; None: as its first input says
 
@@ -68,7 +73,7 @@ class StreamedPerturbation(Perturbation):
             self._low_rank = LowRank(self._sources.values(), self._settings.backend)
 
     def move(self, sample: int, sign: int) -> None:
-        self._sign = sign
+        self._sample, self._sign = sample, sign
         if not self._per_example:
             self._shifts = self._shifts_of(sample)
 
@@ -83,7 +88,8 @@ class StreamedPerturbation(Perturbation):
         super().update(updates)
 
     def _shifts_of(self, sample: int) -> list[Shift]:
-        return [self._shift(group, sample, self._sign) for group in self.groups]
+        shifts = [self._shift(group, sample, self._sign) for group in self.groups]
+        return [shift._replace(scale=self._factor * shift.scale) for shift in shifts]
 
     def _run(self, evaluate: Run, gradient: bool) -> Evaluation:
         if not self._sources:
@@ -181,16 +187,19 @@ class StreamedPerturbation(Perturbation):
         again = super().verify(evaluate, loss)
         if again is not None:  # then nothing can be said
             return again
-        if self._per_example:
-            loss = self._verify_examples(evaluate, loss)
-        elif self._low_rank is not None:
-            loss = self._verify_closed_forms(evaluate, loss)
         try:
+            if self._per_example:
+                loss = self._verify_examples(evaluate)
+            elif self._low_rank is not None:
+                loss = self._verify_closed_forms(evaluate)
             self._verify_uses(evaluate, loss)
         finally:
-            if self._per_example:
-                self._shifts = []
+            self._factor = 1
+            self._shifts = [] if self._per_example else self._shifts_of(self._sample)
         return None
+
+    def _level(self, loss: Tensor) -> int:
+        return int(self._per_example and len(loss) > 1)  # one example alone cannot mix
 
     def _verify_uses(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
         with self._in_closed_form(()):
@@ -208,7 +217,7 @@ class StreamedPerturbation(Perturbation):
                 + "; use perturbation='in_place'"
             )
 
-    def _verify_examples(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor:
+    def _verify_examples(self, evaluate: Callable[[], Tensor]) -> Tensor:
         """An example's loss is that under its direction alone; the others do not depend on it.
 
         Leaves the last example's direction to all, for what is verified next.
@@ -219,11 +228,12 @@ class StreamedPerturbation(Perturbation):
         Raises:
             RuntimeError: not so.
         """
-        assert self._forms is not None
-        last = len(loss) - 1
-        room = TOLERANCE[self._forms.coarsest]
         at_rest = self._with_alone((), evaluate)
-        for some, others in _halves(len(loss)):
+        last = len(at_rest) - 1
+        own = self._first_example + last
+        by_copies, room = self._far_enough(evaluate, own, at_rest, lambda losses: losses[last])
+        self._shifts = []
+        for some, others in _halves(len(at_rest)):
             moved = (self._with_alone(some, evaluate) - at_rest)[others]
             if moved.any():
                 raise RuntimeError(
@@ -233,18 +243,52 @@ class StreamedPerturbation(Perturbation):
                     "). Batch normalisation, packed or sorted examples and experts of limited "
                     "capacity mix them; use directions='shared'"
                 )
-        self._shifts = self._shifts_of(self._first_example + last)
-        with self._in_closed_form(()):
-            by_copies = evaluate()
-        alone = by_copies[last]
-        if not abs((loss[last] - alone).item()) <= room * max(1.0, abs(alone.item())):
+        beside, alone = evaluate()[last].item(), by_copies[last].item()
+        if not abs(beside - alone) <= room:
             raise RuntimeError(
                 "closure must lead with the examples, or with their rows in order, in every layer "
-                f"where directions='per_example': example {last} has the loss "
-                f"{loss[last].item():.8g} beside others, and {alone.item():.8g} where the whole "
-                "batch has its direction; use directions='shared'"
+                f"where directions='per_example': example {last} has the loss {beside:.8g} beside "
+                f"others, and {alone:.8g} where the whole batch has its direction; use "
+                "directions='shared'"
             )
+        self._shifts = self._shifts_of(own)
         return by_copies
+
+    def _far_enough(
+        self,
+        evaluate: Callable[[], Tensor],
+        sample: int,
+        at_rest: Tensor,
+        of: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, float]:
+        """Go along a direction until the loss has changed by more than rounding can.
+
+        Args:
+            sample: of the direction.
+            at_rest: what ``evaluate`` gives at the weights.
+            of: the loss to look at, of what ``evaluate`` gives.
+
+        Returns:
+            What ``evaluate`` gives there by copies, and by how much closed forms may differ.
+        """
+        assert self._forms is not None
+        coarsest, rest = self._forms.coarsest, of(at_rest).item()
+        found: Tensor | None = None
+        for factor in _FACTORS:
+            before, self._factor = self._factor, factor
+            self._shifts = self._shifts_of(sample)
+            with self._in_closed_form(()):
+                there = evaluate()
+            if found is not None and not there.isfinite().all():
+                self._factor = before
+                self._shifts = self._shifts_of(sample)
+                break
+            found, value = there, of(there).item()
+            room = TOLERANCE[coarsest] * max(1.0, abs(value))
+            if abs(value - rest) >= _ENOUGH[coarsest] * room:
+                break
+        assert found is not None
+        return found, room
 
     def _with_alone(self, some: Collection[int], evaluate: Callable[[], Tensor]) -> Tensor:
         """Losses where only these examples are displaced."""
@@ -254,7 +298,7 @@ class StreamedPerturbation(Perturbation):
         finally:
             self._alone = None
 
-    def _verify_closed_forms(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor:
+    def _verify_closed_forms(self, evaluate: Callable[[], Tensor]) -> Tensor:
         """Compare with an evaluation by copies.
 
         Returns:
@@ -263,10 +307,10 @@ class StreamedPerturbation(Perturbation):
         Raises:
             RuntimeError: another loss; names the parameters.
         """
-        assert self._forms is not None
-        room = TOLERANCE[self._forms.coarsest] * max(1.0, abs(loss.mean().item()))
-        with self._in_closed_form(()):
-            by_copies = evaluate()
+        sign, self._sign, self._shifts = self._sign, 0, []
+        at_rest = evaluate()
+        self._sign = sign
+        by_copies, room = self._far_enough(evaluate, self._sample, at_rest, Tensor.mean)
 
         def is_near(found: Tensor) -> bool:
             return abs((found.mean() - by_copies.mean()).item()) <= room
@@ -275,6 +319,7 @@ class StreamedPerturbation(Perturbation):
             with self._in_closed_form({id(s.parameter) for s in some}):
                 return is_near(evaluate())
 
+        loss = evaluate()
         if not is_near(loss):
             raise RuntimeError(
                 f"closure gave the loss {shown(loss)} by closed forms of low-rank directions, "
