@@ -5,6 +5,7 @@ that of its imports. What a script imports itself, it still asks for.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -16,18 +17,20 @@ from pathlib import Path
 
 LONGEST = 300
 """Seconds of a script, before it is killed."""
+OURS = ("zofo_optim", "zofo_kernels.cpu", "torch._dynamo", "numba.np.arraymath")
+"""What each step of ours comes to import, sooner or later."""
 
 
 @contextlib.contextmanager
 def scripts_after(*modules):
     """A function that runs a script as ``subprocess.run`` would: (script, *arguments, cwd, env).
 
-    Where there is no fork, it starts Python anew.
+    The modules are imported where they are there. Where there is no fork, it starts Python anew.
     """
     if not hasattr(os, "fork"):
-        yield _started
+        yield started
         return
-    command = [sys.executable, __file__, *modules]
+    command = [sys.executable, __file__, *OURS, *modules]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(command, **pipes) as server:
 
@@ -42,10 +45,10 @@ def scripts_after(*modules):
                 return subprocess.CompletedProcess(argv, code, out.read_text(), err.read_text())
 
         yield run
-        server.stdin.close()
 
 
-def _started(script, *arguments, cwd, env=os.environ):
+def started(script, *arguments, cwd, env=os.environ):
+    """Run a script by a new Python."""
     argv = [str(word) for word in (script, *arguments)]
     command = [sys.executable, *argv]
     return subprocess.run(
@@ -55,7 +58,8 @@ def _started(script, *arguments, cwd, env=os.environ):
 
 def _serve(modules):
     for module in modules:
-        __import__(module)
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

@@ -280,7 +280,7 @@ def test_training_goes_on_after_a_replay(perturbation, path):
 
 @pytest.fixture(scope="module")
 def run():
-    with scripts_after("zofo_optim", "zofo_kernels.cpu") as run:
+    with scripts_after() as run:
         yield run
 
 
