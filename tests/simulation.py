@@ -17,6 +17,8 @@ import torch
 from rule_references import reference, state_of
 
 from zofo_kernels import Direction, noise
+from zofo_optim import Draw
+from zofo_optim.active import active_of
 
 NOISE_ERROR = 5e-6
 """Of Gaussian noise on any backend but the reference; see test_noise."""
@@ -148,6 +150,7 @@ class Group:
     twins: list = field(default_factory=list)
     history: list = field(default_factory=list)
     """What a rule remembers."""
+    names: list = field(default_factory=list)
 
 
 class Simulation:
@@ -164,8 +167,9 @@ class Simulation:
         backend,
         zo_rule,
         unit,
+        active=None,
     ):
-        self.rule = zo_rule
+        self.rule, self.activity = zo_rule, active_of(active)
         self.one_sided = estimator == "one_sided"
         self.samples, self.distribution = num_samples, distribution
         self.in_place = perturbation == "in_place"
@@ -180,7 +184,7 @@ class Simulation:
 
     def renew(self):
         """What belongs to the optimizer object, and to no state dict."""
-        self.skipped, self.verified = 0, None
+        self.skipped, self.verified = 0, set()
 
     # ---- groups -------------------------------------------------------------------------------
 
@@ -196,8 +200,25 @@ class Simulation:
     def twins(self):
         return [t for g in self.groups for t in g.twins]
 
-    def add(self, options, tensors):
-        group = Group(dict(options))
+    def moving(self, position, group):
+        """Positions of a group's weights that the present step moves, and what scales slopes."""
+        count = len(group.weights)
+        if self.activity is None:
+            return range(count), 1.0
+        names, seed, step = group.names, group.options["seed"], group.options["zo_step"]
+        found = self.activity.choose(names, seed, step, position)
+        assert len(set(found.positions)) == len(found.positions)
+        if isinstance(self.activity, Draw):
+            assert found.scale == (count / len(found.positions) if count else 1)
+        return found.positions, found.scale
+
+    @property
+    def moving_weights(self):
+        zo = enumerate(self.zo)
+        return [group.weights[i] for at, group in zo for i in self.moving(at, group)[0]]
+
+    def add(self, options, tensors, names=()):
+        group = Group(dict(options), names=list(names))
         if options["mode"] == "zo":
             group.options["zo_step"] = self.zo[0].options["zo_step"] if self.zo else 0
             for t in tensors:
@@ -258,9 +279,10 @@ class Simulation:
         finite: not at ``bad``. One repeats it, and streaming is verified in parts."""
         points = self.points()
         good = [point for point in points if point.sign and point != bad]
-        if good and self.verified != [id(w) for w in self.weights]:
+        moving = self.moving_weights
+        if good and not {id(w) for w in moving} <= self.verified:
             parts, used = 0, math.inf
-            sizes = [w.size for w in self.weights]
+            sizes = [w.size for w in moving]
             for size in sizes:  # one evaluation a run of weights no larger than the largest
                 parts, used = (parts, used) if used + size <= max(sizes) else (parts + 1, 0)
                 used += size
@@ -275,9 +297,10 @@ class Simulation:
         if point.verifies and self.in_place:  # they are there
             return self.seen
         found, index = [], 0
-        for group in self.zo:
-            for weight in group.weights:
-                if point.sign == 0:
+        for position, group in enumerate(self.zo):
+            moving = self.moving(position, group)[0]
+            for i, weight in enumerate(group.weights):
+                if point.sign == 0 or i not in moving:
                     found.append((weight.value, weight.error))
                 else:
                     z = self._noise(group, weight, point.sample, index)
@@ -317,7 +340,9 @@ class Simulation:
             [s / g.options["mu"] if ok else 0.0 for s, ok in zip(slopes, finite, strict=True)]
             for g in self.zo
         ]
+        scales = [self.moving(*each)[1] for each in enumerate(self.zo)]
         new = torch.tensor(projected, dtype=torch.float64) / self.samples
+        new = new * torch.tensor(scales, dtype=torch.float64).view(-1, 1)
         pending = self.pending or Pending()
         if pending.coefficients is None:
             pending.coefficients, pending.sizes = torch.zeros_like(new), torch.zeros_like(new)
@@ -337,7 +362,9 @@ class Simulation:
 
         Rules need not be continuous: with the bounds alone, a sign or a rank may be either.
         """
+        scales = [self.moving(*each)[1] for each in enumerate(self.zo)]
         coefficients = found / self.samples
+        coefficients = coefficients * coefficients.new_tensor(scales).view(-1, 1)
         before = self.pending.found
         self.pending.found = coefficients if before is None else before + coefficients
 
@@ -364,8 +391,8 @@ class Simulation:
             self.sgd.step()
         if pending.coefficients is None:  # then no group has any
             pending.coefficients = pending.sizes = torch.zeros(0, 0)
-        # a difference, two quotients, their constants, and the sums
-        errors = (6 + pending.count) * self.unit * pending.sizes
+        # a difference, two quotients, their constants, a scale, and the sums
+        errors = (7 + pending.count) * self.unit * pending.sizes
         for position, group in enumerate(self.zo):
             options = group.options
             if position < len(pending.coefficients):
@@ -373,7 +400,10 @@ class Simulation:
                 coefficients, blurs = self._ruled(position, group, errors[position])
                 coefficients = [sign * c for c in coefficients]
                 lr = float(options["lr"]) if pending.usable else 0.0
+                moving = self.moving(position, group)[0]
                 for i, weight in enumerate(group.weights):
+                    if i not in moving:
+                        continue
                     zs = [self._noise(group, weight, s, index + i) for s in range(self.samples)]
                     weight.update(
                         zs,

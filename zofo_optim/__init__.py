@@ -1,5 +1,6 @@
 """Memory-efficient fine-tuning by hybrid zeroth- and first-order optimisation."""
 
+from .active import Cycle, Draw
 from .base_weights import load_base_weights, save_base_weights
 from .gain import Gain, per_example_gain
 from .groups import hybrid_param_groups
@@ -14,6 +15,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CenteredRank",
     "Clip",
+    "Cycle",
+    "Draw",
     "Gain",
     "HybridZOFO",
     "Journal",

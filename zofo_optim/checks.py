@@ -14,6 +14,7 @@ from torch import Tensor
 from zofo_kernels import check_weight
 from zofo_kernels.memory import first_shared, has_memory
 
+from .active import Active
 from .defaults import value_of
 from .first_order import FirstOrder
 from .settings import Settings
@@ -208,3 +209,19 @@ def check_zo_parameters(groups: Sequence[ZOGroup], first_order: Iterable[Tensor]
         f"shape {tuple(other.shape)}, which would be moved under the first-order gradient; pass "
         "one of them, or make one a copy"
     )
+
+
+def check_active(activity: Active | None, groups: Sequence[ZOGroup]) -> None:
+    """What ``active`` says can be told of these groups' parameters, and fits them.
+
+    Raises:
+        ValueError: parameters have no names, or no name is matched.
+    """
+    if activity is None or not groups:
+        return
+    if activity.needs_names and not all("param_names" in group.options for group in groups):
+        raise ValueError(
+            f"active must be None or a fraction where parameters have no names, got {activity}; "
+            "hybrid_param_groups names them, and so does a list of (name, parameter)"
+        )
+    activity.check([group.names for group in groups])

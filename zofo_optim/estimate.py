@@ -44,7 +44,7 @@ class Estimate:
         cls,
         losses: Tensor,
         differences: Tensor,
-        mus: Sequence[float],
+        groups: Sequence[ZOGroup],
         *,
         has_clean: bool,
         nonfinite: str,
@@ -58,14 +58,14 @@ class Estimate:
             losses: of all evaluations, shape (evaluations,), the clean one first; or of B examples,
                 shape (evaluations, B).
             differences: per unit of mu, shape (num_samples,), or (B,).
-            mus: one a ZO group.
+            groups: as they moved.
             has_clean: whether a clean loss was taken.
             nonfinite: "skip" or "raise".
 
         Raises:
             FloatingPointError: ``nonfinite="raise"``, and a slope is not finite.
         """
-        slopes = torch.stack([differences / mu for mu in mus])
+        slopes = torch.stack([differences / group.mu for group in groups])
         finite = slopes.isfinite()
         clean = losses[0].isfinite() if has_clean else None
         if clean is not None:
@@ -80,7 +80,12 @@ class Estimate:
         loss = losses[0].mean() if has_clean else losses.mean()
         told = Estimated(loss, losses, slopes, finite.all())
         per_example = losses.dim() > 1
-        return cls(slopes / differences.numel(), finite.any(), clean, per_example), told
+        coefficients = slopes / differences.numel()
+        if any(group.scale != 1.0 for group in groups):
+            coefficients = torch.stack(
+                [row * group.scale for row, group in zip(coefficients, groups, strict=True)]
+            )
+        return cls(coefficients, finite.any(), clean, per_example), told
 
     def __add__(self, other: Estimate) -> Estimate:
         """This micro-batch's and another one's: along the same directions, or those that follow.
@@ -124,6 +129,7 @@ class Estimate:
                 -row if group.options["maximize"] else row,
                 self._gate(group.options["lr"]),
                 float(group.options["weight_decay"]),
+                group.active,
             )
             for group, row in zip(groups, rows, strict=True)
         ]

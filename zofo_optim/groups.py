@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from zofo_kernels import check_weight
 from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from .buffers import ParamGroups
+from .names import matching, patterns_in
 from .ownership import without_examples
 from .parallel import check_unshared
 from .plain import plain
@@ -81,7 +80,7 @@ def hybrid_param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     options = {"zo": _options("zo", zo), "fo": _options("fo", fo)}
-    wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude)
+    wanted, unwanted = patterns_in("include", include), patterns_in("exclude", exclude)
 
     if directions not in DIRECTIONS:
         raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
@@ -95,7 +94,7 @@ def hybrid_param_groups(
         if parameter.requires_grad:
             groups["fo"][names[0]] = parameter
             continue
-        included, excluded = _matching(wanted, names), _matching(unwanted, names)
+        included, excluded = matching(wanted, names), matching(unwanted, names)
         used.update(included, excluded)
         reason = ""
         if all(name in unreached for name in names):
@@ -164,15 +163,6 @@ def _options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: plain(value) for key, value in options.items()}
 
 
-def _patterns(name: str, patterns: str | Sequence[str]) -> list[str]:
-    if isinstance(patterns, str):
-        return [patterns]
-    found = list(patterns) if isinstance(patterns, Iterable) else [patterns]
-    if not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(f"{name} must be a string or a sequence of strings, got {patterns!r}")
-    return found
-
-
 def _to_do(left_out: Mapping[str, Sequence[Tensor]]) -> str:
     """How a model gets zeroth-order parameters, which has none yet."""
     if left_out:
@@ -183,18 +173,6 @@ def _to_do(left_out: Mapping[str, Sequence[Tensor]]) -> str:
         "gradients: call model.requires_grad_(False) to train all of it by zeroth order (MeZO), "
         "or freeze the base model beneath a trainable adapter, as peft.get_peft_model does"
     )
-
-
-def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The patterns that match one of a parameter's names."""
-
-    def matches(pattern: str, name: str) -> bool:
-        try:
-            return re.search(pattern, name, re.IGNORECASE) is not None
-        except re.error:
-            return fnmatch.fnmatchcase(name.lower(), pattern.lower())
-
-    return [p for p in patterns if any(matches(p, name) for name in names)]
 
 
 def _packed(parameter: Tensor, name: str) -> str | None:

@@ -13,7 +13,7 @@ from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from . import advice, rule_states, state
 from .capture import StepCounters
-from .checks import check_group, check_zo_parameters
+from .checks import check_active, check_group, check_zo_parameters
 from .defaults import given as is_given
 from .defaults import value_of
 from .estimate import Accumulation, Estimate
@@ -139,7 +139,9 @@ class GroupsAndState(Optimizer):
     def _check_parameters(self) -> None:
         """Of all groups at once, since any two parameters may share memory."""
         groups = (g["params"] for g in self.param_groups if g["mode"] == "fo")
-        check_zo_parameters(self.zo_groups(), chain.from_iterable(groups))
+        zeroth_order = self.zo_groups()
+        check_zo_parameters(zeroth_order, chain.from_iterable(groups))
+        check_active(self._settings.activity, zeroth_order)
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -278,6 +280,10 @@ class GroupsAndState(Optimizer):
     def zo_groups(self) -> list[ZOGroup]:
         """The zeroth-order groups with their noise indices, duplicates counted once."""
         return self._perturbation.groups_of(self.param_groups)
+
+    def active_groups(self) -> list[ZOGroup]:
+        """The zeroth-order groups as the present step moves them: see ``active``."""
+        return self._perturbation.active(self.zo_groups())
 
     # ---- listeners ------------------------------------------------------------------------------
 

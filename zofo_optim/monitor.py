@@ -150,7 +150,8 @@ def relative_size(updates: Sequence[Update], groups: Sequence[ZOGroup]) -> float
     """
     moved = weights = 0.0
     for update, group in zip(updates, groups, strict=False):
-        count = sum(p.numel() for p in group.params)
+        moving = range(len(group.params)) if update.active is None else update.active
+        count = sum(group.params[position].numel() for position in moving)
         step = float(update.lr) ** 2 * float(update.coefficients.double().square().sum())
         moved += count * step
         # fp32 accumulates the squares of 16-bit weights

@@ -1,7 +1,9 @@
-"""A parameter's names: in a model, and in the same model within wrappers, peft's among them."""
+"""A parameter's names: in a model, in the same model within wrappers, and as patterns of users."""
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -96,3 +98,36 @@ def difference(ours: Sequence[str], theirs: Sequence[str], renamed: bool = False
             elsewhere = "at another place" if other in where else "not"
             return f"{other!r} at place {position}, which is {elsewhere} here, where {mine!r} is"
     return None if len(ours) == len(theirs) else f"{len(theirs)} names, not {len(ours)}"
+
+
+# ---- patterns -----------------------------------------------------------------------------------
+
+
+def patterns_in(name: str, patterns: str | Sequence[str]) -> list[str]:
+    """The patterns that the argument of this name holds, one or several.
+
+    Raises:
+        TypeError: it holds something else.
+    """
+    if isinstance(patterns, str):
+        return [patterns]
+    found = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{name} must be a string or a sequence of strings, got {patterns!r}")
+    return found
+
+
+def matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The patterns that match one of a parameter's names.
+
+    Regular expressions are searched in a name, upper or lower case; what is none is a shell
+    pattern.
+    """
+
+    def matches(pattern: str, name: str) -> bool:
+        try:
+            return re.search(pattern, name, re.IGNORECASE) is not None
+        except re.error:
+            return fnmatch.fnmatchcase(name.lower(), pattern.lower())
+
+    return [p for p in patterns if any(matches(p, name) for name in names)]

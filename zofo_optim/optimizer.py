@@ -72,6 +72,8 @@ class HybridZOFO(GroupsAndState):
         structure, rank: directions are "full", or "low_rank": U V^T / sqrt(rank) for each matrix.
         directions: "shared", or "per_example": one for each example, where the closure returns
             losses of shape (B,). Needs low rank, streamed.
+        active: what a step moves: all (None), a fraction of the tensors, drawn anew in each step,
+            patterns of names, a :class:`Draw` or a :class:`Cycle`. The rest is left as it is.
         perturbation: "in_place" moves the weights and back, which rounds; "streamed" hands torch
             functions perturbed copies and writes weights in updates only.
         zo_rule: what an update makes of the slopes: "sgd", "normalized", "clip", "sign", "zscore",
@@ -125,6 +127,7 @@ class HybridZOFO(GroupsAndState):
         structure: str = "full",
         rank: int = 1,
         directions: str = "shared",
+        active: Any = None,
         perturbation: str = "in_place",
         zo_rule: str | Rule = "sgd",
         rounding: str = "stochastic",
@@ -143,7 +146,7 @@ class HybridZOFO(GroupsAndState):
         chosen = dict(estimator=estimator, num_samples=num_samples, distribution=distribution)
         chosen.update(structure=structure, rank=rank, perturbation=perturbation, zo_rule=zo_rule)
         chosen.update(rounding=rounding, nonfinite=nonfinite, backend=backend)
-        chosen.update(noise_version=noise_version, directions=directions)
+        chosen.update(noise_version=noise_version, directions=directions, active=active)
         settings = Settings(**plain(chosen), capturable=value_of(shared["capturable"]))
         options = first_order_options(fo_optimizer, shared, plain(fo_options))
         first_order = FirstOrder(fo_optimizer, *options)
@@ -203,7 +206,7 @@ class HybridZOFO(GroupsAndState):
         for group in groups:  # now: later, some groups would have moved
             check_step_options(make_plain(group.options))
         check_capture(self._settings.capturable, groups, self._counters)
-        return self._perturbation.over(groups)
+        return self._perturbation.over(self._perturbation.active(groups))
 
     def _add_estimate(self, closure: Closure, perturbation: Perturbation) -> Any:
         """Evaluate at all points and add to the estimate; leaves the weights displaced."""
@@ -228,12 +231,9 @@ class HybridZOFO(GroupsAndState):
             return evaluations[0].returned
 
         losses = self._replicas.gather(torch.stack([e.loss for e in evaluations]))
+        differences = estimator.differences(points, losses)
         estimate, estimated = Estimate.of(
-            losses,
-            estimator.differences(points, losses),
-            [group.mu for group in groups],
-            has_clean=has_clean,
-            nonfinite=settings.nonfinite,
+            losses, differences, groups, has_clean=has_clean, nonfinite=settings.nonfinite
         )
         accumulated = estimate if self._estimate is None else self._estimate + estimate
         before, per_example = self._estimate is not None, estimate.per_example

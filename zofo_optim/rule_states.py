@@ -7,6 +7,7 @@ they are first needed, and are then written in place, so that a captured graph g
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .capture import capturing
+from .checks import caller_level
 from .rules import Rule, State, described, widest
 from .zo_groups import ZOGroup
 
@@ -60,10 +62,13 @@ def shaped(
 
 def _shaped(rule: Rule, options: dict[str, Any], coefficients: Tensor) -> tuple[Tensor, State]:
     if coefficients.numel() < rule.min_samples:
-        raise ValueError(
-            f"zo_rule {rule!r} compares the samples of a step and must have at least "
-            f"{rule.min_samples}, got {coefficients.numel()}"
+        warnings.warn(
+            f"zo_rule {rule!r} compares the samples of a step, of which it needs "
+            f"{rule.min_samples}, and this one has {coefficients.numel()}: it moves no weight by "
+            "them (a last batch of so few examples: drop_last=True)",
+            stacklevel=caller_level(),
         )
+        return torch.zeros_like(coefficients), _there(rule, options, coefficients.device)
     state = _there(rule, options, coefficients.device)
     found, after = rule.update(coefficients, state)
     # now, as it must not come to light once weights are changing

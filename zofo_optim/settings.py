@@ -15,6 +15,7 @@ from zofo_kernels import (
     unavailable_reason,
 )
 
+from .active import Active, active_of
 from .estimators import ESTIMATORS
 from .rules import Rule, described, rule_of
 
@@ -25,7 +26,13 @@ _OF_EXAMPLES = {"structure": "low_rank", "perturbation": "streamed", "num_sample
 _NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable")
 
 
-BEFORE = {"noise_version": 1, "structure": "full", "rank": 1, "directions": "shared"}
+BEFORE = {
+    "noise_version": 1,
+    "structure": "full",
+    "rank": 1,
+    "directions": "shared",
+    "active": None,
+}
 """What earlier versions had no choice in, so that what they saved does not say it."""
 
 
@@ -51,6 +58,7 @@ class Settings:
     structure: str = "full"
     rank: int = 1
     directions: str = "shared"
+    active: Any = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -101,6 +109,12 @@ class Settings:
                 "nonfinite must be 'skip' where capturable=True, as a captured step cannot raise"
             )
 
+        activity = self.activity
+        if self.capturable and activity is not None and activity.changes:
+            raise ValueError(
+                f"active must be None or patterns where capturable=True, got {self.active!r}: what "
+                "moves would be that of the captured step in all replays"
+            )
         if self.directions == "per_example":
             for name, needed in _OF_EXAMPLES.items():
                 if getattr(self, name) != needed:
@@ -115,6 +129,11 @@ class Settings:
         return direction_rank(self.structure, self.rank)
 
     @property
+    def activity(self) -> Active | None:
+        """What ``active`` says; None: all parameters move."""
+        return active_of(self.active)
+
+    @property
     def rule(self) -> Rule:
         """The one that ``zo_rule`` names, or is."""
         return rule_of(self.zo_rule)
@@ -122,4 +141,6 @@ class Settings:
     def of_the_path(self) -> dict[str, Any]:
         """Those by which the weights would come out differently, in plain values."""
         found = {k: v for k, v in vars(self).items() if k not in _NOT_OF_THE_PATH}
-        return {**found, "zo_rule": described(self.rule)}
+        activity = self.activity
+        active = None if activity is None else activity.described()
+        return {**found, "zo_rule": described(self.rule), "active": active}

@@ -23,7 +23,7 @@ from .base_weights import FILE, load_base_weights, save_base_weights
 from .buffers import ParamGroups
 from .counts import Counts
 from .groups import hybrid_param_groups
-from .losses import example_losses_of
+from .losses import OF_ELEMENTS, example_losses_of, task_of
 from .optimizer import HybridZOFO
 
 if TYPE_CHECKING:
@@ -278,10 +278,13 @@ class HybridTrainerMixin(_Base):
         Returns:
             :func:`example_losses_of` the model, by the arguments' ``label_smoothing_factor``.
         """
+        counted = self.model_accepts_loss_kwargs and isinstance(inputs.get("labels"), torch.Tensor)
+        if counted and task_of(model, inputs["labels"]) in OF_ELEMENTS:  # which have no such count
+            counted = False
         return example_losses_of(
             model,
             inputs,
-            num_items_in_batch=num_items_in_batch if self.model_accepts_loss_kwargs else None,
+            num_items_in_batch=num_items_in_batch if counted else None,
             label_smoothing=self.args.label_smoothing_factor,
         )
 

@@ -21,6 +21,8 @@ class Update(NamedTuple):
     lr: Tensor
     """0-dim, on the device; 0 where the estimate said nothing."""
     weight_decay: float
+    active: tuple[int, ...] | None = None
+    """Positions of the parameters that it was done to, among the group's; None: all."""
 
     def frozen(self) -> Update:
         """The same, to be kept: with ``capturable=True`` directions hold the living counter."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zofo_kernels import NOISE_VERSION, Direction, Weights
+
+from .active import Active
 
 
 class Noise(NamedTuple):
@@ -21,6 +23,7 @@ class Noise(NamedTuple):
 
 
 _NOISE = Noise()
+_KEPT_PARTS = 64
 
 
 @dataclass
@@ -28,12 +31,16 @@ class ZOGroup:
     """A zeroth-order parameter group, ready for one step.
 
     ``weights`` are its parameters, with their places among all zeroth-order parameters, which
-    select their noise; ``options`` is the optimizer's own dictionary.
+    select their noise; ``options`` is the optimizer's own dictionary. Where some of them move,
+    ``weights`` are these, and ``active`` their positions among all.
     """
 
     weights: Weights
     options: dict[str, Any]
     noise: Noise = _NOISE
+    active: tuple[int, ...] | None = None
+    scale: float = 1.0
+    """Of slopes, see :class:`zofo_optim.active.Chosen`."""
 
     @property
     def params(self) -> list[Tensor]:
@@ -70,6 +77,7 @@ class Tables:
     def __init__(self, noise: Noise) -> None:
         self._noise = noise
         self._kept: list[Weights] = []
+        self._parts: dict[int, tuple[Weights, dict[tuple[int, ...], Weights]]] = {}
 
     def groups(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
         """The zeroth-order ones with their noise indices; a parameter counts once in a group."""
@@ -92,6 +100,41 @@ class Tables:
                 return kept
         self._kept[position : position + 1] = [Weights(params, indices)]
         return self._kept[position]
+
+    def active(self, groups: Sequence[ZOGroup], activity: Active | None) -> list[ZOGroup]:
+        """The groups as they move in their present step.
+
+        Raises:
+            ValueError: nothing of any group moves.
+        """
+        if activity is None:
+            return list(groups)
+        found = []
+        for position, group in enumerate(groups):
+            step = group.options["zo_step"] if activity.changes else 0
+            seed = group.options["seed"]
+            positions, scale = activity.choose(group.names, seed, step, position)
+            part = self._part(position, group.weights, positions)
+            found.append(replace(group, weights=part, active=positions, scale=scale))
+        if groups and not any(group.params for group in found):
+            raise ValueError(
+                f"active must leave each step a zeroth-order parameter, got {activity}, by which "
+                "none moves in this one"
+            )
+        return found
+
+    def _part(self, position: int, whole: Weights, chosen: tuple[int, ...]) -> Weights:
+        """Of a group's weights; the last few are kept, as cycles come back to them."""
+        of, parts = self._parts.get(position, (None, {}))
+        if of is not whole:
+            parts = {}
+            self._parts[position] = whole, parts
+        if chosen not in parts:
+            if len(parts) >= _KEPT_PARTS:
+                del parts[next(iter(parts))]
+            tensors = [whole.tensors[i] for i in chosen]
+            parts[chosen] = Weights(tensors, [whole.indices[i] for i in chosen])
+        return parts[chosen]
 
 
 def has_16_bits(dtype: torch.dtype) -> bool:

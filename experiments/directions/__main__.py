@@ -50,6 +50,7 @@ class DirectionsOptions(Options):
         metadata={"help": "two numbers: which share of the runs, of how many", "nargs": 2},
     )
     rounds: int = option(30, "of steps that are timed")
+    seeds: list[int] = option([0, 1, 2], "of the best rate; rates are searched on 0")
     out: Path = option(Path("runs/directions"), OUT)
 
     def __post_init__(self) -> None:
@@ -92,17 +93,17 @@ class Command:
 
     def report(self) -> None:
         """Tables and plots of all models that have runs."""
-        report.render(self._options.out, _found(self._options.out))
+        report.render(self._options.out, _found(self._options.out, self._options.seeds))
 
 
-def _found(out: Path) -> dict[str, list[report.Found]]:
+def _found(out: Path, seeds: list[int]) -> dict[str, list[report.Found]]:
     """Finished cells by model and task."""
     studies: dict[str, list[report.Found]] = {}
     for folder in sorted(part for part in out.iterdir() if part.is_dir()):
         study = next((s for s in STUDIES if s.model in folder.name.lower()), None)
         if study is None:
             continue
-        searches = Searches(None, folder, [0, 1, 2])
+        searches = Searches(None, folder, seeds)
         by_task: dict[str, list[Cell]] = {task: [] for task in study.tasks}
         for some in cells(study):
             for cell in some:

@@ -29,6 +29,7 @@ ADAPTER_RATES = (1e-2, 3e-2, 1e-1)
 LORA_RATES = (1e-3, 3e-3, 1e-2)
 NORMALIZED_RATES = (1e-4, 3e-4, 1e-3)
 """Of both models."""
+PLAIN = tuple(kind for kind in KINDS if kind != NORMALIZED)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Study:
 
     Attributes:
         model: a part of its name.
-        tasks: and the steps of each run.
+        tasks: the steps of each run, and the kinds of zeroth order alone.
         evaluations: in a run, beside the one at the start.
         zo: rates of zeroth order alone.
         beside: rates of zeroth order beside an adapter.
@@ -45,7 +46,7 @@ class Study:
     """
 
     model: str
-    tasks: Mapping[str, int]
+    tasks: Mapping[str, tuple[int, Sequence[str]]]
     evaluations: int
     zo: tuple[float, ...]
     beside: tuple[float, ...]
@@ -55,7 +56,11 @@ class Study:
 STUDIES = (
     Study(
         "stories260k",
-        {"sst2-sentences": 600, "sst2": 300, "winogrande": 300},
+        {
+            "sst2-sentences": (600, tuple(KINDS)),
+            "sst2": (300, PLAIN),
+            "winogrande": (300, (BASELINE, BESIDE_ADAPTERS)),
+        },
         evaluations=20,
         zo=(5e-5, 1e-4, 2e-4, 4e-4),
         beside=(3e-5, 1e-4, 3e-4),
@@ -63,7 +68,7 @@ STUDIES = (
     ),
     Study(
         "minilm",
-        {"sst2": 200},
+        {"sst2": (200, (BASELINE, BESIDE_ADAPTERS, NORMALIZED))},
         evaluations=10,
         zo=(1e-5, 3e-5, 1e-4, 3e-4),
         beside=(1e-5, 3e-5, 1e-4),
@@ -129,13 +134,13 @@ def study_of(model: str) -> Study:
 
 def cells(study: Study) -> Iterator[Sequence[Cell]]:
     """In an order such that the first ones tell most; those of a list hang together."""
-    for task, steps in study.tasks.items():
+    for task, (steps, kinds) in study.tasks.items():
         common = dict(task=task, steps=steps, eval_every=steps // study.evaluations)
 
         def cell(method: str, kind: str, common: Any = common, **searched: Any) -> Cell:
             return Cell(method=method, kind=kind, **common, **searched)
 
-        for kind in KINDS:
+        for kind in kinds:
             rates = NORMALIZED_RATES if kind == NORMALIZED else study.zo
             yield [cell("zo", kind, rate="lr_zo", rates=rates)]
         for adapter in ADAPTERS:

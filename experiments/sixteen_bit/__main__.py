@@ -1,8 +1,9 @@
-"""What 16-bit weights do to zeroth-order training, measured in four ways.
+"""What 16-bit weights do to zeroth-order training, measured in five ways.
 
     python -m experiments.sixteen_bit drift --out runs/16-bit
     python -m experiments.sixteen_bit survival --out runs/16-bit
     python -m experiments.sixteen_bit bias --out runs/16-bit
+    python -m experiments.sixteen_bit slopes --out runs/16-bit
     python -m experiments.sixteen_bit finetune --out runs/16-bit
 
 drift     How far weights wander under a loss that is constant, where no step should move them:
@@ -11,6 +12,8 @@ survival  How much of one small update is left after the weights are rounded, st
           nearest.
 bias      How much of a gradient is left in the mean estimate, where weights are spaced widely
           beside mu: with the noise version of today, and with the first one.
+slopes    How slopes of one batch's loss differ from those in fp32 at the same weights, along the
+          same directions: full or of rank 1, in place or streamed.
 finetune  The same zeroth-order fine-tuning in fp32 and in 16 bits: same batches, and for our own
           recipes same directions; the loss is computed in fp32 from the model's logits. By default
           MiniLM on the demo sentences; `--text --model FOLDER` trains a causal language model
@@ -36,10 +39,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..files import DataError
 from ..finetune import versions
 from ..models import ModelError
-from .options import RECIPES, Bias, Drift, Finetune, parse
+from .options import RECIPES, Bias, Drift, Finetune, Slopes, parse
 from .report import PLOTS, finetune_line, write_table
 from .rounding import bias, drift, survival
 from .runs import load_problem, run
+from .slopes import slopes
 
 
 def bars(console: Console) -> Progress:
@@ -92,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = drift(options, track)
             elif isinstance(options, Bias):
                 result = bias(options, track)
+            elif isinstance(options, Slopes):
+                result = slopes(options, track)
             else:
                 result = survival(options, track)
         except (DataError, ModelError) as error:

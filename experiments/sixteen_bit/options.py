@@ -102,32 +102,52 @@ class Bias(Common):
 
 
 @dataclass
-class Finetune(Common):
-    """The same fine-tuning in fp32 and in 16 bits."""
+class OfAModel(Common):
+    """Commands that take a model and a task's sentences."""
 
-    command = "finetune"
     model: str | None = option(None, "hub id or folder; default: the packaged MiniLM")
     text: bool = option(False, "language modelling on the task's sentences")
     task: str = option("sentiment", "whose sentences", choices=("sentiment", "sst2"))
     data: str | None = option(
         None, "folder with train.tsv and dev.tsv, or hub; default: as finetune.py"
     )
+    batch_size: int = option(16, "examples a step")
+    train_size: int = option(1000, "use the first so many training examples")
+    dev_size: int = option(256, "use the first so many development examples")
+    min_words: int = option(6, "--text: leave shorter sentences out")
+
+
+@dataclass
+class Slopes(OfAModel):
+    """How slopes in 16 bits differ from those in fp32."""
+
+    command = "slopes"
+
+    repeats: int = option(200, "directions")
+    distribution: str = option("gaussian", "of them", choices=("gaussian", "rademacher"))
+    seed: int = option(0, "of the first direction")
+
+
+@dataclass
+class Finetune(OfAModel):
+    """The same fine-tuning in fp32 and in 16 bits."""
+
+    command = "finetune"
+
     recipes: list[str] = option(
         DEFAULT_RECIPES, "what to compare", choices=tuple(RECIPES), metavar="RECIPE"
     )
     lr: list[float] = option([1e-4], "learning rates")
     schedule: str = option("constant", "of the rates", choices=("constant", "linear"))
     steps: int = option(100, "steps of each run")
-    batch_size: int = option(16, "examples a step")
-    train_size: int = option(1000, "use the first so many training examples")
-    dev_size: int = option(256, "use the first so many development examples")
-    min_words: int = option(6, "--text: leave shorter sentences out")
     eval_every: int = option(25, "steps between evaluations")
     seeds: list[int] = option([0], "of data order and directions")
     include: list[str] = option([], "train these parameters, by pattern; default: all")
 
 
-KINDS: dict[str, type[Common]] = {kind.command: kind for kind in (Drift, Survival, Bias, Finetune)}
+KINDS: dict[str, type[Common]] = {
+    kind.command: kind for kind in (Drift, Survival, Bias, Slopes, Finetune)
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[Any, argparse.ArgumentParser]:

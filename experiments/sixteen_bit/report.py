@@ -123,10 +123,24 @@ def plot_bias(path: Path, content: Content) -> None:
     finish(figure, path)
 
 
+def plot_slopes(path: Path, content: Content) -> None:
+    """Share of the slope, with two standard errors, and noise, by way."""
+    rows = {name: row for name, row in content["result"].items() if name != "problem"}
+    figure, (left, right) = panels(2)
+    places = range(len(rows))
+    shares, errors = ([row[key] for row in rows.values()] for key in ("share", "error"))
+    left.errorbar(shares, places, xerr=[2 * error for error in errors], fmt="o", ms=4)
+    right.barh(places, [row["noise"] for row in rows.values()], height=0.5)
+    left.set(yticks=places, yticklabels=rows, xlabel="share of the slope in fp32")
+    right.set(yticks=places, yticklabels=[], xlabel="noise over the slopes' deviation")
+    finish(figure, path)
+
+
 PLOTS: dict[str, Callable[[Path, Content], None]] = {
     "drift": plot_drift,
     "survival": plot_survival,
     "bias": plot_bias,
+    "slopes": plot_slopes,
     "finetune": plot_finetune,
 }
 
@@ -208,6 +222,25 @@ def bias_table(content: Content) -> list[str]:
     return lines
 
 
+def slopes_table(content: Content) -> list[str]:
+    result, settings = content["result"], content["settings"]
+    lines = [
+        f"Slopes of the loss of {settings['batch_size']} examples, of a {result['problem']} "
+        f"({settings['model'] or 'MiniLM'}), in 16 bits beside fp32 at the same weights, along the "
+        f"same {settings['repeats']} directions ({settings['distribution']}), two-sided, mu = "
+        f"{settings['mu']:g}: the share of the slope that is found, with its standard error, and "
+        "the noise, over the slopes' deviation.",
+        "",
+        row("weights, directions", "share", "noise"),
+        "|---" * 3 + "|",
+    ]
+    for name, found in result.items():
+        if name != "problem":
+            share = f"{found['share']:.3f} ± {found['error']:.3f}"
+            lines.append(row(name, share, f"{found['noise']:.2f}"))
+    return lines
+
+
 def finetune_table(content: Content) -> list[str]:
     settings, rates = content["settings"], content["result"]["rates"]
     some = next(iter(next(iter(rates.values())).values()))
@@ -255,6 +288,7 @@ TABLES: dict[str, Callable[[Content], list[str]]] = {
     "drift": drift_table,
     "survival": survival_table,
     "bias": bias_table,
+    "slopes": slopes_table,
     "finetune": finetune_table,
 }
 

@@ -21,7 +21,7 @@ from ..forms import FORMS
 from ..heads import set_prompt_head
 from ..models import ModelError, default_model, load_model
 from ..tasks import default_source, read
-from .options import Finetune, Recipe
+from .options import Finetune, OfAModel, Recipe
 from .rounding import DTYPES, PRIME
 
 Step = Callable[[Callable[[], Tensor], float], Any]
@@ -69,7 +69,7 @@ def evaluate_classes(model: nn.Module, batches: Iterable[Batch]) -> dict[str, fl
     return {"loss": scores.loss, "accuracy": scores.accuracy}
 
 
-def load_problem(options: Finetune) -> Problem:
+def load_problem(options: OfAModel) -> Problem:
     """The classification task or, with `--text`, its sentences as language modelling."""
     source = options.data or default_source(options.task)
     rows = [read(options.task, source, split) for split in ("train", "dev")]

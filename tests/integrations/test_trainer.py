@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import re
 import warnings
 
@@ -150,6 +151,45 @@ def test_one_direction_an_example_needs_the_models_own_loss(tmp_path):
         done = trainer(tmp_path, cls=cls, hybrid=PER_EXAMPLE, **more)
         with pytest.raises(ValueError, match=f"directions must be 'shared' with {what}"):
             done.create_optimizer()
+
+
+@pytest.mark.parametrize("directions", ["shared", "per_example"])
+def test_losses_of_a_subclass_are_trained(directions, tmp_path):
+    """Whatever the directions are; here thrice the model's, which the loss in the log shows."""
+
+    class Thrice(HybridTrainer):
+        def example_losses(self, model, inputs, num_items_in_batch):
+            seen.append(num_items_in_batch)
+            return 3 * super().example_losses(model, inputs, num_items_in_batch)
+
+    seen = []
+    chosen = dict(PER_EXAMPLE, directions=directions)
+    made = [trainer(tmp_path, cls=cls, hybrid=chosen) for cls in (Thrice, HybridTrainer)]
+    for done in made:
+        done.args.max_grad_norm = 1e9
+        done.train()
+    ours, theirs = (logged(done, "loss") for done in made)
+    assert ours[0] == pytest.approx(3 * theirs[0], rel=1e-4)
+    assert seen
+    (ours, theirs) = (logged(done, "projected_grad") for done in made)
+    assert ours[0] == pytest.approx(3 * theirs[0], rel=1e-2)
+
+
+def test_regression_has_no_count_of_labels(tmp_path):
+    """Also where the Trainer counts, as it does for models that take further arguments."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=2, pad_token_id=0, num_labels=1, problem_type="regression"
+    )
+    model = transformers.LlamaForSequenceClassification(config).requires_grad_(False)
+    done = trainer(tmp_path, model, dict(gradient_accumulation_steps=2), hybrid=PER_EXAMPLE)
+    done.train_dataset = [
+        dict(input_ids=row["input_ids"], labels=float(i)) for i, row in enumerate(DATA)
+    ]
+    done.train()
+    assert all(math.isfinite(loss) for loss in logged(done, "loss"))
+    assert min(logged(done, "projected_grad")) > 0
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])

@@ -86,6 +86,10 @@ CONVOLUTIONS = {
     ),
 }
 VECTORS = {
+    "addmm with a bias alone": (
+        lambda c: torch.addmm(c, like(c)(B * 2, 4), W.to(c.dtype)).view(B, 2, 5),
+        dict(c=N),
+    ),
     "layer norm": (
         lambda n, c: F.layer_norm(like(n)(B, 2, 5), (5,), n, c, eps=1e-3),
         dict(n=N, c=weight(5, seed=9)),

@@ -24,7 +24,8 @@ def of(losses, *, estimator="two_sided", samples=1, clean=False, mus=(0.5,), non
     assert len(points) == len(losses)
     has_clean = points[0].sign == 0
     differences = chosen.differences(points, losses)
-    return Estimate.of(losses, differences, mus, has_clean=has_clean, nonfinite=nonfinite)
+    groups = [group(mu=mu) for mu in mus]
+    return Estimate.of(losses, differences, groups, has_clean=has_clean, nonfinite=nonfinite)
 
 
 def group(**options):

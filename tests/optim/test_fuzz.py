@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from simulation import Simulation
 
 from zofo_kernels import DTYPES
-from zofo_optim import CenteredRank, Clip, HybridZOFO, Normalized, Sign, ZScore
+from zofo_optim import CenteredRank, Clip, Cycle, Draw, HybridZOFO, Normalized, Sign, ZScore
 from zofo_optim.rules import SGD, described
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,6 +40,8 @@ GROUPS = st.one_of(
 )
 RULES = [SGD(), SGD(), Normalized(), Clip(limit=1.5, beta=0.9), Clip(2, relative=False), Sign()]
 SHAPING = [ZScore(), CenteredRank()]  # of several samples
+EVEN = r"[02468]\.zo"  # the first zeroth-order parameter, and every other one
+ACTIVE = [None, None, None, 0.4, Draw(0.5, by="layer"), EVEN, Cycle([EVEN, "."], every=2)]
 SETTINGS = st.fixed_dictionaries(
     dict(
         estimator=st.sampled_from(["one_sided", "two_sided"]),
@@ -50,6 +52,7 @@ SETTINGS = st.fixed_dictionaries(
         backend=st.sampled_from(["auto", "reference"]),
         seed=st.sampled_from([0, 2**64 - 1]),
         zo_rule=st.sampled_from(RULES + SHAPING),
+        active=st.sampled_from(ACTIVE),
     )
 ).filter(lambda chosen: chosen["num_samples"] >= chosen["zo_rule"].min_samples)
 BATCHES, LOSSES = st.integers(0, 3), st.sampled_from([torch.float32, torch.float64])
@@ -130,7 +133,7 @@ class Closure:
             raise self.error("must not step")
         if point.verifies:
             if self.calls == len(self.plan) or not self.plan[self.calls].verifies:
-                simulation.verified = [id(w) for w in simulation.weights]
+                simulation.verified |= {id(w) for w in simulation.moving_weights}
         else:
             self.losses.append(loss.item())
         if self.calls == 1:
@@ -146,6 +149,7 @@ class Machine(RuleBasedStateMachine):
         torch.manual_seed(0)
         self.chosen = dict(chosen, perturbation=self.perturbation)
         self.loss_dtype, self.seeds, self.specs = loss_dtype, itertools.count(), []
+        self.names = dict(zo=itertools.count(), fo=itertools.count())
         self.saved, self.updated = None, False
         known = {k: v for k, v in self.chosen.items() if k != "seed"}
         self.simulation = Simulation(**known, unit=torch.finfo(loss_dtype).eps / 2)
@@ -157,7 +161,9 @@ class Machine(RuleBasedStateMachine):
         spec, fo = copy.deepcopy(spec), spec["mode"] == "fo"
         tensors = [parameter(*each, next(self.seeds), fo) for each in spec.pop("parameters")]
         options = {"seed": self.chosen["seed"], **spec, "lr": float(spec["lr"])}
-        self.simulation.add(options, tensors)
+        mode = spec["mode"]
+        spec["param_names"] = [f"{next(self.names[mode])}.{mode}" for _ in tensors]
+        self.simulation.add(options, tensors, spec["param_names"])
         self.specs.append(spec)
         return dict(copy.deepcopy(spec), params=tensors)
 
@@ -318,7 +324,7 @@ class Machine(RuleBasedStateMachine):
         for ours, theirs, grad in zip(both[0], self.parameters, gradients, strict=True):
             assert ours is theirs
             ours.grad = grad
-        self.simulation.verified = None
+        self.simulation.verified = set()
 
     @rule()
     def move_storage(self):
@@ -361,3 +367,31 @@ InPlace = type("InPlace", (Machine,), dict(perturbation="in_place"))
 Streamed = type("Streamed", (Machine,), dict(perturbation="streamed"))
 TestInPlace, TestStreamed = InPlace.TestCase, Streamed.TestCase  # type: ignore[attr-defined]
 TestInPlace.settings = TestStreamed.settings = settings(max_examples=200, stateful_step_count=25)
+
+
+@pytest.mark.parametrize("zo_rule", [*RULES[1:], *SHAPING], ids=repr)
+@pytest.mark.parametrize("kind", [InPlace, Streamed])
+def test_every_rule(kind, zo_rule):
+    """Examples may leave one out; here each takes steps, is saved, loaded and copied."""
+    machine, dtype = kind(), torch.float32
+    any_group = dict(lr=0.01, weight_decay=0.5, maximize=False)
+    shapes = [
+        ((130,), dtype, "contiguous"),
+        ((3,), dtype, "contiguous"),
+        ((2, 3), dtype, "strided"),
+    ]
+    groups = [dict(any_group, parameters=[each]) for each in shapes]
+    groups[0].update(mode="zo", mu=2.0**-7)
+    groups[1].update(mode="fo", momentum=0.9)
+    groups[2].update(mode="zo", mu=0.05, maximize=True)
+    chosen = dict(estimator="two_sided", num_samples=3, distribution="rademacher", seed=0)
+    chosen.update(rounding="stochastic", nonfinite="skip", backend="reference", zo_rule=zo_rule)
+    machine.construct(chosen=chosen, groups=groups, loss_dtype=torch.float32)
+    machine.train(steps=[1, 2], event=None)
+    machine.train(steps=[1], event="nan")
+    machine.step(batch=1, manner="returns", fault=("nan", 2, False))  # one direction is lost
+    machine.as_simulated()
+    for event in ("load", "load afresh", "rewind", "copy"):
+        machine.train(steps=[1, 2], event=event)
+    if type(zo_rule).__name__ == "Normalized" or getattr(zo_rule, "relative", False):
+        assert len(machine.simulation.zo[0].history) == 9  # a step that is rewound has none

@@ -391,6 +391,31 @@ def test_their_number_is_found_without_a_clean_loss(function):
         close(found, wanted(seen.function, params, optimizer, sign, 3))
 
 
+def test_a_wrong_guess_costs_one_batch_only():
+    """Of batches of one size, the first one is evaluated once more; a smaller last one is, too."""
+    params = named(weights())
+    calls = []
+    optimizer = optimizer_of(params, estimator="two_sided", **PER_EXAMPLE)
+
+    def steps(*sizes):
+        found = []
+        for size in sizes:
+            x = batch(size)
+            del calls[:]
+
+            def closure(x=x):
+                calls.append(1)
+                return flattened(x, **dict(params)).square().mean(1)
+
+            optimizer.step(closure)
+            assert optimizer.projected_grads.shape == (1, size)
+            found.append(len(calls))
+        return found
+
+    assert steps(3)[0] > 3  # and verified
+    assert steps(3, 3, 2, 2) == [2, 2, 4, 2]
+
+
 def test_random_draws_are_shared_though_a_guess_was_wrong():
     """Dropout is the same in both evaluations, and the generator ends as after one."""
     params, x = named(weights()), batch(3)

@@ -108,8 +108,8 @@ def test_one_sample_or_none(rule):
         assert row.isfinite().all()
         assert row < 0
         return
-    with pytest.raises(ValueError, match=r"compares the samples of a step.*at least 2, got 1"):
-        run(rule, [[2.0]])
+    with pytest.warns(UserWarning, match=r"compares the samples .* needs 2, and this one has 1"):
+        assert not run(rule, [[2.0]])[0][0].any()
     assert not run(rule, [[2.0, 0.0]])[0][0].any()  # one alone is known
     assert not run(rule, [[0.1, 0.1, 0.1]])[0][0].any()
 
@@ -336,3 +336,26 @@ def test_a_wrong_rule_changes_nothing(made, message):
     with pytest.raises(ValueError, match=message):
         optimizer.step(lambda: w.sum())
     assert torch.equal(w, torch.ones(3))
+
+
+@every
+def test_with_directions_per_example(rule):
+    """As many samples as a step has examples, over its micro-batches; a ragged one among them."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1).requires_grad_(False)
+    groups = [dict(params=list(model.parameters()), mode="zo", lr=1e-2)]
+    options = dict(structure="low_rank", perturbation="streamed", directions="per_example")
+    optimizer = HybridZOFO(groups, zo_rule=rule, **options)
+    keeps, history = optimizer.add_listener(Keeps()), []
+    for sizes in ([4, 3], [2, 2], [5]):
+        parts = len(sizes)
+        for size in sizes:
+            x = torch.randn(size, 3)
+            optimizer.backward(lambda x=x, n=parts: model(x).square().mean(1) / n)
+        coefficients = optimizer.accumulated[0].tolist()
+        assert len(coefficients) == sum(sizes)
+        optimizer.step()
+        ((update,),) = keeps.told[-1:]
+        wanted = reference(rule, coefficients, history)
+        assert update.coefficients.tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+        assert [v.sample for v in update.directions] == list(range(sum(sizes)))

@@ -9,8 +9,9 @@ All numbers are little-endian. A crc is the CRC-32 of everything before it in th
 out), so that records which are changed, left out, repeated or exchanged are found.
 
 A STEP has a part for each zeroth-order group: a byte that says what is new, then that: each thing
-not said is as in the record before, the step one more. Then the coefficients. Coefficients and
-the learning rate have the precision in which the kernels compute: float64 where the group has
+not said is as in the record before, the step one more. Which parameters moved is a bit for each,
+the first in the lowest bit of the first byte; at first, all. Then the coefficients. Coefficients
+and the learning rate have the precision in which the kernels compute: float64 where the group has
 float64 weights, else float32. A part without coefficients has moves (perturbed evaluations that
 no update followed) and no update. An EVENT is a JSON object.
 """
@@ -31,7 +32,7 @@ from .errors import JournalError
 FORMAT_VERSION = 1
 MAGIC = b"ZOFOJRN1"
 STEP, EVENT = 1, 2
-_STEP, _PATH, _LR, _DECAY, _SEED, _COUNT = (1 << bit for bit in range(6))
+_STEP, _PATH, _LR, _DECAY, _SEED, _COUNT, _ACTIVE = (1 << bit for bit in range(7))
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Part:
     coefficients: tuple[float, ...]
     lr: float
     weight_decay: float
+    active: tuple[int, ...] | None = None
+    """Positions of the parameters that moved, among the group's; None: all."""
 
     @property
     def next_step(self) -> int:
@@ -68,6 +71,7 @@ class Chain:
     def __init__(self, header: dict[str, Any], crc: int) -> None:
         self.crc = crc
         self.wide = [group["float64"] for group in header["groups"]]
+        self.counts = [len(group["names"]) for group in header["groups"]]
         self.last: list[Part] = [
             Part(group["step"], group["seed"], (), (0.0,) * header["num_samples"], 0.0, 0.0)
             for group in header["groups"]
@@ -107,6 +111,8 @@ class Chain:
             say(_SEED, struct.pack("<Q", part.seed))
         if len(part.coefficients) != len(last.coefficients):
             say(_COUNT, struct.pack("<I", len(part.coefficients)))
+        if part.active != last.active:
+            say(_ACTIVE, _bits(part.active, self.counts[position]))
         self.last[position] = part
         values = b"".join(number.pack(c) for c in part.coefficients)
         return bytes([news]) + bytes(body) + values
@@ -114,6 +120,18 @@ class Chain:
     def event(self, event: dict[str, Any]) -> bytes:
         text = json.dumps(event).encode()
         return self.seal(bytes([EVENT]) + struct.pack("<I", len(text)) + text)
+
+
+def _bits(active: Sequence[int] | None, count: int) -> bytes:
+    chosen = range(count) if active is None else active
+    return sum(1 << position for position in chosen).to_bytes((count + 7) // 8, "little")
+
+
+def _positions(bits: bytes, count: int) -> tuple[int, ...] | None:
+    """The inverse of :func:`_bits`; all are None."""
+    number = int.from_bytes(bits, "little")
+    found = tuple(position for position in range(count) if number >> position & 1)
+    return None if len(found) == count else found
 
 
 def precise(value: float, wide: bool) -> float:
@@ -180,7 +198,7 @@ def decode_records(data: bytes, at: int, chain: Chain) -> Iterator[Record]:
             last = list(chain.last)
             record = Record()
             if kind == STEP:
-                record = Record(parts=_read_step(cursor, last, chain.wide))
+                record = Record(parts=_read_step(cursor, last, chain))
             elif kind == EVENT:
                 text = cursor.take(cursor.number("I"))
             else:
@@ -196,8 +214,8 @@ def decode_records(data: bytes, at: int, chain: Chain) -> Iterator[Record]:
         yield replace(record, end=at)
 
 
-def _read_step(cursor: _Cursor, last: list[Part], wide: Sequence[bool]) -> tuple[Part, ...]:
-    for position, double in enumerate(wide):
+def _read_step(cursor: _Cursor, last: list[Part], chain: Chain) -> tuple[Part, ...]:
+    for position, (double, parameters) in enumerate(zip(chain.wide, chain.counts, strict=True)):
         news, old = cursor.number("B"), last[position]
         number = "d" if double else "f"
         step = cursor.number("Q") if news & _STEP else old.next_step
@@ -210,7 +228,10 @@ def _read_step(cursor: _Cursor, last: list[Part], wide: Sequence[bool]) -> tuple
         decay = cursor.number("d") if news & _DECAY else old.weight_decay
         seed = cursor.number("Q") if news & _SEED else old.seed
         count = cursor.number("I") if news & _COUNT else len(old.coefficients)
+        active = old.active
+        if news & _ACTIVE:
+            active = _positions(cursor.take((parameters + 7) // 8), parameters)
         values = cursor.take(struct.calcsize(f"<{count}{number}"))
         coefficients = struct.unpack(f"<{count}{number}", values)
-        last[position] = Part(step, seed, path, coefficients, lr, decay)
+        last[position] = Part(step, seed, path, coefficients, lr, decay, active)
     return tuple(last)

@@ -18,7 +18,7 @@ from .fingerprint import backend_name
 from .format import FORMAT_VERSION
 from .reader import Recording
 
-_MUST_MATCH = ("distribution", "structure", "rank", "rounding", "perturbation")
+_MUST_MATCH = ("distribution", "structure", "rank", "active", "rounding", "perturbation")
 
 
 def check_recordable(optimizer: HybridZOFO) -> None:
@@ -64,6 +64,7 @@ def header_of(
             if settings.structure == BEFORE["structure"]
             else {"structure": settings.structure, "rank": settings.rank}
         ),
+        **({} if path["active"] == BEFORE["active"] else {"active": path["active"]}),
         "rounding": settings.rounding,
         "perturbation": settings.perturbation,
         "estimator": settings.estimator,
@@ -141,12 +142,18 @@ class Kinds:
 
     def __init__(self, header: dict[str, Any]) -> None:
         groups = header["groups"]
+        self._counts = [len(group["names"]) for group in groups]
         self._names = [name for group in groups for name in group["names"]]
         self._wanted = [
             (torch.Size(shape), getattr(torch, dtype))
             for group in groups
             for shape, dtype in zip(group["shapes"], group["dtypes"], strict=True)
         ]
+
+    def active(self, group: int, positions: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Which parameters of a group moved, as records say it: None for all."""
+        everything = positions is None or len(positions) == self._counts[group]
+        return None if everything else positions
 
     def change(self, groups: Sequence[ZOGroup]) -> str | None:
         """What has changed since, for a message; called in every step, so it must be quick."""

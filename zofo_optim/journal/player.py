@@ -229,19 +229,35 @@ def apply(
     header = recording.header
     done, total = 0, sum(p.numel() for p in found.values())
     for position, group in enumerate(header["groups"]):
-        program = _program([every[position] for every in span.parts], header)
-        places = [
-            (found[name], index)
-            for name, index in zip(group["names"], group["indices"], strict=True)
-            if name in found
-        ]
-        for device in {p.device for p, _ in places}:
-            here = [(p, index) for p, index in places if p.device == device]
+        parts = [every[position] for every in span.parts]
+        passes = _passes(parts, header)
+        for (_, moving), here in _alike(group, parts, found).items():
+            program = Program(passes if moving is None else (passes[i] for i in moving))
             for weights, size in _pieces(here, _room(len(program.passes))):
-                replay_(weights, program, rounding=header["rounding"], backend=backend)
+                if program.passes:
+                    replay_(weights, program, rounding=header["rounding"], backend=backend)
                 done += size
                 if progress is not None:
                     progress(done, total)
+
+
+_Places = list[tuple[Tensor, int]]
+"""Tensors, and their places in the noise."""
+
+
+def _alike(
+    group: Mapping[str, Any], parts: Sequence[Part], found: Mapping[str, Tensor]
+) -> dict[tuple[torch.device, tuple[int, ...] | None], _Places]:
+    """A group's tensors by device and by the steps that moved them; None: all of them did."""
+    partly = any(part.active is not None for part in parts)
+    sets = [None if part.active is None else set(part.active) for part in parts] if partly else []
+    alike: dict[tuple[torch.device, tuple[int, ...] | None], _Places] = {}
+    for position, (name, index) in enumerate(zip(group["names"], group["indices"], strict=True)):
+        if name in found:
+            moving = tuple(i for i, one in enumerate(sets) if one is None or position in one)
+            key = found[name].device, moving if partly else None
+            alike.setdefault(key, []).append((found[name], index))
+    return alike
 
 
 def _room(steps: int) -> int:
@@ -281,12 +297,12 @@ def _pieces(whole: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[We
         yield weights(), used
 
 
-def _program(parts: Sequence[Part], header: Mapping[str, Any]) -> Program:
+def _passes(parts: Sequence[Part], header: Mapping[str, Any]) -> list[Pass]:
     """One group's steps as passes over its weights."""
     said = {**BEFORE, **header}
     rank = direction_rank(said["structure"], said["rank"])
     noise = Noise(header["distribution"], header["noise_version"], rank)
-    return Program(_pass(part, noise) for part in parts)
+    return [_pass(part, noise) for part in parts]
 
 
 def _pass(part: Part, noise: Noise) -> Pass:

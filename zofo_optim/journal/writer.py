@@ -21,7 +21,6 @@ from ..moves import Moves
 from ..optimizer import HybridZOFO
 from ..plain import plain
 from ..update import Update
-from ..zo_groups import ZOGroup
 from .errors import JournalError
 from .fingerprint import fingerprints
 from .format import Chain, Part, decode_records, encode_header, precise
@@ -335,7 +334,10 @@ class Journal(Listener):
                 lr = precise(next(numbers), wide)
                 first = update.directions[0]
                 step = int(first.step)
-                parts.append(Part(step, first.seed, path, tuple(found), lr, update.weight_decay))
+                active = self._kinds.active(position, update.active)
+                parts.append(
+                    Part(step, first.seed, path, tuple(found), lr, update.weight_decay, active)
+                )
             self._buffer += self._chain.step(parts)
 
     def _put(self, record: bytes) -> None:
@@ -415,16 +417,17 @@ class Journal(Listener):
         self._encode(wait=True)
         event: dict[str, Any] = {"closed": True} if closed else {}
         groups = optimizer.zo_groups()
-        self._tell_moves(groups)
+        self._tell_moves(optimizer)
         if stamp:
             event["fingerprints"] = [fingerprints(group.params) for group in groups]
         self._put(self._chain.event(event))
         self._sync()
 
-    def _tell_moves(self, groups: Sequence[ZOGroup]) -> None:
+    def _tell_moves(self, optimizer: HybridZOFO) -> None:
         """Moves that no update followed yet: they may have rounded the weights."""
         if not self._moves:
             return
+        groups = optimizer.active_groups()
         paths = [_path(self._moves, position) for position in range(len(groups))]
         parts = [
             Part(
@@ -434,8 +437,11 @@ class Journal(Listener):
                 (),
                 last.lr,
                 last.weight_decay,
+                self._kinds.active(position, group.active),
             )
-            for group, path, last in zip(groups, paths, self._chain.last, strict=True)
+            for position, (group, path, last) in enumerate(
+                zip(groups, paths, self._chain.last, strict=True)
+            )
         ]
         self._buffer += self._chain.step(parts)
         self._moves.clear()

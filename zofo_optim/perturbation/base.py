@@ -54,7 +54,7 @@ class Perturbation(ABC):
         )
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
         self._weights: list[Weights] = []  # what the verification is of
-        self._verified = False
+        self._verified: dict[int, Tensor] = {}  # by id
         self._first_example = 0
         self._examples: int | None = None  # of this batch, once known
 
@@ -62,12 +62,16 @@ class Perturbation(ABC):
         """The zeroth-order ones, with their tables of addresses kept from step to step."""
         return self._tables.groups(param_groups)
 
+    def active(self, groups: Sequence[ZOGroup]) -> list[ZOGroup]:
+        """The groups as the present step moves them."""
+        return self._tables.active(groups, self._settings.activity)
+
     def over(self, groups: list[ZOGroup]) -> Perturbation:
         """Work on these groups from now on."""
         self.groups = groups
         weights = [group.weights for group in groups]
         if not is_same(weights, self._weights):
-            self._weights, self._verified = weights, False
+            self._weights = weights
             self._renew()
         return self
 
@@ -110,7 +114,7 @@ class Perturbation(ABC):
 
     def _evaluate_here(self, point: Point, run: Evaluate) -> Evaluation:
         evaluation = run(point.gradient)
-        if point.sign and not self._verified and not capturing():
+        if point.sign and not capturing() and not self._all_verified():
             self._verify_once(lambda: run(False).loss, evaluation.loss)
         return evaluation
 
@@ -146,7 +150,10 @@ class Perturbation(ABC):
 
         return guarded
 
-    # ---- verification, once for every set of parameters ---------------------------------------
+    # ---- verification, once for every parameter -----------------------------------------------
+
+    def _all_verified(self) -> bool:
+        return all(id(p) in self._verified for group in self.groups for p in group.params)
 
     def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
         """At the first displaced point with a finite loss; others tell nothing."""
@@ -155,7 +162,7 @@ class Perturbation(ABC):
         again = self.verify(evaluate, loss)
         if again is not None:
             self._advice.once("repeat", self._of_two_losses(loss, again))
-        self._verified = True
+        self._verified |= {id(p): p for group in self.groups for p in group.params}
 
     def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
         """Evaluate once more at the present point, and compare.

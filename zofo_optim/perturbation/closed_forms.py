@@ -190,23 +190,10 @@ def _low_rank_part(
     x: Tensor, right: Tensor, left: Tensor, weight: Any, start: Tensor | None
 ) -> Tensor:
     """start + weight (x right^T) left: (S, N, d), (S, r, d), (S, r, m) -> (S, N, m)."""
-    if x.shape[0] == 1:
-        t = (x[0] @ right[0].t()).unsqueeze(0) * weight
-    else:
-        t = torch.bmm(x, right.transpose(1, 2)) * weight
-    if left.shape[1] == 1:
-        return t * left if start is None else torch.addcmul(start, t, left)
+    t = torch.bmm(x, right.transpose(1, 2)) * weight
     if start is None:
         return torch.bmm(t, left)
     return torch.baddbmm(start.expand(x.shape[0], 1, -1) if start.dim() == 3 else start, t, left)
-
-
-def _plus_product(start: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """start + x weight, rounded once where products accumulate in fp32; start may be written."""
-    fresh = start.dtype == x.dtype == weight.dtype and not torch.is_grad_enabled()
-    if fresh and not torch.is_autocast_enabled(x.device.type):
-        return torch.addmm(start, x, weight, out=start)
-    return torch.addmm(start, x, weight)
 
 
 def _times(
@@ -221,9 +208,46 @@ def _times(
     if not transposed:
         left, right = right, left
     start = None if bias is None else forms.vector(bias)
-    part = _low_rank_part(parts, right, left, scale, start).reshape(-1, weight.shape[1])
-    y = _plus_product(part, x.reshape(-1, weight.shape[0]), weight)
+    flat = x.reshape(-1, weight.shape[0])
+    if not (x.dtype == weight.dtype and _writes_freely(x)):
+        y = torch.addmm(_flat(_low_rank_part(parts, right, left, scale, start)), flat, weight)
+    elif x.dtype in _WIDE:
+        y = torch.mm(flat, weight)
+        _add_low_rank_part_(y.view(len(parts), -1, y.shape[1]), parts, right, left, scale, start)
+    else:
+        y = _flat(_low_rank_part(parts, right, left, scale, start))
+        torch.addmm(y, flat, weight, out=y)
     return y.view(*x.shape[:-1], weight.shape[1])
+
+
+_WIDE = (torch.float32, torch.float64)
+"""Where a sum may round twice: the product comes first, and all else is added to it in place."""
+
+
+def _writes_freely(x: Tensor) -> bool:
+    """Whether results may be written to: no graph saves them, and no call casts them."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+
+
+def _flat(y: Tensor) -> Tensor:
+    return y.reshape(-1, y.shape[-1])
+
+
+def _add_low_rank_part_(
+    y: Tensor, x: Tensor, right: Tensor, left: Tensor, weight: Any, start: Tensor | None
+) -> None:
+    """y += :func:`_low_rank_part`."""
+    if start is not None:
+        y += start
+    alpha, t = 1.0, torch.bmm(x, right.transpose(1, 2))
+    if isinstance(weight, Tensor):
+        t *= weight
+    else:
+        alpha = weight
+    if len(y) == 1:
+        y[0].addmm_(t[0], left[0], alpha=alpha)
+    else:
+        y.baddbmm_(t, left, alpha=alpha)
 
 
 def _times_row(
@@ -254,8 +278,11 @@ def _linear(
     if not forms.per_example or weight.dim() != 2:
         return None
     y = F.linear(input, weight)
-    if bias is None:
-        return y
+    return y if bias is None else _plus_bias(forms, y, bias)
+
+
+def _plus_bias(forms: ClosedForms, y: Tensor, bias: Tensor) -> Tensor:
+    """Where the bias alone has a direction for each example."""
     return (forms.by_example(y, y.shape[-1], bias) + forms.vector(bias)).to(y.dtype).view(y.shape)
 
 
@@ -273,11 +300,11 @@ def _addmm(
     plain = beta == 1 and alpha == 1 and out is None and input.dim() == 1
     if not plain or forms.is_source(mat1):
         return None
-    if source is None and forms.is_source(mat2):
+    if source is not None:
+        return _times(forms, mat1, source, input, transposed=False)
+    if forms.is_source(mat2):
         return _times_row(forms, mat1, mat2, input, transposed=False)
-    if source is None:
-        return None
-    return _times(forms, mat1, source, input, transposed=False)
+    return _plus_bias(forms, torch.mm(mat1, mat2), input) if forms.per_example else None
 
 
 def _matmul(forms: ClosedForms, input: Tensor, other: Tensor, *, out: None = None) -> Tensor | None:

@@ -49,6 +49,7 @@ class StreamedPerturbation(Perturbation):
         self._closed: Collection[int] | None = None  # ids of matrices; None: all that can be
         self._sign = 0
         self._alone: Collection[int] | None = None  # examples; None: all
+        self._guess: int | None = None  # examples of a batch; None: as its first input says
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         self._put_back()
@@ -128,16 +129,18 @@ class StreamedPerturbation(Perturbation):
 
     def _run_by_example(self, evaluate: Run, gradient: bool) -> Evaluation:
         """Where no loss has told how many examples there are, the first input's length is taken
-        for it; if it was not, all is done again."""
+        for it; where that was wrong, all is done again, and the next batch is taken to have as
+        many as this one."""
         if self._examples is None:
             try:
-                found = self._run_examples(evaluate, gradient, None)
+                found = self._run_examples(evaluate, gradient, self._guess)
                 self._examples = found.loss.numel()
                 if self._forms is None or self._forms.examples in (None, self._examples):
                     return found
             except NoOwner:
                 with uncompiled():
                     self._examples = evaluate(False, None).loss.numel()
+            self._guess = self._examples
         found = self._run_examples(evaluate, gradient, self._examples)
         if found.loss.numel() != self._examples:
             raise ValueError(

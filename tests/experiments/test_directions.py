@@ -1,0 +1,121 @@
+"""The grid that compares kinds of directions: its cells, its runs, times and report."""
+
+import json
+
+import pytest
+from small_models import SIZES, quick_collections, tiny, words
+
+from experiments.directions import __main__ as command
+from experiments.directions import grid, report, runs
+
+__all__ = ["quick_collections", "tiny", "words"]
+
+
+def every_cell(study):
+    return [cell for some in grid.cells(study) for cell in some]
+
+
+def test_cells_have_folders_of_their_own_and_three_rates_or_more():
+    for study in grid.STUDIES:
+        found = every_cell(study)
+        assert len({cell.folder for cell in found}) == len(found)
+        for cell in found:
+            assert len(set(cell.rates)) >= 3
+            assert cell.steps % cell.eval_every == 0
+            assert (cell.after is None) == (not cell.method.startswith("hybrid"))
+            if cell.after is not None:
+                assert cell.after.method.split("-")[1] == cell.method.split("-")[1]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two rates of two kinds and of one adapter."""
+    kinds = (grid.BASELINE, grid.BESIDE_ADAPTERS, grid.NORMALIZED)
+    study = grid.Study(
+        "tiny", {"copa": (4, kinds)}, evaluations=2, zo=(1e-4, 1e-3), beside=(1e-4,), fo=(1e-3,)
+    )
+    for module in (grid, command):
+        monkeypatch.setattr(module, "STUDIES", (study,))
+    monkeypatch.setattr(grid, "ADAPTERS", ("prompt",))
+    monkeypatch.setattr(grid, "ADAPTER_RATES", (1e-2, 1e-1))
+    monkeypatch.setattr(grid, "NORMALIZED_RATES", (1e-3, 1e-2))
+    return study
+
+
+def test_a_grid_is_run_timed_and_rendered(small, tiny, words, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = [*SIZES, "--model", str(tiny), "--data", str(words), "--seeds", "0", "1"]
+    arguments += ["--rounds", "2", "--out", str(out)]
+    for share in ("1", "2"):
+        assert command.main([*arguments, "--do", "runs", "--share", share, "2"]) == 0
+    made = sorted(path.parent for path in out.rglob("result.json"))
+    # rates on one seed and the best on the other, of three kinds, an adapter, hybrid and full
+    assert len(made) == 3 * (2 + 1) + (2 + 1) + (1 + 1) + (1 + 1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert command.main(arguments) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+
+    searches = runs.Searches(None, out / "tiny", [0, 1])
+    by_name = {cell.name: cell for cell in every_cell(small)}
+    for cell in by_name.values():
+        losses = {rate: run["best"]["loss"] for rate, run in searches.searched(cell).items()}
+        assert losses[searches.best(cell)] == min(losses.values())
+        (first, second) = searches.results(cell)
+        assert (first["seed"], second["seed"]) == (0, 1)
+        assert first["settings"]["estimator"] == (
+            "one_sided" if cell.method.startswith("hybrid") else "two_sided"
+        )
+    hybrid = by_name["hybrid-prompt, rank 1, per example"]
+    (run, _) = searches.results(hybrid)
+    assert run["settings"]["lr_fo"] == searches.best(by_name["fo-prompt"])
+
+    times = json.loads((out / "tiny" / "times-copa.json").read_text())["steps"]
+    assert set(times) == {*by_name, report.RECIPE}
+    assert all(step["seconds"] > 0 for step in times.values())
+    table = (out / "table.md").read_text()
+    for name in by_name:
+        assert f"| {name} |" in table
+    assert "One rate for several models" in table
+    assert (out / "tiny-copa.png").stat().st_size > 1000
+    lines = (out / "runs.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(made)
+
+
+def test_steps_and_seconds_to_a_loss():
+    cell = every_cell(grid.STUDIES[0])[0]
+
+    def run(seed, *losses):
+        curve = [dict(step=10 * i, loss=loss) for i, loss in enumerate(losses)]
+        settings = {cell.rate: 1e-4, "seed": seed}
+        scores = dict(loss=2.0, accuracy=0.5)
+        return dict(curve=curve, seed=seed, settings=settings, test=scores, steps=20, scored=False)
+
+    found = [run(0, 5.0, 3.0, 1.0), run(1, 5.0, 4.0, 2.0)]
+    times = {cell.name: dict(seconds=0.5), report.RECIPE: dict(seconds=2.0)}
+    one = report.Found("a task", [cell], {cell: {1e-4: found[0]}}, {cell: found}, times)
+    assert one.reached(cell, 3.5) == 10
+    assert one.reached(cell, 1.4) is None
+    assert one.end(cell) == 1.5
+    text = report.alone(one)
+    assert "MeZO's recipe ends at 1.500 after 20 steps of 2000 ms, 40.0 s" in text
+    row = next(line for line in text.splitlines() if line.startswith(f"| {cell.name}"))
+    cells = [part.strip() for part in row.strip("| ").split("|")]
+    assert cells == [
+        cell.name,
+        "0.0001",
+        "1.500 ± 0.707",
+        "2.000 ± 0.000",
+        "500",
+        "20",
+        "10.0",
+        "4.0",
+    ]
+
+
+def test_models_without_a_study_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--model", "gpt2", "--out", str(tmp_path)])
+    assert "--model must be one of stories260k, minilm, got 'gpt2'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--share", "3", "2", "--out", str(tmp_path)])
+    assert "--share must be" in capsys.readouterr().err
