@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# In the order of the names: files of few tests are the longest, and would come last.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo docs test lint format bench gpu opt-1.3b sass build clean
 

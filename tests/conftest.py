@@ -7,11 +7,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import importlib.metadata
 import importlib.util
+import math
 
+import interpreter
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 from zofo_kernels import unavailable_reason
 
@@ -38,6 +40,8 @@ def import_interpreted():
             import zofo_kernels.triton as kernels
         except ImportError:  # too old: what torch 2.6 and 2.7 pin
             return False
+    if kernels.INTERPRETED:
+        interpreter.hurry(importlib.import_module("zofo_kernels.triton_random"))
     return kernels.INTERPRETED
 
 
@@ -84,6 +88,26 @@ needs_transformers_5 = pytest.mark.skipif(
     _major("transformers") < 5,
     reason="transformers 5 saved the model's tokenizer, and earlier versions cannot read it",
 )
+
+
+INTERPRETED_SHARE = 3
+"""Triton's interpreter gets one in so many of the cases that Hypothesis makes."""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    """The interpreter is slow, and all backends get the same cases: it gets the first of them."""
+    test = getattr(item, "obj", None)
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if not (INTERPRETED and params.get("backend") == "triton" and is_hypothesis_test(test)):
+        yield
+        return
+    test = getattr(test, "__func__", test)
+    whole = test._hypothesis_internal_use_settings
+    fewer = max(math.ceil(whole.max_examples / INTERPRETED_SHARE), min(whole.max_examples, 5))
+    test._hypothesis_internal_use_settings = settings(whole, max_examples=fewer)
+    yield
+    test._hypothesis_internal_use_settings = whole
 
 
 def pytest_runtest_setup(item):

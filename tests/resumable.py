@@ -84,13 +84,14 @@ def options(text):
     )
 
 
-def main(text, start, stop, read, write):
-    """One process: half-steps start ... stop, from a file to a file ("-" for none)."""
-    run = Run(**options(text))
-    if read != "-":
-        run.load(read)
-    run.halves(int(start), int(stop))
-    run.save(write)
+def main(text, *jobs):
+    """One process: jobs of half-steps start ... stop, from a file to a file ("-" for none)."""
+    for start, stop, read, write in zip(*[iter(jobs)] * 4, strict=True):
+        run = Run(**options(text))
+        if read != "-":
+            run.load(read)
+        run.halves(int(start), int(stop))
+        run.save(write)
 
 
 if __name__ == "__main__":

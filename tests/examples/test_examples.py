@@ -5,11 +5,11 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import scripts_after, started
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples"
@@ -35,21 +35,27 @@ def test_the_examples_are_there():
     assert set(PROMISES) <= set(SCRIPTS)
 
 
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH, "HF_HUB_OFFLINE": "1"}
+IMPORTED = ("transformers.models.auto", "transformers.models.llama", "transformers.trainer", "peft")
+"""What most of them spend their time on."""
+ALONE = "plain_loop.py"
+"""Run by a Python that has imported nothing, as a person runs it."""
+
+
+@pytest.fixture(scope="module")
+def run():
+    with scripts_after(*IMPORTED) as run:
+        yield run
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_runs(name, tmp_path):
+def test_runs(name, tmp_path, run):
     tree = ast.parse((FOLDER / name).read_text(encoding="utf-8"))
     for package in sorted(imported(tree) & set(NEEDS)):
         pytest.importorskip(package, reason=f"{name} needs it")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / name)],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = started if name == ALONE else run
+    done = run(FOLDER / name, env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     if name not in WITHOUT_LOSS:
         told = re.search(LOSS, done.stdout)

@@ -30,7 +30,7 @@ def main():
     runs.JOURNALS.mkdir()
     for case in runs.CASES:
         for backend in dict.fromkeys(runs.recorded_on(case, backend) for backend in backends):
-            if backend == "triton" and case not in runs.INTERPRETED:
+            if backend == "triton" and case not in runs.RECORDED_INTERPRETED:
                 continue
             name = f"{case.name}-{backend}"
             journal = runs.JOURNALS / f"{name}.zofo" if case in runs.RECORDED else None

@@ -1,14 +1,13 @@
 """Journals across processes, kills and loaded states."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import journaled
 import pytest
 import torch
 from conftest import same_bits
+from forked import scripts_after
 from journaled import Job
 
 from zofo_optim import Journal, replay
@@ -279,9 +278,15 @@ def test_training_goes_on_after_a_replay(perturbation, path):
         assert same_bits(a, b)
 
 
+@pytest.fixture(scope="module")
+def run():
+    with scripts_after() as run:
+        yield run
+
+
 @pytest.mark.parametrize("perturbation", MODES)
 @pytest.mark.parametrize("call", [1, 40, 10**6], ids=["at once", "in the step", "after it"])
-def test_sigkill(perturbation, call, tmp_path):
+def test_sigkill(perturbation, call, tmp_path, run):
     """Killed twice in the midst of a step, or between steps: checkpoint and journal suffice."""
     whole = Job(perturbation=perturbation)
     after = []
@@ -289,10 +294,7 @@ def test_sigkill(perturbation, call, tmp_path):
         after.append({name: p.clone() for name, p in whole.weights().items()})
         whole.step(step)
     for kill in (6, 13):
-        command = [sys.executable, SCRIPT, tmp_path, perturbation, kill, call]
-        done = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, cwd=SCRIPT.parents[1]
-        )
+        done = run(SCRIPT, tmp_path, perturbation, kill, call, cwd=SCRIPT.parents[1])
         assert done.returncode == -9, done.stderr
         recording = read(tmp_path / "run.zofo")
         assert recording.stop == kill + (call == 10**6)

@@ -92,15 +92,15 @@ def test_auto_takes_the_reference_elsewhere_without_a_warning():
 
 
 NO_FOLDER = """
-import warnings, torch
+import warnings, numpy, torch
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import zofo_kernels as kernels
-    w = torch.zeros(200)
-    along = kernels.Direction(1, 2, 0, "rademacher")
-    kernels.perturb_([w], along, 1.0)
-print(torch.equal(w, kernels.noise((200,), along, backend="reference")))
-print(kernels.backend_for(w.device).__name__)
+    print(kernels.backend_for(torch.device("cpu")).__name__)
+    from zofo_kernels.cpu_random import philox  # which compiles faster than a pass
+    words = numpy.zeros(4, numpy.uint32)
+    philox(words, 1, numpy.uint64(0), 0, 0, 0, 0)
+print(words.tolist())
 print(*[str(one.message) for one in caught if "numba" in str(one.message)], sep="\\n")
 """
 
@@ -117,8 +117,9 @@ def test_where_no_folder_can_be_written_numba_compiles_for_the_process(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", NO_FOLDER], capture_output=True, text=True, env=environment
     )
-    right, backend, *warned = done.stdout.splitlines()
-    assert (right, backend) == ("True", "zofo_kernels.cpu"), done.stderr
+    backend, words, *warned = done.stdout.splitlines()
+    assert backend == "zofo_kernels.cpu", done.stderr
+    assert words == str([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])  # known answers
     (warning,) = warned
     assert "NUMBA_CACHE_DIR" in warning
 
@@ -312,7 +313,8 @@ def test_ctrl_c_waits_for_the_whole_pass(backend, operation, monkeypatch, thread
             update_(tensors, [DIRECTION], torch.ones(1), 0.1, recover=shift, backend=backend)
 
     def make():
-        wide, narrow = torch.zeros(2 * reference.CHUNK), torch.zeros(BIG, dtype=torch.bfloat16)
+        sizes = (300, 20) if backend == "triton" else (2 * reference.CHUNK, BIG)
+        wide, narrow = torch.zeros(sizes[0]), torch.zeros(sizes[1], dtype=torch.bfloat16)
         return [wide, narrow, torch.zeros(40, 30).t()]
 
     expected, tensors = make(), make()
@@ -328,7 +330,7 @@ def test_ctrl_c_waits_for_the_whole_pass(backend, operation, monkeypatch, thread
 
 
 def test_ctrl_c_at_any_time_leaves_all_or_nothing_done(backend, ctrl_c):
-    size = {"cpu": 20_000_000, "reference": 2_000_000, "triton": 400_000}[backend]
+    size = {"cpu": 20_000_000, "reference": 2_000_000, "triton": 60_000}[backend]
     w = torch.zeros(size)
     timer = threading.Timer(0.05, ctrl_c)  # most likely during the call, but any time will do
 

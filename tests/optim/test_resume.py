@@ -20,19 +20,23 @@ ESTIMATORS = ["one_sided", "two_sided"]
 @pytest.mark.parametrize(
     "text", ["two_sided,1,gaussian,in_place", "one_sided,2,rademacher,streamed"]
 )
-@pytest.mark.parametrize("cut", [6, 7], ids=["between steps", "while accumulating"])
-def test_across_processes(text, cut, tmp_path):
+def test_across_processes(text, tmp_path):
+    """Cut between steps, and while accumulating: one process makes both cuts, one takes up both."""
     whole = Run(**options(text))
     whole.halves(0, 2 * STEPS)
-    first, last = tmp_path / "first.pt", tmp_path / "last.pt"
-    for arguments in ((0, cut, "-", first), (cut, 2 * STEPS, first, last)):
-        command = [sys.executable, str(SCRIPT), text, *map(str, arguments)]
+    first, last = ({cut: tmp_path / f"{name}{cut}.pt" for cut in (6, 7)} for name in "ab")
+    for jobs in (
+        [(0, cut, "-", first[cut]) for cut in first],
+        [(cut, 2 * STEPS, first[cut], last[cut]) for cut in first],
+    ):
+        command = [sys.executable, str(SCRIPT), text, *(str(word) for job in jobs for word in job)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
         assert done.returncode == 0, done.stderr
-    found = Run(**options(text))
-    found.load(last)
-    for a, b in zip(whole.weights(), found.weights(), strict=True):
-        assert same_bits(a, b)
+    for path in last.values():
+        found = Run(**options(text))
+        found.load(path)
+        for a, b in zip(whole.weights(), found.weights(), strict=True):
+            assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
