@@ -204,7 +204,8 @@ def render(out: Path, studies: Mapping[str, Sequence[Found]]) -> None:
     parts = ["# Kinds of directions\n"]
     parts.append(
         "Means over seeds, ± sample deviation, at the rate whose run on the first seed had the "
-        "lowest development loss; * where it is the lowest or highest that was tried. Losses are "
+        "lowest development loss, so that seed favours all a little; * where the rate is the "
+        "lowest or highest that was tried. Losses are "
         "those at the end of training; test losses, those of the best evaluation.\n"
     )
     rows: list[list[Any]] = []

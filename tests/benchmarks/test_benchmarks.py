@@ -258,7 +258,7 @@ def test_verification_in_every_step_is_found(monkeypatch):
     right = Perturbation.over
 
     def over(self, groups):
-        self._verified = False
+        self._verified = {}
         return right(self, groups)
 
     monkeypatch.setattr(Perturbation, "over", over)

@@ -20,6 +20,11 @@ number = st.floats(allow_nan=False)
 seed = st.integers(0, 2**64 - 1)
 
 
+COUNT = 11
+"""Parameters of a group: more than a byte of bits."""
+some = st.sets(st.integers(0, COUNT - 1), max_size=COUNT - 1).map(lambda s: tuple(sorted(s)))
+
+
 def part(coefficient):
     return st.builds(
         Part,
@@ -29,6 +34,7 @@ def part(coefficient):
         coefficients=st.lists(coefficient, max_size=3).map(tuple),
         lr=coefficient,
         weight_decay=number,
+        active=st.none() | some,
     )
 
 
@@ -38,7 +44,8 @@ event = st.dictionaries(st.text(), st.integers() | st.text())
 
 @given(st.lists(step | event, max_size=12), seed)
 def test_what_goes_in_comes_out(records, first_seed):
-    groups = [dict(float64=wide, step=5, seed=first_seed) for wide in (False, True)]
+    names = [str(i) for i in range(COUNT)]
+    groups = [dict(float64=wide, step=5, seed=first_seed, names=names) for wide in (False, True)]
     header = dict(groups=groups, num_samples=2)
     data, crc = encode_header(header)
     chain = Chain(header, crc)

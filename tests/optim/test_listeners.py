@@ -112,7 +112,7 @@ def test_moves_and_updates_are_enough_to_do_it_again(perturbation, dtype):
                 perturb_([tensor], direction, scale, recover=carried[i], indices=[i])
                 carried[i] = Shift(direction, scale) if scale else None
             elif name == "updated":
-                directions, coefficients, lr, decay = what[i]
+                directions, coefficients, lr, decay, _ = what[i]
                 more = dict(weight_decay=decay, recover=carried[i], indices=[i])
                 update_([tensor], directions, coefficients, lr, **more)
                 carried[i] = None

@@ -31,12 +31,12 @@ from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
 from .streaming import Streaming, uncompiled
 
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """Of losses, relative where they are above 1, by the coarsest dtype that a form gives: models of
 float64 compute parts in float32."""
-_ENOUGH = {torch.float64: 100, torch.float32: 100, torch.float16: 10, torch.bfloat16: 10}
+_ENOUGH = {torch.float64: 100, torch.float32: 100, torch.float16: 4, torch.bfloat16: 4}
 """By so many tolerances a displacement must change a loss, for it to be verified there."""
-_FACTORS = (1, 8, 64, 512, 4096)
+_FACTORS = tuple(4**k for k in range(7))
 """Of mu, one after the other until that is so."""
 
 
@@ -285,7 +285,9 @@ class StreamedPerturbation(Perturbation):
                 break
             found, value = there, of(there).item()
             room = TOLERANCE[coarsest] * max(1.0, abs(value))
-            if abs(value - rest) >= _ENOUGH[coarsest] * room:
+            enough = abs(value - rest) / _ENOUGH[coarsest]
+            if enough >= room:
+                room = enough  # so far away, all is a little off
                 break
         assert found is not None
         return found, room
