@@ -31,13 +31,15 @@ from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
 from .streaming import Streaming, uncompiled
 
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of losses, relative where they are above 1, by the coarsest dtype that a form gives: models of
 float64 compute parts in float32."""
-_ENOUGH = {torch.float64: 100, torch.float32: 100, torch.float16: 4, torch.bfloat16: 4}
+_ENOUGH = {torch.float64: 100, torch.float32: 100, torch.float16: 4, torch.bfloat16: 2}
 """By so many tolerances a displacement must change a loss, for it to be verified there."""
-_FACTORS = tuple(4**k for k in range(7))
+_FACTORS = tuple(4**k for k in range(8))
 """Of mu, one after the other until that is so."""
+_FARTHEST = 0.3
+"""Of displacements: beyond, 16-bit models give nothing but rounding."""
 
 
 class StreamedPerturbation(Perturbation):
@@ -274,7 +276,8 @@ class StreamedPerturbation(Perturbation):
         assert self._forms is not None
         coarsest, rest = self._forms.coarsest, of(at_rest).item()
         found: Tensor | None = None
-        for factor in _FACTORS:
+        farthest = _FARTHEST / max(group.mu for group in self.groups)
+        for factor in [f for f in _FACTORS if f == 1 or f <= farthest]:
             before, self._factor = self._factor, factor
             self._shifts = self._shifts_of(sample)
             with self._in_closed_form(()):
