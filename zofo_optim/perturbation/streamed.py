@@ -290,7 +290,8 @@ class StreamedPerturbation(Perturbation):
             room = TOLERANCE[coarsest] * max(1.0, abs(value))
             enough = abs(value - rest) / _ENOUGH[coarsest]
             if enough >= room:
-                room = enough  # so far away, all is a little off
+                if torch.finfo(coarsest).bits == 16:
+                    room = enough  # so far away, all is a little off
                 break
         assert found is not None
         return found, room
