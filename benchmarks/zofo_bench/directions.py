@@ -253,7 +253,8 @@ def _check_way(what: str, task: Task, way: Way) -> None:
         z = [noise(w.shape, d, index=index, dtype=torch.float64) for d in directions]
         moved = sum(float(c) / len(z) * each for c, each in zip(slopes, z, strict=True))
         off = (w.double() - (old.double() - 1e-2 * moved)).abs().max()
-        room = UPDATE_TOLERANCE + 2 * torch.finfo(w.dtype).eps * float(old.abs().max())
+        largest = float(torch.maximum(old.abs(), w.abs()).max())
+        room = UPDATE_TOLERANCE + 2 * torch.finfo(w.dtype).eps * largest
         if not off <= room:
             raise WrongResult(f"{what}: the update is off by {float(off):.3g}")
         w.copy_(old)
