@@ -90,8 +90,7 @@ class StreamedPerturbation(Perturbation):
         super().update(updates)
 
     def _shifts_of(self, sample: int) -> list[Shift]:
-        shifts = [self._shift(group, sample, self._sign) for group in self.groups]
-        return [shift._replace(scale=self._factor * shift.scale) for shift in shifts]
+        return [self._shift(group, sample, self._factor * self._sign) for group in self.groups]
 
     def _run(self, evaluate: Run, gradient: bool) -> Evaluation:
         if not self._sources:
