@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from experiments.measure import growth, stored_bytes
 from zofo_kernels._torch_compat import TorchDispatchMode
 
 from .registry import Case
@@ -76,7 +77,14 @@ def launches(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory allocated during the second call, all that lives beside it included."""
+    """The most memory allocated during the second call, all that lives beside it included.
+
+    On the CPU: of tensors, see :func:`experiments.measure.growth`.
+    """
+    if device.type == "cpu":
+        gc.collect()
+        before = stored_bytes(t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+        return before + growth(run).left + growth(run).most
     if device.type != "cuda":
         return None
     run()

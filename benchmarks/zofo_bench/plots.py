@@ -120,7 +120,7 @@ def _started(key: str) -> Callable[[Result, str], Spread | None]:
 
 def _peak(case: Result, name: str) -> Spread | None:
     peak = case["peak_bytes"][name]
-    return (peak / 1e9,) * 3 if peak is not None else None
+    return (peak / 1e6,) * 3 if peak is not None else None
 
 
 def rates(result: Result, path: Path) -> None:
@@ -139,7 +139,7 @@ def steps(result: Result, path: Path) -> None:
         result,
         path,
         Panel("milliseconds a step (less is better)", _milliseconds),
-        Panel("peak memory, GB (less is better)", _peak, log=False, among="peak_bytes"),
+        Panel("peak memory, MB (less is better)", _peak, log=False, among="peak_bytes"),
     )
 
 

@@ -172,7 +172,7 @@ def _also(case: Result, name: str) -> list[str]:
         lines.append(started)
     peak = case.get("peak_bytes", {}).get(name)
     if peak is not None:
-        lines.append(f"peak memory: {peak / 1e9:.3f} GB")
+        lines.append(f"peak memory: {peak / 1e6:,.1f} MB")
     return lines
 
 

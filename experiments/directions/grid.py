@@ -27,9 +27,8 @@ BESIDE_ADAPTERS = "rank 1, per example"
 
 ADAPTER_RATES = (1e-2, 3e-2, 1e-1)
 LORA_RATES = (1e-3, 3e-3, 1e-2)
-NORMALIZED_RATES = (1e-4, 3e-4, 1e-3)
+NORMALIZED_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 """Of both models."""
-PLAIN = tuple(kind for kind in KINDS if kind != NORMALIZED)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ STUDIES = (
         "stories260k",
         {
             "sst2-sentences": (600, tuple(KINDS)),
-            "sst2": (300, PLAIN),
+            "sst2": (300, (BASELINE, BESIDE_ADAPTERS)),
             "winogrande": (300, (BASELINE, BESIDE_ADAPTERS)),
         },
         evaluations=20,

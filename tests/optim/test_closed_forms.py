@@ -59,6 +59,18 @@ SHARED = {
     "matmul method": (lambda v: like(v)(B, 2, 5).matmul(v), dict(v=V)),
     "@": (lambda v: like(v)(B, 5) @ v, dict(v=V)),
     "mm": (lambda v: torch.mm(like(v)(B, 5), v), dict(v=V)),
+    "@ .T": (lambda w: like(w)(B, 2, 5) @ w.T, dict(w=W)),
+    "mm with .t()": (lambda w: torch.mm(like(w)(B, 5), w.t()), dict(w=W)),
+    "matmul with .mT": (lambda w: like(w)(B, 2, 5).matmul(w.mT), dict(w=W)),
+    "addmm with transpose": (
+        lambda b, w: torch.addmm(b, like(w)(B, 5), w.transpose(0, 1)),
+        dict(b=BIAS, w=W),
+    ),
+    "linear with swapaxes": (lambda v: F.linear(like(v)(B, 5), v.swapaxes(-1, -2)), dict(v=V)),
+    "a tied head by .T": (
+        lambda w: F.embedding(IDS, w).tanh() @ torch.t(w),
+        dict(w=weight(6, 5)),
+    ),
     "embedding": (lambda w: F.embedding(IDS, w), dict(w=weight(6, 5))),
     "embedding with padding": (
         lambda w: F.embedding(IDS, w, padding_idx=0),
@@ -183,6 +195,21 @@ def packed_attention(w, b):
 
 COPIED = {
     "transposed": (lambda w: (w.t() @ like(w)(4, B)).t(), dict(w=W)),
+    "transposed, then as it is": (lambda w: like(w)(B, 5) @ w.T.contiguous(), dict(w=W)),
+    "transposed twice": (lambda w: F.linear(like(w)(B, 5), w.T.T), dict(w=W)),
+    "transposed by keywords": (
+        lambda w: like(w)(B, 5) @ w.transpose(dim0=0, dim1=1),
+        dict(w=W),
+    ),
+    "einsum of a transposed": (
+        lambda w: torch.einsum("bi,io->bo", like(w)(B, 5), w.T),
+        dict(w=W),
+    ),
+    "scaled addmm of a transposed": (
+        lambda b, w: torch.addmm(b, like(w)(B, 5), w.T, beta=2, alpha=0.5),
+        dict(b=BIAS, w=W),
+    ),
+    "transposed with itself": (lambda v: like(v)(B, 5) @ (v @ v.T), dict(v=V)),
     "packed attention": (packed_attention, dict(w=weight(12, 4), b=weight(12, seed=6))),
     "mm by other keywords": (lambda v: torch.mm(like(v)(B, 5), mat2=v), dict(v=V)),
     "scaled addmm": (
@@ -226,6 +253,28 @@ def test_a_shared_direction_falls_back_to_a_copy(monkeypatch, name):
     for sign, found in zip((1, -1), seen.outputs, strict=True):
         target = wanted(function, params, optimizer, sign)
         torch.testing.assert_close(found, target, rtol=1e-12, atol=1e-12)
+
+
+def test_writing_to_a_transposed_matrix_is_refused():
+    params = named(dict(w=W))
+    optimizer = optimizer_of(params)
+    with pytest.raises(RuntimeError, match=r"must not write to .*'w'"):
+        optimizer.step(lambda: params[0][1].T.mul_(2).sum())
+
+
+def test_what_is_known_of_a_transposed_matrix_takes_no_copy(monkeypatch):
+    params = named(dict(w=W))
+
+    def closure():
+        w = params[0][1].T
+        assert (w.shape, w.dtype, w.dim(), w.is_contiguous()) == ((5, 4), W.dtype, 2, False)
+        return (like(w)(B, 5) @ w).sum()
+
+    optimizer = optimizer_of(params)
+    optimizer.step(closure)
+    with copies(monkeypatch) as copied:
+        optimizer.step(closure)
+    assert copied == []
 
 
 NO_FORM = {

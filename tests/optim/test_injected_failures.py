@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from zofo_optim import HybridZOFO
-from zofo_optim.perturbation import base, in_place, streamed
+from zofo_optim.perturbation import base, in_place, written
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def same(found, wanted):
 def injector(monkeypatch):
     """Places before and after every write of the optimizer, beside those in closures."""
     injector = Injector()
-    for module, name in ((in_place, "perturb_"), (base, "update_"), (streamed, "perturb_")):
+    for module, name in ((in_place, "perturb_"), (base, "update_"), (written, "perturb_")):
         write = getattr(module, name)
 
         def wrapped(*args, write=write, **options):

@@ -17,6 +17,7 @@ from zofo_kernels._torch_compat import in_functorch, without_functorch
 
 from .closed_forms import ClosedForms
 from .low_rank import Source
+from .transposes import Transposes, transposes
 
 
 def _methods(*names: str) -> set[Any]:
@@ -119,6 +120,7 @@ class Streaming:
         forms: ClosedForms | None = None,
     ) -> None:
         self._forms = forms
+        self._transposes = Transposes()
         self._sources = sources
         self._shifts = shifts
         self._displaced = displaced
@@ -127,23 +129,31 @@ class Streaming:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call's result; see :data:`zofo_optim.watch.Answer`."""
-        sources = self._sources
-        if not (_takes(args, sources) or (kwargs and _takes(kwargs.values(), sources))):
+        sources, transposed = self._sources, self._transposes.sources
+        of_transposed = bool(transposed) and _takes((*args, *kwargs.values()), transposed)
+        if not (
+            of_transposed or _takes(args, sources) or (kwargs and _takes(kwargs.values(), sources))
+        ):
             return func(*args, **kwargs)
         if func in _METADATA:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__" and func not in _CONTENT:
             return func(*args, **kwargs)
+        if of_transposed:
+            product = self._transposes.product(func, args, kwargs)
+            if product is not None:
+                return self(*product, {})
         if name in ("__set__", "__delete__") and id(args[0]) in sources:
             if func == _SET_DATA:
                 self._refuse(func, sources[id(args[0])])
             return func(*args, **kwargs)
         if self._forms is not None:
-            result = None if in_functorch() else self._forms(func, args, kwargs)
-            if result is not None:
-                return result
-            self._forms.refuse(func, (*args, *kwargs.values()))
+            if not (of_transposed or in_functorch()):
+                result = self._closed_form(func, args, kwargs)
+                if result is not None:
+                    return result
+            self._forms.refuse(func, self._transposes.undo((*args, *kwargs.values())))
         if func is F.embedding and self._few_rows(*args, **kwargs):
             return self._perturbed(sources[id(args[1])], rows=args[0])
         if func in _PARTS and args and id(args[0]) in sources:
@@ -157,14 +167,28 @@ class Streaming:
         )
         for where, (copy, version) in copies.items():
             if copy._version != version:
-                self._refuse(func, sources[where])
+                self._refuse(func, sources.get(where) or transposed[where])
         return result
+
+    def _closed_form(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        assert self._forms is not None
+        source = self._forms.matrix(args[0]) if args else None
+        if source is not None and transposes(func, args, kwargs):
+            return self._transposes.of(source)
+        return self._forms(func, args, kwargs)
 
     def _replaced(self, value: Any, copies: dict[int, tuple[Tensor, int]]) -> Any:
         where = id(value)
         if where in self._sources:
             if where not in copies:
                 copy = self._copy(self._sources[where])
+                copies[where] = copy, copy._version
+            return copies[where][0]
+        if where in self._transposes.sources:
+            if where not in copies:
+                copy = self._copy(self._transposes.sources[where]).t()
                 copies[where] = copy, copy._version
             return copies[where][0]
         kind = type(value)
