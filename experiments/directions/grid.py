@@ -142,6 +142,7 @@ def cells(study: Study) -> Iterator[Sequence[Cell]]:
         for kind in kinds:
             rates = NORMALIZED_RATES if kind == NORMALIZED else study.zo
             yield [cell("zo", kind, rate="lr_zo", rates=rates)]
+        yield [cell("fo", "", rate="lr_fo", rates=study.fo)]
         for adapter in ADAPTERS:
             rates = LORA_RATES if adapter == "lora" else ADAPTER_RATES
             alone = cell(f"fo-{adapter}", "", rate="lr_fo", rates=rates)
@@ -153,4 +154,3 @@ def cells(study: Study) -> Iterator[Sequence[Cell]]:
                 after=alone,
             )
             yield [alone, beside]
-        yield [cell("fo", "", rate="lr_fo", rates=study.fo)]
