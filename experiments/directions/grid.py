@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..methods import ADAPTERS
 from ..models import ModelError
 
 LOW_RANK = dict(structure="low_rank", perturbation="streamed")
@@ -25,6 +24,7 @@ NORMALIZED = "rank 1, per example, normalized"
 BESIDE_ADAPTERS = "rank 1, per example"
 """With one-sided estimates: an evaluation more than first order's."""
 
+ADAPTERS = ("prompt", "lora", "prefix")
 ADAPTER_RATES = (1e-2, 3e-2, 1e-1)
 LORA_RATES = (1e-3, 3e-3, 1e-2)
 NORMALIZED_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
