@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -183,7 +183,8 @@ class Options:
     rank: int | None = option(None, "of low-rank directions")
     directions: str | None = option(
         None,
-        "one for the batch, or one for each example, which takes low_rank and streamed",
+        "shared by the batch, or one for each example, which implies --structure low_rank, "
+        "--perturbation streamed and --samples 1",
         choices=DIRECTIONS,
     )
     perturbation: str | None = option(
@@ -246,6 +247,11 @@ EPILOG = (
 )
 
 
+def _default(one: Field[Any]) -> Any:
+    make = one.default_factory
+    return one.default if make is MISSING else make()
+
+
 class Parser(HfArgumentParser):
     """Its errors are the message and where to read on: the usage alone would fill a screen."""
 
@@ -254,11 +260,16 @@ class Parser(HfArgumentParser):
 
 
 def parse(
-    kind: type[Kind], name: str, description: str, arguments: Sequence[str] | None = None
+    kind: type[Kind],
+    name: str,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    fixed: Collection[str] = (),
 ) -> tuple[Kind, Any]:
     """The options on a command line, and the parser, whose `error` ends the program.
 
-    Values out of their ranges end it, too.
+    Values out of their ranges end it, too; and options that are `fixed`, which are not in its help.
     """
     parser = Parser(
         kind,  # type: ignore[arg-type]
@@ -267,12 +278,18 @@ def parse(
         epilog=EPILOG,
         formatter_class=argparse.HelpFormatter,
     )
+    for action in parser._actions:
+        if action.dest in fixed:
+            action.help = argparse.SUPPRESS
     try:
         found, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
     except OptionError as error:
         parser.error(str(error))
+    for one in fields(found):
+        if one.name in fixed and getattr(found, one.name) != _default(one):
+            parser.error(f"{flag(one.name)} cannot be given: this command sets it itself")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return found, parser

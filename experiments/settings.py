@@ -56,7 +56,7 @@ class Settings:
     template: str | None = None
 
 
-PER_EXAMPLE = dict(structure="low_rank", perturbation="streamed")
+PER_EXAMPLE: dict[str, Any] = dict(structure="low_rank", perturbation="streamed", samples=1)
 """What a direction for each example needs."""
 OF_ZEROTH_ORDER = {
     *("lr_zo", "mu", "estimator", "samples", "distribution", "zo_rule", "include"),
@@ -86,18 +86,20 @@ def settings(options: Options, task: str, method: str, seed: int, **fixed: Any) 
     if task == OWN:
         given["columns"] = Columns(options.text_column, options.pair_column, options.label_column)
         given["template"] = options.template
-    chosen: Mapping[str, Any] = {**preset(options.model, method, task), **given, **fixed}
+    given |= fixed
+    needed_by = PER_EXAMPLE if given.get("directions") == "per_example" else {}
+    chosen: Mapping[str, Any] = {**preset(options.model, method, task), **needed_by, **given}
     needed = {"lr_zo": METHODS[method].zo_base, "lr_fo": METHODS[method].first_order}
     for name, needs in needed.items():
         if needs and name not in chosen:
             raise ModelError(
                 f"{method} has no preset for the model {options.model!r}: give {flag(name)}"
             )
-    if chosen.get("directions") == "per_example":
-        chosen = {**PER_EXAMPLE, **chosen}
-        for name, value in PER_EXAMPLE.items():
-            if chosen[name] != value:
-                raise ModelError(f"--directions per_example needs {flag(name)} {value}")
+    for name, value in needed_by.items():
+        if chosen[name] != value:
+            raise ModelError(f"--directions per_example needs {flag(name)} {value}")
+    if chosen.get("rank", 1) != 1 and chosen.get("structure", "full") == "full":
+        raise ModelError("--rank needs --structure low_rank")
     rule = chosen.get("zo_rule", Settings.zo_rule)
     least = RULES[rule].min_samples
     if METHODS[method].zo_base and chosen.get("samples", Settings.samples) < least:

@@ -51,6 +51,10 @@ class Active(ABC):
             group: its position among the zeroth-order groups.
         """
 
+    def ever(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Of a group's parameters, those that some step moves."""
+        return tuple(range(len(names)))
+
     @abstractmethod
     def described(self) -> Any:
         """In plain values, as ``active=`` takes it or as one writes it."""
@@ -127,7 +131,7 @@ class Cycle(Active):
     """Parts that take turns: each is what its patterns match, for so many steps.
 
     A step's estimate is of the gradient of its part alone, as in block coordinate descent; nothing
-    is scaled. A single part is what moves in all steps.
+    is scaled. A single part is what moves in all steps. What no part matches never moves.
 
     Args:
         parts: of each, a pattern or several of parameter names, as ``include`` of
@@ -138,7 +142,8 @@ class Cycle(Active):
         TypeError, ValueError: an argument that cannot be.
 
     Example:
-        >>> Cycle([rf"layers\\.{i}\\." for i in range(model.config.num_hidden_layers)])
+        >>> layers = [rf"layers\\.{i}\\." for i in range(model.config.num_hidden_layers)]
+        >>> Cycle([*layers, ["embed_tokens", r"model\\.norm"]])
     """
 
     parts: tuple[tuple[str, ...], ...]
@@ -162,8 +167,10 @@ class Cycle(Active):
 
     def choose(self, names: Sequence[str], seed: int, step: int, group: int) -> Chosen:
         turn = step // self.every if self.changes else 0  # a step on the device is not read
-        part = self.parts[turn % len(self.parts)]
-        return Chosen(tuple(i for i, name in enumerate(names) if matching(part, [name])), 1.0)
+        return Chosen(_positions(self.parts[turn % len(self.parts)], names), 1.0)
+
+    def ever(self, names: Sequence[str]) -> tuple[int, ...]:
+        return _positions([pattern for part in self.parts for pattern in part], names)
 
     def described(self) -> Any:
         parts = [list(part) for part in self.parts]
@@ -178,6 +185,10 @@ class Cycle(Active):
                         "active must match names of zeroth-order parameters, got "
                         f"{pattern!r}, which matches none"
                     )
+
+
+def _positions(patterns: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
+    return tuple(i for i, name in enumerate(names) if matching(patterns, [name]))
 
 
 def active_of(value: Any) -> Active | None:

@@ -165,8 +165,8 @@ def losses_of_examples(returned: Any) -> Tensor:
     if returned.dim() != 1 or returned.numel() == 0:
         raise ValueError(
             "closure must return one loss for each example, shape (B,), where "
-            f"directions='per_example', got shape {tuple(returned.shape)}; take their mean nowhere "
-            "(reduction='none')"
+            f"directions='per_example', got shape {tuple(returned.shape)}; average over each "
+            "example by itself (reduction='none', or zofo_optim.example_losses_of(model, batch))"
         )
     if not returned.is_floating_point():
         raise TypeError(f"closure must return real losses, got dtype {returned.dtype}")

@@ -40,8 +40,8 @@ def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions:
     never below 1; a batch whose examples disagree by chance may give less. Slopes s_b of the
     examples' losses along random directions give both terms, as E s_b s_c = g_b . g_c.
 
-    Takes 2 evaluations a direction and a few that verify; no weight, no buffer and nothing of the
-    optimizer changes. Generators are as after one evaluation.
+    Takes 2 evaluations a direction and some 10 to 25 that verify; no weight, no buffer and nothing
+    of the optimizer changes. Generators are as after one evaluation.
 
     Args:
         optimizer: whose zeroth-order groups, ``mu`` and kind of directions are measured.

@@ -8,7 +8,7 @@ they are first needed, and are then written in place, so that a captured graph g
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,15 @@ def _shaped(rule: Rule, options: dict[str, Any], coefficients: Tensor) -> tuple[
         )
         return torch.zeros_like(coefficients), _there(rule, options, coefficients.device)
     state = _there(rule, options, coefficients.device)
-    found, after = rule.update(coefficients, state)
+    returned = rule.update(coefficients, state)
+    kinds = (Tensor, Mapping)
+    pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    if not all(map(isinstance, pair, kinds)):
+        raise TypeError(
+            f"zo_rule {rule!r} must return coefficients, a tensor, and its state, a mapping, got "
+            f"{returned!r:.200}"
+        )
+    found, after = returned
     # now, as it must not come to light once weights are changing
     if (found.shape, found.dtype) != (coefficients.shape, coefficients.dtype):
         raise ValueError(

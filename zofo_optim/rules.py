@@ -157,6 +157,8 @@ class Sign(Rule):
 class ZScore(Rule):
     """Slopes less their mean, over their standard deviation: both of the samples of the step.
 
+    The deviation is that of the samples themselves (divided by their number).
+
     One slope alone has no deviation, and moves nothing.
 
     Args:
@@ -221,6 +223,11 @@ def rule_of(chosen: Any) -> Rule:
         TypeError: it is neither a name nor a rule.
     """
     if isinstance(chosen, Rule):
+        if f" at {id(chosen):#x}" in repr(chosen):
+            raise TypeError(
+                f"zo_rule must be a frozen dataclass, or have a repr that says its options, got "
+                f"{chosen!r}: state dicts and journals name rules by it"
+            )
         return chosen
     if isinstance(chosen, type) and issubclass(chosen, Rule):
         raise TypeError(

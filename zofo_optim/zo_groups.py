@@ -123,6 +123,15 @@ class Tables:
             )
         return found
 
+    def ever_active(self, groups: Sequence[ZOGroup], activity: Active | None) -> list[ZOGroup]:
+        """The groups, with all parameters that some step moves."""
+        if activity is None:
+            return list(groups)
+        return [
+            replace(group, weights=self._part(position, group.weights, activity.ever(group.names)))
+            for position, group in enumerate(groups)
+        ]
+
     def _part(self, position: int, whole: Weights, chosen: tuple[int, ...]) -> Weights:
         """Of a group's weights; the last few are kept, as cycles come back to them."""
         of, parts = self._parts.get(position, (None, {}))

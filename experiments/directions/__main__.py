@@ -31,6 +31,7 @@ from ..files import DataError
 from ..finetune import Runs, machine, model_name, versions
 from ..models import DEFAULT_MODEL_PACKAGE, ModelError
 from ..options import OUT, OptionError, Options, option, parse
+from ..settings import OF_ZEROTH_ORDER
 from ..training import RunError, write
 from . import report
 from .grid import STUDIES, Cell, cells, study_of
@@ -38,13 +39,23 @@ from .runs import Searches, Unfinished
 from .timing import step_seconds
 
 PARTS = ("runs", "times", "report")
+ABOUT = (
+    "Compare kinds of directions, alone and beside adapters, by a grid of runs whose tasks, kinds, "
+    f"steps and rates are in grid.py. For the models {', '.join(study.model for study in STUDIES)}."
+)
+FIXED = (OF_ZEROTH_ORDER - {"mu"}) | {
+    *("methods", "steps", "eval_every", "patience", "schedule", "optimizer", "lr_fo", "no_save")
+}
+"""Options that the grid sets."""
 
 
 @dataclass
 class DirectionsOptions(Options):
     """The command line of `directions`."""
 
-    do: list[str] = option(list(PARTS), "what to do", choices=PARTS, metavar="PART")
+    do: list[str] = option(
+        list(PARTS), f"some of {', '.join(PARTS)}", choices=PARTS, metavar="PART"
+    )
     share: list[int] = field(
         default_factory=lambda: [1, 1],
         metadata={"help": "two numbers: which share of the runs, of how many", "nargs": 2},
@@ -99,6 +110,8 @@ class Command:
 def _found(out: Path, seeds: list[int]) -> dict[str, list[report.Found]]:
     """Finished cells by model and task."""
     studies: dict[str, list[report.Found]] = {}
+    if not out.is_dir():
+        raise DataError(f"--out must be a folder with runs, got {str(out)!r}, which is none")
     for folder in sorted(part for part in out.iterdir() if part.is_dir()):
         study = next((s for s in STUDIES if s.model in folder.name.lower()), None)
         if study is None:
@@ -130,8 +143,7 @@ def _found(out: Path, seeds: list[int]) -> dict[str, list[report.Found]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Compare kinds of directions, alone and beside adapters."
-    options, parser = parse(DirectionsOptions, "experiments.directions", about, argv)
+    options, parser = parse(DirectionsOptions, "experiments.directions", ABOUT, argv, fixed=FIXED)
     console = Console()
     try:
         command = Command(options, console)

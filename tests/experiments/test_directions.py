@@ -42,6 +42,22 @@ def small(monkeypatch):
     return study
 
 
+@pytest.mark.parametrize("given", [["--methods", "zo"], ["--steps", "2"], ["--rank", "4"]])
+def test_what_the_grid_sets_cannot_be_given(given, small, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main([*given, "--out", str(tmp_path)])
+    assert f"{given[0]} cannot be given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert given[0] not in capsys.readouterr().out
+
+
+def test_a_report_needs_runs(small, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--do", "report", "--out", str(tmp_path / "none")])
+    assert "--out must be a folder with runs" in capsys.readouterr().err
+
+
 def test_a_grid_is_run_timed_and_rendered(small, tiny, words, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = [*SIZES, "--model", str(tiny), "--data", str(words), "--seeds", "0", "1"]

@@ -14,6 +14,8 @@ from small_models import RUN, SIZES, quick_collections, tiny, word_tokenizer, wo
 
 from experiments import choices, classification, finetune, heads, methods, models, tasks
 from experiments.forms import FORMS
+from experiments.options import Options
+from experiments.settings import settings
 
 METHODS = tuple(methods.METHODS)
 DATA = os.environ.get("ZOFO_DATA")
@@ -225,6 +227,27 @@ def test_directions_of_examples_need_their_kind(tiny, words, tmp_path, capsys):
     with pytest.raises(SystemExit):
         finetune.main([*RUN, *arguments, "--out", str(tmp_path)])
     assert "--directions per_example needs --perturbation streamed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--directions", "per_example", "--samples", "2"], "per_example needs --samples 1"),
+        (["--rank", "4"], "--rank needs --structure low_rank"),
+    ],
+)
+def test_options_that_do_not_fit(options, message, tiny, words, tmp_path, capsys):
+    arguments = ["--model", str(tiny), "--data", str(words), "--task", "copa", "--methods", "zo"]
+    with pytest.raises(SystemExit):
+        finetune.main([*RUN, *arguments, *options, "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_directions_of_examples_take_what_they_need_before_a_preset():
+    options = Options(model="all-MiniLM-L6-v2", directions="per_example")
+    chosen = settings(options, "sst2", "zo", 0)
+    assert (chosen.samples, chosen.structure, chosen.perturbation) == (1, "low_rank", "streamed")
+    assert settings(Options(model="all-MiniLM-L6-v2"), "sst2", "zo", 0).samples > 1
 
 
 def test_a_run_that_diverges_says_so(tiny, words, tmp_path, capsys):

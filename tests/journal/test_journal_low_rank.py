@@ -7,7 +7,7 @@ from conftest import CPU_BACKENDS, same_bits
 from torch.nn import Parameter
 
 from zofo_optim import HybridZOFO, Journal, replay
-from zofo_optim.journal import JournalError, player, read
+from zofo_optim.journal import JournalError, cli, player, read
 
 STREAMED = dict(structure="low_rank", perturbation="streamed")
 PER_EXAMPLE = dict(STREAMED, directions="per_example")
@@ -87,6 +87,16 @@ def test_replay_gives_the_trained_weights(variant, dtype, distribution, path):
         for backend in CPU_BACKENDS:
             if backend != "triton":
                 assert task.replayed(path, backend=backend) == (0, 6, True)
+
+
+def test_info_says_which_directions(path, capsys):
+    task = Task(**PER_EXAMPLE, active=0.5)
+    with Journal(path).attach(task.optimizer):
+        task.train(0, 2)
+    assert cli.main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "gaussian, rank 1, one an example, version 2" in out
+    assert "active  0.5" in out
 
 
 @pytest.mark.parametrize("variant", VARIANTS[1:5:3], ids=lambda v: "-".join(map(str, v.values())))

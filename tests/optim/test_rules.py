@@ -189,6 +189,45 @@ def test_what_is_no_rule(chosen, error, message):
         HybridZOFO([w], mode="zo", lr=1e-3, zo_rule=chosen)
 
 
+class Nameless(Rule):
+    """No dataclass: its repr is an address."""
+
+    def update(self, coefficients, state):
+        return coefficients, state
+
+
+def test_a_rule_must_say_its_options():
+    w = Parameter(torch.ones(2), False)
+    with pytest.raises(TypeError, match="zo_rule must be a frozen dataclass, or have a repr"):
+        HybridZOFO([w], mode="zo", lr=1e-3, zo_rule=Nameless())
+
+
+@dataclass(frozen=True)
+class Returns(Rule):
+    """What a rule must not."""
+
+    what: str
+
+    def update(self, coefficients, state):
+        return {
+            "alone": coefficients,
+            "list": (coefficients.tolist(), state),
+            "no state": (coefficients, None),
+            "three": (coefficients, state, 0),
+        }[self.what]
+
+
+@pytest.mark.parametrize("what", ["alone", "list", "no state", "three"])
+def test_a_rule_must_return_a_pair(what):
+    w = Parameter(torch.ones(2), False)
+    optimizer = HybridZOFO([w], mode="zo", lr=1e-3, zo_rule=Returns(what))
+    with pytest.raises(
+        TypeError, match=r"zo_rule Returns.* must return coefficients, a tensor, and"
+    ):
+        optimizer.step(lambda: w.sum())
+    assert torch.allclose(w, torch.ones(2))
+
+
 def test_a_rule_is_of_the_whole_optimizer():
     w = Parameter(torch.ones(2), False)
     with pytest.raises(ValueError, match="zo_rule must be given to HybridZOFO, for all groups"):

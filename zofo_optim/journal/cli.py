@@ -97,16 +97,25 @@ def _info(options: argparse.Namespace) -> None:
         "weights": f"{sum(math.prod(shape) for _, shape, _ in kinds):,} in {len(kinds)} tensors "
         f"of {len(header['groups'])} groups, "
         + ", ".join(sorted({str(dtype).removeprefix("torch.") for _, _, dtype in kinds})),
-        "noise": f"{header['distribution']}, version {header['noise_version']}, seeds "
+        "noise": f"{header['distribution']}, {_structure(header)}, version "
+        f"{header['noise_version']}, seeds "
         + ", ".join(str(group["seed"]) for group in header["groups"]),
         "estimator": f"{header['estimator']}, {header['num_samples']} samples, rule "
         + header.get("zo_rule", "sgd"),
+        "active": str(header.get("active") or "all"),
         "made by": f"{header['perturbation']} perturbation, {header['rounding']} rounding, "
         f"backends {', '.join(sorted(recording.backends()))}",
         "metadata": json.dumps(header["metadata"]),
     }
     for name, value in lines.items():
         print(f"{name:>9}  {value}")
+
+
+def _structure(header: dict[str, Any]) -> str:
+    if header.get("structure", "full") == "full":
+        return "full"
+    each = ", one an example" * (header.get("directions") == "per_example")
+    return f"rank {header['rank']}{each}"
 
 
 def _verify(options: argparse.Namespace) -> None:

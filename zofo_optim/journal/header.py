@@ -64,6 +64,7 @@ def header_of(
             if settings.structure == BEFORE["structure"]
             else {"structure": settings.structure, "rank": settings.rank}
         ),
+        **({} if settings.directions == "shared" else {"directions": settings.directions}),
         **({} if path["active"] == BEFORE["active"] else {"active": path["active"]}),
         "rounding": settings.rounding,
         "perturbation": settings.perturbation,

@@ -36,7 +36,8 @@ class NoOwner(RuntimeError):
     def __init__(self, name: str, why: str) -> None:
         super().__init__(
             f"the zeroth-order parameter {name!r} cannot have a direction for each example: {why}. "
-            "Leave it out (hybrid_param_groups(..., exclude=...)), or use directions='shared'"
+            "Leave it out, by hybrid_param_groups(..., directions='per_example'), which knows most "
+            "of these, and its exclude=..., or use directions='shared'"
         )
 
 
@@ -95,7 +96,9 @@ class ClosedForms:
         """
         if self.per_example:
             name = next((s.name for s in self._sources.values() if _holds(args, s)), "?")
-            raise NoOwner(name, f"it is used by {_called(func)}, which has no closed form")
+            raise NoOwner(
+                name, f"it is used by {_called(func)}, which has no closed form for examples"
+            )
 
     def copy(self, source: Source) -> Tensor | None:
         """A displaced vector, where all examples share it; None for a matrix."""
@@ -143,7 +146,7 @@ class ClosedForms:
             raise NoOwner(
                 "?" if source is None else source.name,
                 f"its input has shape {tuple(x.shape)}, which is not led by the {self.examples} "
-                "examples of the batch, nor by their rows in order",
+                "examples that the closure returned losses of, nor by their rows in order",
             )
         return x.reshape(self.examples, -1, width)
 

@@ -60,7 +60,12 @@ class StreamedPerturbation(Perturbation):
         self._shifts: list[Shift] = []
         self._sources: dict[int, Source] = {}
         self._low_rank: LowRank | None = None
+        self._whole: Sequence[ZOGroup] = []  # the step's groups, with what does not move in it
         self._guess: int | None = None  # examples of a batch; None: as its first input says
+
+    def active(self, groups: Sequence[ZOGroup]) -> list[ZOGroup]:
+        self._whole = groups
+        return super().active(groups)
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         self.written.put_back()
@@ -211,6 +216,21 @@ class StreamedPerturbation(Perturbation):
 
     def _level(self, loss: Tensor) -> int:
         return int(self.per_example and len(loss) > 1)  # one example alone cannot mix
+
+    def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
+        """Of all that ever move, or the first steps would each verify what moves in them."""
+        moving, at = self.groups, self._at
+        activity = self._settings.activity
+        if activity is None or not activity.changes:
+            super()._verify_once(evaluate, loss)
+            return
+        self.over(self._tables.ever_active(self._whole, activity))
+        self._go(at)
+        try:
+            super()._verify_once(evaluate, evaluate())
+        finally:
+            self.over(moving)
+            self._go(at)
 
     def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
         """See also :class:`Verification`."""
