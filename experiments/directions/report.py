@@ -204,9 +204,10 @@ def render(out: Path, studies: Mapping[str, Sequence[Found]]) -> None:
     parts = ["# Kinds of directions\n"]
     parts.append(
         "Means over seeds, ± sample deviation, at the rate whose run on the first seed had the "
-        "lowest development loss, so that seed favours all a little; * where the rate is the "
-        "lowest or highest that was tried. Losses are "
-        "those at the end of training; test losses, those of the best evaluation.\n"
+        "lowest development loss, so that seed favours all a little; rates at which another seed "
+        "ended above its start are left out; * where the rate is the lowest or highest that was "
+        "tried. Losses are those at the end of training; test losses, those of the best "
+        "evaluation.\n"
     )
     rows: list[list[Any]] = []
     curves: list[list[Any]] = []

@@ -39,15 +39,23 @@ class Searches:
         return {rate: self._run(cell, rate, SEARCHED) for rate in cell.rates}
 
     def best(self, cell: Cell) -> float:
-        """The rate with the lowest development loss of the best evaluation."""
+        """The rate with the lowest development loss of the best evaluation.
+
+        Rates that lose more than they gain with another seed are left out, but where all do.
+        """
         if cell not in self._best:
             losses = {rate: _loss(run) for rate, run in self.searched(cell).items()}
-            self._best[cell] = min(losses, key=losses.__getitem__)
+            ordered = sorted(losses, key=losses.__getitem__)
+            sound = (rate for rate in ordered if not any(map(_diverged, self._at(cell, rate))))
+            self._best[cell] = next(sound, ordered[0])
         return self._best[cell]
 
     def results(self, cell: Cell) -> list[Result]:
         """At the best rate, one a seed."""
-        return [self._run(cell, self.best(cell), seed) for seed in self._seeds]
+        return self._at(cell, self.best(cell))
+
+    def _at(self, cell: Cell, rate: float) -> list[Result]:
+        return [self._run(cell, rate, seed) for seed in self._seeds]
 
     def _run(self, cell: Cell, rate: float, seed: int) -> Result:
         fixed: dict[str, Any] = {**cell.options, cell.rate: rate}
@@ -72,6 +80,12 @@ def _read(file: Path) -> Result:
 def _loss(run: Result) -> float:
     loss = float(run["best"]["loss"])
     return math.inf if math.isnan(loss) else loss
+
+
+def _diverged(run: Result) -> bool:
+    """Whether it ends above its start."""
+    start, end = (float(run["curve"][place]["loss"]) for place in (0, -1))
+    return not end <= start
 
 
 def is_at_an_end(cell: Cell, rate: float) -> bool:

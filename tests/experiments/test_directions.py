@@ -58,6 +58,21 @@ def test_a_report_needs_runs(small, tmp_path, capsys):
     assert "--out must be a folder with runs" in capsys.readouterr().err
 
 
+def test_a_rate_that_diverges_with_another_seed_is_left_out(small, tmp_path):
+    cell = next(cell for some in grid.cells(small) for cell in some)
+    losses = {1e-4: {0: (3.0, 2.0), 1: (3.0, 2.1)}, 1e-3: {0: (3.0, 1.0), 1: (3.0, 3.1)}}
+    for rate, by_seed in losses.items():
+        for seed, (start, end) in by_seed.items():
+            folder = tmp_path / cell.folder / f"{rate:g}" / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            result = dict(best=dict(loss=min(start, end)), curve=[dict(loss=start), dict(loss=end)])
+            (folder / "result.json").write_text(json.dumps(result))
+    assert runs.Searches(None, tmp_path, [0]).best(cell) == 1e-3
+    searches = runs.Searches(None, tmp_path, [0, 1])
+    assert searches.best(cell) == 1e-4
+    assert [run["curve"][-1]["loss"] for run in searches.results(cell)] == [2.0, 2.1]
+
+
 def test_a_grid_is_run_timed_and_rendered(small, tiny, words, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = [*SIZES, "--model", str(tiny), "--data", str(words), "--seeds", "0", "1"]
