@@ -133,22 +133,23 @@ def study_of(model: str) -> Study:
 
 def cells(study: Study) -> Iterator[Sequence[Cell]]:
     """In an order such that the first ones tell most; those of a list hang together."""
-    for task, (steps, kinds) in study.tasks.items():
-        common = dict(task=task, steps=steps, eval_every=steps // study.evaluations)
 
-        def cell(method: str, kind: str, common: Any = common, **searched: Any) -> Cell:
-            return Cell(method=method, kind=kind, **common, **searched)
+    def cell(task: str, method: str, kind: str, **searched: Any) -> Cell:
+        steps, _ = study.tasks[task]
+        every = steps // study.evaluations
+        return Cell(task=task, steps=steps, eval_every=every, method=method, kind=kind, **searched)
 
+    for task, (_, kinds) in study.tasks.items():
         for kind in kinds:
             rates = NORMALIZED_RATES if kind == NORMALIZED else study.zo
-            yield [cell("zo", kind, rate="lr_zo", rates=rates)]
-        yield [cell("fo", "", rate="lr_fo", rates=study.fo)]
-        for adapter in ADAPTERS:
+            yield [cell(task, "zo", kind, rate="lr_zo", rates=rates)]
+        yield [cell(task, "fo", "", rate="lr_fo", rates=study.fo)]
+    for adapter in ADAPTERS:
+        for task in study.tasks:
             rates = LORA_RATES if adapter == "lora" else ADAPTER_RATES
-            alone = cell(f"fo-{adapter}", "", rate="lr_fo", rates=rates)
+            alone = cell(task, f"fo-{adapter}", "", rate="lr_fo", rates=rates)
             beside = cell(
-                f"hybrid-{adapter}",
-                BESIDE_ADAPTERS,
+                *(task, f"hybrid-{adapter}", BESIDE_ADAPTERS),
                 rate="lr_zo",
                 rates=study.beside,
                 after=alone,
