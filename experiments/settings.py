@@ -87,7 +87,8 @@ def settings(options: Options, task: str, method: str, seed: int, **fixed: Any) 
         given["columns"] = Columns(options.text_column, options.pair_column, options.label_column)
         given["template"] = options.template
     given |= fixed
-    needed_by = PER_EXAMPLE if given.get("directions") == "per_example" else {}
+    zeroth_order, per_example = METHODS[method].zo_base, given.get("directions") == "per_example"
+    needed_by = PER_EXAMPLE if zeroth_order and per_example else {}
     chosen: Mapping[str, Any] = {**preset(options.model, method, task), **needed_by, **given}
     needed = {"lr_zo": METHODS[method].zo_base, "lr_fo": METHODS[method].first_order}
     for name, needs in needed.items():
@@ -98,11 +99,12 @@ def settings(options: Options, task: str, method: str, seed: int, **fixed: Any) 
     for name, value in needed_by.items():
         if chosen[name] != value:
             raise ModelError(f"--directions per_example needs {flag(name)} {value}")
-    if chosen.get("rank", 1) != 1 and chosen.get("structure", "full") == "full":
+    if zeroth_order and chosen.get("rank", 1) != 1 and chosen.get("structure", "full") == "full":
         raise ModelError("--rank needs --structure low_rank")
     rule = chosen.get("zo_rule", Settings.zo_rule)
     least = RULES[rule].min_samples
-    if METHODS[method].zo_base and chosen.get("samples", Settings.samples) < least:
+    enough = per_example or chosen.get("samples", Settings.samples) >= least
+    if zeroth_order and not enough:
         raise ModelError(
             f"--zo-rule {rule} compares the samples of a step: give --samples {least} or more"
         )

@@ -223,11 +223,6 @@ def rule_of(chosen: Any) -> Rule:
         TypeError: it is neither a name nor a rule.
     """
     if isinstance(chosen, Rule):
-        if f" at {id(chosen):#x}" in repr(chosen):
-            raise TypeError(
-                f"zo_rule must be a frozen dataclass, or have a repr that says its options, got "
-                f"{chosen!r}: state dicts and journals name rules by it"
-            )
         return chosen
     if isinstance(chosen, type) and issubclass(chosen, Rule):
         raise TypeError(
@@ -239,6 +234,18 @@ def rule_of(chosen: Any) -> Rule:
     if chosen not in RULES:
         raise ValueError(f"zo_rule must be one of {tuple(RULES)} or a Rule, got {chosen!r}")
     return RULES[chosen]()
+
+
+def check_repr(rule: Rule) -> None:
+    """
+    Raises:
+        TypeError: its repr is another one in every process, so that nothing can name it by it.
+    """
+    if type(rule).__repr__ is object.__repr__ or " at 0x" in repr(rule):
+        raise TypeError(
+            "zo_rule must be a frozen dataclass, or have a repr that says its options, got "
+            f"{rule!r}: state dicts and journals name rules by it"
+        )
 
 
 def described(rule: Rule) -> str:

@@ -17,7 +17,7 @@ from zofo_kernels import (
 
 from .active import Active, active_of
 from .estimators import ESTIMATORS
-from .rules import Rule, described, rule_of
+from .rules import Rule, check_repr, described, rule_of
 
 PERTURBATIONS = ("in_place", "streamed")
 DIRECTIONS = ("shared", "per_example")
@@ -94,6 +94,7 @@ class Settings:
                 "noise_version must be 2 or later where structure='low_rank', got 1, which has "
                 "full directions only"
             )
+        check_repr(self.rule)
         samples = self.num_samples
         if samples < self.rule.min_samples and self.directions == "shared":
             raise ValueError(

@@ -247,6 +247,19 @@ def test_each_parameter_is_verified_once(perturbation):
         assert counts[3:] == [plain] * 3
 
 
+def test_a_run_that_has_diverged_costs_no_more():
+    _, optimizer, _ = job(perturbation="streamed", active=0.5)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        return torch.tensor(math.nan)
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert len(calls) == 3 * 2
+
+
 def test_what_does_not_move_yet_is_verified_too():
     """A parameter that a view made earlier reads; its turn comes later."""
     params = [(str(i), Parameter(torch.ones(3), False)) for i in range(2)]

@@ -262,6 +262,19 @@ def test_writing_to_a_transposed_matrix_is_refused():
         optimizer.step(lambda: params[0][1].T.mul_(2).sum())
 
 
+def test_a_matrix_has_one_transposed_view():
+    params = named(dict(w=W))
+    seen = []
+
+    def closure():
+        seen[:] = [params[0][1].T, params[0][1].t()]
+        return (like(W)(B, 5) @ seen[0]).sum()
+
+    optimizer = optimizer_of(params)
+    optimizer.step(closure)
+    assert seen[0] is seen[1]
+
+
 def test_what_is_known_of_a_transposed_matrix_takes_no_copy(monkeypatch):
     params = named(dict(w=W))
 

@@ -198,8 +198,9 @@ class Nameless(Rule):
 
 def test_a_rule_must_say_its_options():
     w = Parameter(torch.ones(2), False)
-    with pytest.raises(TypeError, match="zo_rule must be a frozen dataclass, or have a repr"):
-        HybridZOFO([w], mode="zo", lr=1e-3, zo_rule=Nameless())
+    for rule in (Nameless(), Returns(lambda: 0)):
+        with pytest.raises(TypeError, match="zo_rule must be a frozen dataclass, or have a repr"):
+            HybridZOFO([w], mode="zo", lr=1e-3, zo_rule=rule)
 
 
 @dataclass(frozen=True)

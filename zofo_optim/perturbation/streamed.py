@@ -221,16 +221,18 @@ class StreamedPerturbation(Perturbation):
         """Of all that ever move, or the first steps would each verify what moves in them."""
         moving, at = self.groups, self._at
         activity = self._settings.activity
-        if activity is None or not activity.changes:
-            super()._verify_once(evaluate, loss)
-            return
-        self.over(self._tables.ever_active(self._whole, activity))
-        self._go(at)
-        try:
-            super()._verify_once(evaluate, evaluate())
-        finally:
-            self.over(moving)
+        if activity is not None and activity.changes and loss.isfinite().all():
+            self.over(self._tables.ever_active(self._whole, activity))
             self._go(at)
+            try:
+                there = evaluate()
+                if there.isfinite().all():
+                    super()._verify_once(evaluate, there)
+                    return
+            finally:
+                self.over(moving)
+                self._go(at)
+        super()._verify_once(evaluate, loss)
 
     def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
         """See also :class:`Verification`."""

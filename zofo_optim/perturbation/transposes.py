@@ -34,13 +34,14 @@ class Transposes:
     def __init__(self) -> None:
         self.sources: dict[int, Source] = {}
         """By ``id`` of the view."""
-        self._views: list[Tensor] = []  # or others may get their ids
+        self._views: dict[int, Tensor] = {}  # or others may get their ids
 
     def of(self, source: Source) -> Tensor:
-        view = source.parameter.detach().t()
-        self._views.append(view)
-        self.sources[id(view)] = source
-        return view
+        where = id(source.parameter)
+        if where not in self._views:
+            self._views[where] = source.parameter.detach().t()
+            self.sources[id(self._views[where])] = source
+        return self._views[where]
 
     def undo(self, values: Iterable[Any]) -> list[Any]:
         """The values, with matrices in place of such views."""

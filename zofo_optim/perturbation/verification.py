@@ -112,8 +112,9 @@ class Verification:
         there = self._far_enough(own, at_rest, lambda losses: losses[last])
         factor = there.place["factor"]
         for some, others in _halves(len(at_rest)):
-            moved = (self._at(factor=factor, alone=some) - at_rest)[others]
-            if moved.any():
+            found = self._at(factor=factor, alone=some)
+            moved = torch.where(found.isnan() & at_rest.isnan(), 0.0, found - at_rest)[others]
+            if moved.ne(0).any():
                 raise RuntimeError(
                     "closure must compute the loss of each example from that example alone, and "
                     "keep their order, where directions='per_example': displacing the weights for "
