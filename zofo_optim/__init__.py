@@ -9,6 +9,7 @@ from .listeners import Listener
 from .losses import example_losses, example_losses_of
 from .optimizer import HybridZOFO
 from .rules import CenteredRank, Clip, Normalized, Rule, Sign, ZScore
+from .sampling import common_noise
 from .saving import load_hybrid, save_hybrid
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Sign",
     "ZScore",
     "__version__",
+    "common_noise",
     "example_losses",
     "example_losses_of",
     "hybrid_param_groups",

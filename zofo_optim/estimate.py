@@ -37,7 +37,7 @@ class Estimate:
     clean: Tensor | None = None
     """0-dim bool: every clean loss was finite; None where none was taken with ZO groups."""
     per_example: bool = False
-    """Each micro-batch has directions of its own, an example each: coefficients do not add up."""
+    """Each micro-batch has directions of its own, of its examples: coefficients do not add up."""
 
     @classmethod
     def of(
@@ -57,7 +57,7 @@ class Estimate:
         Args:
             losses: of all evaluations, shape (evaluations,), the clean one first; or of B examples,
                 shape (evaluations, B).
-            differences: per unit of mu, shape (num_samples,), or (B,).
+            differences: per unit of mu, shape (directions,).
             groups: as they moved.
             has_clean: whether a clean loss was taken.
             nonfinite: "skip" or "raise".
@@ -67,18 +67,18 @@ class Estimate:
         """
         slopes = torch.stack([differences / group.mu for group in groups])
         finite = slopes.isfinite()
-        clean = losses[0].isfinite() if has_clean else None
-        if clean is not None:
+        clean = losses[0].isfinite().all() if has_clean else None
+        if clean is not None and losses.dim() == 1:  # those of examples are in their differences
             finite = finite & clean
-            clean = clean.all()
-        if nonfinite == "raise" and not finite.all():
+        healthy = finite.all() & losses.isfinite().all()
+        if nonfinite == "raise" and not healthy:
             raise FloatingPointError(
                 f"closure must return finite losses (nonfinite='raise'), got {losses.tolist()}"
                 + (", the unperturbed one first" if has_clean else ", all perturbed")
             )
         slopes = torch.where(finite, slopes, 0.0)
         loss = losses[0].mean() if has_clean else losses.mean()
-        told = Estimated(loss, losses, slopes, finite.all())
+        told = Estimated(loss, losses, slopes, healthy)
         per_example = losses.dim() > 1
         coefficients = slopes / differences.numel()
         if any(group.scale != 1.0 for group in groups):

@@ -3,7 +3,9 @@
 Both average over ``num_samples`` directions v (Ma, Yu, Huang 2026, section 3 and Lemma B.5):
 
 - one-sided:  [f(x + mu v) - f(x)] / mu * v, error O(mu), one extra evaluation a direction;
-- two-sided:  [f(x + mu v) - f(x - mu v)] / (2 mu) * v, error O(mu^2), two of them.
+- two-sided:  [f(x + mu v) - f(x - mu v)] / (2 mu) * v, error O(mu^2), two of them;
+- antithetic: the two-sided one from one evaluation, where examples have directions of their own:
+  half of a direction's examples are at x + mu v, and as many at x - mu v.
 
 An estimator is pure: settings in, points out; losses in, differences out. What visits the points
 does not know its name.
@@ -14,9 +16,11 @@ difference by a group's own mu is unbiased for that group, since v has identity 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -41,6 +45,8 @@ class Estimator(NamedTuple):
     """Multiples of mu v at which the perturbed loss is taken, in order."""
     needs_clean: bool
     """Whether f(x) itself enters the estimate."""
+    sides: int = 1
+    """Displacements along a direction that one evaluation has: 2 where examples are in pairs."""
 
     def points(self, num_samples: int, *, first_order: bool) -> list[Point]:
         """One point an evaluation, in order; the clean one comes first, where there is one.
@@ -54,23 +60,44 @@ class Estimator(NamedTuple):
             Point(sample, sign) for sample in range(num_samples) for sign in self.signs
         ]
 
-    def differences(self, points: Sequence[Point], losses: Tensor) -> Tensor:
+    def differences(self, points: Sequence[Point], losses: Tensor, each: int = 1) -> Tensor:
         """The difference of losses per unit of mu along each direction, shape (num_samples,).
 
         Args:
             points: what :meth:`points` gave.
-            losses: there, shape (points,); or of B examples, shape (points, B), each of which has
-                directions of its own: then B differences for each sample, in order.
+            losses: there, shape (points,); or of B examples, shape (points, B).
+            each: with losses of examples: how many of them, one after the other, are displaced
+                alike.
+
+        Returns:
+            With losses of examples, a difference for each direction, in order: the mean over its
+            examples, or pairs of examples, whose losses are finite; NaN where none are.
         """
         has_clean = points[0].sign == 0
         displaced = losses[int(has_clean) :]
-        perturbed = displaced.reshape(-1, len(self.signs), *displaced.shape[1:])
-        if self.needs_clean:
-            return (perturbed[:, 0] - losses[0]).flatten()
-        return ((perturbed[:, 0] - perturbed[:, 1]) / 2).flatten()
+        if self.sides == 2:
+            sides = displaced[0].view(-1, 2, each)
+            found = (sides[:, 0] - sides[:, 1]) / 2
+        else:
+            perturbed = displaced.reshape(-1, len(self.signs), *displaced.shape[1:])
+            base = losses[0] if self.needs_clean else perturbed[:, 1]
+            found = perturbed[:, 0] - base
+            if not self.needs_clean:
+                found = found / 2
+        if losses.dim() == 1:
+            return found
+        found = found.reshape(-1, each)
+        if has_clean:
+            healthy = losses[0].isfinite().view(-1, self.sides, each).all(1)
+            found = torch.where(healthy, found, math.nan)
+        if each == 1:
+            return found[:, 0]
+        finite = found.isfinite()
+        return torch.where(finite, found, 0.0).sum(1) / finite.sum(1)
 
 
 ESTIMATORS = {
     "one_sided": Estimator(signs=(1,), needs_clean=True),
     "two_sided": Estimator(signs=(1, -1), needs_clean=False),
+    "antithetic": Estimator(signs=(1,), needs_clean=False, sides=2),
 }

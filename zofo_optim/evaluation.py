@@ -113,8 +113,16 @@ def evaluate(
         watch.stop()
         torch.set_grad_enabled(recording)
     backpropagated = calls > len(inner)
-    after = [_gradient(p) for p in first_order] if gradients and calls else before
-    left = not backpropagated and after != before and any(p.grad is not None for p in first_order)
+    after = [_gradient(p) for p in first_order] if gradients else before
+    changed = zip(first_order, before, after, strict=False)
+    taken = backpropagated or any(p.grad is not None and was != now for p, was, now in changed)
+    if gradients and per_example and first_order and not (taken or isinstance(returned, Tensor)):
+        raise TypeError(
+            "closure must return a tensor, or call backward itself: first-order groups need a loss "
+            f"with a graph, got {type(returned).__name__}"
+        )
+    left = calls > 0 and not backpropagated and after != before
+    left = left and any(p.grad is not None for p in first_order)
     if gradients and not backpropagated and loss.requires_grad:
         with torch.enable_grad():
             whole = loss.mean() if per_example else loss
@@ -156,11 +164,13 @@ def scalar_loss(returned: Any) -> Tensor:
 
 def losses_of_examples(returned: Any) -> Tensor:
     """The closure's result as losses, shape (B,); see :func:`evaluate` for what it raises."""
+    if isinstance(returned, (list, tuple, np.ndarray)):
+        returned = _numbers(returned)
     if not isinstance(returned, Tensor):
         error = NoLossError if returned is None else TypeError
         raise error(
-            "closure must return the losses of the examples as a tensor where "
-            f"directions='per_example', got {type(returned).__name__}"
+            "closure must return the losses or scores of the examples, as a tensor, an array or a "
+            f"list of numbers, where directions='per_example', got {type(returned).__name__}"
         )
     if returned.dim() != 1 or returned.numel() == 0:
         raise ValueError(
@@ -171,6 +181,22 @@ def losses_of_examples(returned: Any) -> Tensor:
     if not returned.is_floating_point():
         raise TypeError(f"closure must return real losses, got dtype {returned.dtype}")
     return returned
+
+
+def _numbers(scores: Any) -> Tensor:
+    """Scores from outside torch, such as a reward function's."""
+    if all(isinstance(score, Tensor) and score.dim() == 0 for score in scores):
+        return torch.stack([*scores])
+    try:
+        if any(isinstance(score, Tensor) and score.dim() for score in scores):
+            raise TypeError("a tensor of several dimensions is no number")
+        found = np.array([float(score) for score in scores], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "closure must return a number for each example where directions='per_example', got "
+            f"{scores!r:.200}"
+        ) from error
+    return torch.from_numpy(found)
 
 
 class Runs:

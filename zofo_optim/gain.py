@@ -27,7 +27,7 @@ class Gain(NamedTuple):
     standard_error: float
     """Of it, by the jackknife over directions."""
     examples: int
-    """B."""
+    """B; of those that share a direction, one is counted."""
 
 
 def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions: int = 16) -> Gain:
@@ -63,7 +63,12 @@ def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions:
     if optimizer.evaluating:
         raise RuntimeError("per_example_gain must not be called inside a closure")
     settings = dataclasses.replace(
-        optimizer.settings, directions="shared", perturbation="streamed", num_samples=directions
+        optimizer.settings,
+        estimator="two_sided",
+        directions="shared",
+        examples_per_direction=1,
+        perturbation="streamed",
+        num_samples=directions,
     )
     for group in groups:
         seed = (int(group.options["seed"]) + _SEED) % (1 << 64)
@@ -81,6 +86,13 @@ def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions:
     ):
         losses = [e.loss for e in perturbation.visit(points, run)]
     slopes = estimator.differences(points, torch.stack(losses)).view(directions, -1).double()
+    together = optimizer.settings.examples_of_a_direction
+    if slopes.shape[1] % together:
+        raise ValueError(
+            f"closure must return the losses of a multiple of {together} examples, which share a "
+            f"direction, got {slopes.shape[1]}"
+        )
+    slopes = slopes.view(directions, -1, together).mean(2)
     if slopes.shape[1] < 2:
         raise ValueError("closure must return the losses of at least 2 examples, got 1")
     return _gain(slopes)

@@ -84,8 +84,8 @@ class GroupsAndState(Optimizer):
         self._accumulation.estimate = estimate
 
     @property
-    def _examples(self) -> int:
-        """How many of the step's micro-batches have directions of their own."""
+    def _directions(self) -> int:
+        """Of the step's micro-batches so far, where their examples have directions of their own."""
         estimate = self._estimate
         if estimate is None or not estimate.per_example or estimate.coefficients is None:
             return 0
@@ -211,7 +211,7 @@ class GroupsAndState(Optimizer):
     def last_loss(self) -> Tensor | None:
         """Loss of the last evaluation of the unperturbed model, a detached 0-dim tensor.
 
-        With ZO groups only and the two-sided estimator there is none; then the mean of the
+        With ZO groups only there is none but with the one-sided estimator; then the mean of the
         perturbed losses, which is the clean loss up to O(mu^2).
         """
         return self._monitor.loss
@@ -220,7 +220,7 @@ class GroupsAndState(Optimizer):
     def projected_grads(self) -> Tensor | None:
         """Projected gradients (slopes) of the last estimate, shape (ZO groups, num_samples).
 
-        With directions per example, (ZO groups, examples).
+        With directions per example, (ZO groups, directions).
 
         Entry (g, s) is the slope along direction s as group g sees it; non-finite ones are 0.
         """
@@ -274,7 +274,7 @@ class GroupsAndState(Optimizer):
 
         Shape (ZO groups, num_samples).
 
-        With directions per example, (ZO groups, examples so far). None where there is no estimate
+        With directions per example, (ZO groups, directions so far). None where there is no estimate
         to apply. Groups that were added since have no row.
         """
         if self._estimate is None:

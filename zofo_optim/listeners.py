@@ -31,8 +31,7 @@ class Estimated(NamedTuple):
     losses: Tensor
     """Of every evaluation, in order, shape (evaluations,); of B examples, (evaluations, B)."""
     slopes: Tensor
-    """Shape (ZO groups, num_samples), or (ZO groups, B): the projected gradients; non-finite ones
-    are 0."""
+    """The projected gradients, shape (ZO groups, directions); non-finite ones are 0."""
     finite: Tensor
     """0-dim bool: all of them were finite. Others are skipped."""
 

@@ -78,6 +78,7 @@ class Monitor(Listener):
 
     def estimated(self, estimated: Estimated) -> None:
         flat = (estimated.losses == estimated.losses[0]).all() & estimated.finite
+        flat = flat & (estimated.slopes == 0).all()  # a single evaluation has both sides
         skipped = ~estimated.finite
         device = flat.device
         if self._counts is None or self._mirror is None or self._counts.device != device:
@@ -86,7 +87,8 @@ class Monitor(Listener):
             if old is not None:
                 self._counts.copy_(old)
             self._mirror = counters(3, device="cpu", pin_memory=device.type == "cuda")
-        seen = torch.stack((skipped, flat, skipped)).to(torch.int64)
+        nothing = skipped & (estimated.slopes == 0).all()
+        seen = torch.stack((skipped, flat, nothing)).to(torch.int64)
         self._counts.add_(seen)
         self._counts[1:].mul_(seen[1:])
         self._mirror.copy_(self._counts, non_blocking=True)

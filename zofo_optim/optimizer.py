@@ -59,19 +59,17 @@ class HybridZOFO(GroupsAndState):
         lr: learning rate of groups that set none; number or one-element tensor. No default serves
             ZO groups: theirs is given here or in the group.
         mode: "fo" or "zo", for groups that set none.
-        momentum, dampening, nesterov: for FO groups, where ``fo_optimizer`` has them; left alone,
-            its own defaults hold.
-        weight_decay: L2 coefficient, both modes; 0 for any ``fo_optimizer``, whatever its own
-            default.
+        momentum, dampening, nesterov: for FO groups; left alone, ``fo_optimizer``'s own hold.
+        weight_decay: L2 coefficient, both modes; 0 also where ``fo_optimizer`` has another default.
         maximize: ascend instead, both modes.
         mu: perturbation step size, the paper's μ; ZO groups.
-        estimator: "one_sided" (shares the FO evaluation, error O(mu)) or "two_sided" (central,
-            error O(mu^2)).
+        estimator: "one_sided" (shares the FO evaluation, error O(mu)), "two_sided" (central, error
+            O(mu^2)), or "antithetic": two-sided in one evaluation, by pairs of examples.
         num_samples: number q of directions averaged in a step.
         distribution: "gaussian" or "rademacher".
         structure, rank: directions are "full", or "low_rank": U V^T / sqrt(rank) for each matrix.
-        directions: "shared", or "per_example": one for each example, where the closure returns
-            losses of shape (B,). Needs low rank, streamed.
+        directions, examples_per_direction: "shared", or "per_example": one for each example, or so
+            many in a row; the closure returns losses, shape (B,). Needs low rank, streamed.
         active: what a step moves: all (None), a fraction of the tensors, drawn anew in each step,
             patterns of names, a :class:`Draw` or a :class:`Cycle`. The rest is left as it is.
         perturbation: "in_place" moves the weights and back, which rounds; "streamed" hands torch
@@ -127,6 +125,7 @@ class HybridZOFO(GroupsAndState):
         structure: str = "full",
         rank: int = 1,
         directions: str = "shared",
+        examples_per_direction: int = 1,
         active: Any = None,
         perturbation: str = "in_place",
         zo_rule: str | Rule = "sgd",
@@ -147,6 +146,7 @@ class HybridZOFO(GroupsAndState):
         chosen.update(structure=structure, rank=rank, perturbation=perturbation, zo_rule=zo_rule)
         chosen.update(rounding=rounding, nonfinite=nonfinite, backend=backend)
         chosen.update(noise_version=noise_version, directions=directions, active=active)
+        chosen["examples_per_direction"] = examples_per_direction
         settings = Settings(**plain(chosen), capturable=value_of(shared["capturable"]))
         options = first_order_options(fo_optimizer, shared, plain(fo_options))
         first_order = FirstOrder(fo_optimizer, *options)
@@ -220,7 +220,7 @@ class HybridZOFO(GroupsAndState):
         evaluations: list[Evaluation] = []
         with self._evaluator.runs(closure, first_order, devices if groups else None) as evaluate:
             mine = self._replicas.mine(points)
-            evaluations = perturbation.visit(mine, evaluate, first_example=self._examples)
+            evaluations = perturbation.visit(mine, evaluate, first_direction=self._directions)
         if not evaluations:  # the closure skips the batch
             return None
         self._advice.about_losses(evaluations, groups, first_order)
@@ -231,7 +231,7 @@ class HybridZOFO(GroupsAndState):
             return evaluations[0].returned
 
         losses = self._replicas.gather(torch.stack([e.loss for e in evaluations]))
-        differences = estimator.differences(points, losses)
+        differences = estimator.differences(points, losses, settings.examples_per_direction)
         estimate, estimated = Estimate.of(
             losses, differences, groups, has_clean=has_clean, nonfinite=settings.nonfinite
         )

@@ -31,6 +31,7 @@ BEFORE = {
     "structure": "full",
     "rank": 1,
     "directions": "shared",
+    "examples_per_direction": 1,
     "active": None,
 }
 """What earlier versions had no choice in, so that what they saved does not say it."""
@@ -58,6 +59,7 @@ class Settings:
     structure: str = "full"
     rank: int = 1
     directions: str = "shared"
+    examples_per_direction: int = 1
     active: Any = None
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class Settings:
         version = self.noise_version
         if type(version) is not int or version not in NOISE_VERSIONS:
             raise ValueError(f"noise_version must be one of {NOISE_VERSIONS}, got {version!r}")
-        for name in ("num_samples", "rank"):
+        for name in ("num_samples", "rank", "examples_per_direction"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
@@ -110,6 +112,17 @@ class Settings:
                 "nonfinite must be 'skip' where capturable=True, as a captured step cannot raise"
             )
 
+        if self.directions == "shared":
+            if self.examples_per_direction != 1:
+                raise ValueError(
+                    "examples_per_direction must be left alone where directions='shared', got "
+                    f"{self.examples_per_direction}; did you mean directions='per_example'?"
+                )
+            if ESTIMATORS[self.estimator].sides > 1:
+                raise ValueError(
+                    f"directions must be 'per_example' where estimator={self.estimator!r}, which "
+                    "displaces the examples of a batch in pairs, got 'shared'"
+                )
         activity = self.activity
         if self.capturable and activity is not None and activity.changes:
             raise ValueError(
@@ -128,6 +141,11 @@ class Settings:
     def direction_rank(self) -> int:
         """What directions call their rank."""
         return direction_rank(self.structure, self.rank)
+
+    @property
+    def examples_of_a_direction(self) -> int:
+        """All those along it, on both sides where an evaluation has two."""
+        return self.examples_per_direction * ESTIMATORS[self.estimator].sides
 
     @property
     def activity(self) -> Active | None:

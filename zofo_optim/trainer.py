@@ -114,6 +114,7 @@ class HybridTrainerMixin(_Base):
                     "zo, include, exclude and hybrid must be left out where optimizers holds a "
                     "HybridZOFO, which has its options already"
                 )
+            self._check_estimator(self.hybrid_optimizer.settings.estimator)
             if self.hybrid_optimizer.settings.directions == "per_example":
                 self._check_own_loss()
         self.add_callback(_Clearing(self))
@@ -171,6 +172,7 @@ class HybridTrainerMixin(_Base):
                     f"{sorted(parameters)}: pass optimizers=(HybridZOFO(...), None)"
                 )
             decaying = set(self.get_decay_parameter_names(model))
+            self._check_estimator(self._hybrid_options.get("estimator", "two_sided"))
             directions = self._hybrid_options.get("directions", "shared")
             if directions == "per_example":
                 self._check_own_loss()
@@ -303,6 +305,13 @@ class HybridTrainerMixin(_Base):
 
     def _has_own_losses(self) -> bool:
         return type(self).example_losses is not HybridTrainerMixin.example_losses
+
+    def _check_estimator(self, estimator: str) -> None:
+        if estimator == "antithetic":
+            raise ValueError(
+                "hybrid must not have estimator='antithetic', whose batches are of pairs of the "
+                "same examples, which the Trainer does not make; use 'one_sided' or 'two_sided'"
+            )
 
     def _check_own_loss(self) -> None:
         """Losses of examples are known where the loss is the model's own, or overridden."""

@@ -270,6 +270,13 @@ def test_zeroth_order_alone(tmp_path):
     assert len(logged(done, "projected_grad")) == 4
 
 
+def test_pairs_are_refused(tmp_path):
+    hybrid = dict(PER_EXAMPLE, estimator="antithetic")
+    made = trainer(tmp_path, base_model().requires_grad_(False), hybrid=hybrid)
+    with pytest.raises(ValueError, match="hybrid must not have estimator='antithetic'"):
+        made.create_optimizer()
+
+
 def test_groups_are_those_of_the_arguments(tmp_path):
     options = dict(optim="adamw_torch", weight_decay=0.1, adam_beta2=0.9)
     made = trainer(tmp_path, options=options, exclude="norm", hybrid=dict(num_samples=2))

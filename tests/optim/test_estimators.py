@@ -13,7 +13,7 @@ from zofo_kernels import Direction, noise
 from zofo_optim import HybridZOFO
 from zofo_optim.estimators import ESTIMATORS, Point
 
-names = st.sampled_from(sorted(ESTIMATORS))
+names = st.sampled_from(["one_sided", "two_sided"])
 
 
 def estimates(loss_of, start: Tensor, count: int = 1, **options) -> Tensor:

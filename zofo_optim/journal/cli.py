@@ -114,8 +114,14 @@ def _info(options: argparse.Namespace) -> None:
 def _structure(header: dict[str, Any]) -> str:
     if header.get("structure", "full") == "full":
         return "full"
-    each = ", one an example" * (header.get("directions") == "per_example")
-    return f"rank {header['rank']}{each}"
+    if header.get("directions", "shared") == "shared":
+        return f"rank {header['rank']}"
+    together = header.get("examples_of_a_direction", 1)
+    return (
+        f"rank {header['rank']}, one for {together} examples"
+        if together > 1
+        else (f"rank {header['rank']}, one an example")
+    )
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -47,6 +47,7 @@ def header_of(
     settings = optimizer.settings
     path = settings.of_the_path()
     groups = optimizer.zo_groups()
+    together = settings.examples_of_a_direction
     devices = {p.device for group in groups for p in group.params}
     backends = {backend_name(device, settings.backend) for device in devices}
     known = None if model is None else {id(p): name for name, p in model.named_parameters()}
@@ -65,6 +66,7 @@ def header_of(
             else {"structure": settings.structure, "rank": settings.rank}
         ),
         **({} if settings.directions == "shared" else {"directions": settings.directions}),
+        **({} if together == 1 else {"examples_of_a_direction": together}),
         **({} if path["active"] == BEFORE["active"] else {"active": path["active"]}),
         "rounding": settings.rounding,
         "perturbation": settings.perturbation,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zofo_kernels import Shift, Weights, uninterrupted, update_
@@ -55,7 +54,7 @@ class Perturbation(ABC):
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
         self._weights: list[Weights] = []  # what the verification is of
         self._verified: dict[int, tuple[Tensor, int]] = {}  # by id: and the level
-        self._first_example = 0
+        self._first_direction = 0
         self._examples: int | None = None  # of this batch, once known
 
     def groups_of(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
@@ -90,18 +89,18 @@ class Perturbation(ABC):
         self.restore()
 
     def visit(
-        self, points: Sequence[Point], evaluate: Run, *, first_example: int = 0
+        self, points: Sequence[Point], evaluate: Run, *, first_direction: int = 0
     ) -> list[Evaluation]:
         """Evaluate at each point in turn. The weights then stay at the last one.
 
         Args:
             points: in order.
             evaluate: runs the closure.
-            first_example: with one direction an example, the number of the batch's first one in
-                the step.
+            first_direction: where examples have directions of their own, the number of the
+                batch's first one in the step.
         """
         found = []
-        self._first_example = first_example
+        self._first_direction = first_direction
         self._examples = None
         run = self._guarded(lambda gradient: self._run(evaluate, gradient))
         for point in points:
@@ -163,13 +162,17 @@ class Perturbation(ABC):
 
     def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
         """At the first displaced point with a finite loss; others tell nothing."""
-        if not loss.isfinite().all():
+        if not self._tells(loss):
             return
         again = self.verify(evaluate, loss)
         if again is not None:
             self._advice.once("repeat", self._of_two_losses(loss, again))
         level = self._level(loss)
         self._verified |= {id(p): (p, level) for group in self.groups for p in group.params}
+
+    def _tells(self, loss: Tensor) -> bool:
+        """Whether anything can be verified at it."""
+        return bool(loss.isfinite().all())
 
     def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
         """Evaluate once more at the present point, and compare.
@@ -225,8 +228,8 @@ class Perturbation(ABC):
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two losses are equal to the bit, or both NaN."""
-    return bool(torch.equal(a, b) or (a.isnan() & b.isnan()).all())
+    """Whether losses are equal to the bit, or both NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def shown(loss: Tensor) -> str:

@@ -4,8 +4,9 @@ A linear map of x gives x W^T + (x right^T) left. The second part is made first,
 with W added to it: matrix products accumulate in fp32, so that in 16 bits the sum rounds once, as
 a product with the displaced weight would.
 
-With one displacement all rows of an input share it. With S of them, one an example, an input
-leads with the S examples, or has the same number of rows for each, in order.
+With one displacement all rows of an input share it. With S of them an input has the same number of
+rows for each, in order: an example, or some that are displaced alike. D directions may have two of
+them each, one a side.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class ClosedForms:
 
     Args:
         sources: by ``id`` of the parameter.
-        displaced: makes displacements, given their number: one an example, or a single one.
-        per_example: whether each example has its own.
+        displaced: makes displacements, given their number.
+        per_example: whether examples have their own.
+        each: examples, one after the other, of a displacement.
+        multiple: how many there are is one of this.
         examples: how many there are; None: as many as the first input leads with.
     """
 
@@ -57,6 +60,8 @@ class ClosedForms:
         displaced: Callable[[int], Displacement],
         *,
         per_example: bool = False,
+        each: int = 1,
+        multiple: int = 1,
         examples: int | None = None,
     ) -> None:
         self._sources = sources
@@ -64,6 +69,7 @@ class ClosedForms:
         self._made: Displacement | None = None
         self.per_example = per_example
         self.examples = examples if per_example else 1
+        self._each, self._multiple = each, multiple
         self.coarsest = torch.float64
         """Of the dtypes that forms have given."""
 
@@ -85,7 +91,7 @@ class ClosedForms:
     def _at(self) -> Displacement:
         if self._made is None:
             assert self.examples is not None  # by_example comes first
-            self._made = self._displaced(self.examples)
+            self._made = self._displaced(self.examples // self._each)
         return self._made
 
     def refuse(self, func: Any, args: Any) -> None:
@@ -135,9 +141,9 @@ class ClosedForms:
         return displaced.unsqueeze(1) if self.per_example else displaced
 
     def by_example(self, x: Tensor, width: int, what: Any) -> Tensor:
-        """x as (S, rows of an example, width); S is 1 where the direction is shared."""
+        """x as (S, rows of a displacement, width); S is 1 where the direction is shared."""
         rows = x.dim() > (width > 1)  # the features of one row, or a number, lead with nothing
-        if self.examples is None and rows:
+        if self.examples is None and rows and x.shape[0] % self._multiple == 0:
             self.examples = max(x.shape[0], 1)
         if self.examples is None or (
             self.examples > 1 and not (rows and x.shape[0] % self.examples == 0)
@@ -148,7 +154,7 @@ class ClosedForms:
                 f"its input has shape {tuple(x.shape)}, which is not led by the {self.examples} "
                 "examples that the closure returned losses of, nor by their rows in order",
             )
-        return x.reshape(self.examples, -1, width)
+        return x.reshape(self.examples // self._each, -1, width)
 
 
 def _takes(form: Form, args: int, kwargs: dict[str, Any]) -> bool:
@@ -198,11 +204,26 @@ def _holds(values: Any, source: Source) -> bool:
 def _low_rank_part(
     x: Tensor, right: Tensor, left: Tensor, weight: Any, start: Tensor | None
 ) -> Tensor:
-    """start + weight (x right^T) left: (S, N, d), (S, r, d), (S, r, m) -> (S, N, m)."""
-    t = torch.bmm(x, right.transpose(1, 2)) * weight
+    """start + weight (x right^T) left: (S, N, d), (D, r, d), (D, r, m) -> (S, N, m)."""
+    t = _weighted(torch.bmm(_by_direction(x, right), right.transpose(1, 2)), weight)
     if start is None:
-        return torch.bmm(t, left)
-    return torch.baddbmm(start.expand(x.shape[0], 1, -1) if start.dim() == 3 else start, t, left)
+        return torch.bmm(t, left).view(*x.shape[:2], -1)
+    if len(left) == len(x):
+        start = start.expand(x.shape[0], 1, -1) if start.dim() == 3 else start
+        return torch.baddbmm(start, t, left)
+    return torch.bmm(t, left).view(*x.shape[:2], -1) + start
+
+
+def _by_direction(x: Tensor, factor: Tensor) -> Tensor:
+    """(S, N, d) -> (D, rows of a direction, d)."""
+    return x if len(x) == len(factor) else x.reshape(len(factor), -1, x.shape[-1])
+
+
+def _weighted(t: Tensor, weight: Any) -> Tensor:
+    """Coordinates along directions, (D, rows, r), times each displacement's weight."""
+    if isinstance(weight, Tensor):
+        return (t.view(len(t), weight.shape[1], -1, t.shape[-1]) * weight).view(t.shape)
+    return t * weight  # type: ignore[no-any-return]
 
 
 def _times(
@@ -248,9 +269,10 @@ def _add_low_rank_part_(
     """y += :func:`_low_rank_part`."""
     if start is not None:
         y += start
-    alpha, t = 1.0, torch.bmm(x, right.transpose(1, 2))
+    y = _by_direction(y, left)
+    alpha, t = 1.0, torch.bmm(_by_direction(x, right), right.transpose(1, 2))
     if isinstance(weight, Tensor):
-        t *= weight
+        t = _weighted(t, weight)
     else:
         alpha = weight
     if len(y) == 1:
@@ -338,13 +360,14 @@ def _embedding(
     if source is None or weight.dim() != 2 or max_norm is not None:  # which writes to the weight
         return None
     numbers = forms.by_example(input, 1, weight).squeeze(-1)  # (S, N)
-    left, right, scale = forms.factors(source, weight)  # (S, r, rows), (S, r, n)
+    left, right, scale = forms.factors(source, weight)  # (D, r, rows), (D, r, n)
     y = F.embedding(input, weight.detach(), padding_idx)
-    rows = left.gather(2, numbers.unsqueeze(1).expand(-1, left.shape[1], -1).long()) * scale
+    numbers = numbers.reshape(len(left), 1, -1).expand(-1, left.shape[1], -1)
+    t = _weighted(left.gather(2, numbers.long()).transpose(1, 2), scale)
     parts = y.view(len(left), -1, y.shape[-1])
     if left.shape[1] == 1:
-        return torch.addcmul(parts, rows.transpose(1, 2), right).view(y.shape)
-    return torch.baddbmm(parts, rows.transpose(1, 2), right).view(y.shape)
+        return torch.addcmul(parts, t, right).view(y.shape)
+    return torch.baddbmm(parts, t, right).view(y.shape)
 
 
 def _convolution(conv: Any) -> Form:

@@ -25,16 +25,20 @@ class Source(NamedTuple):
 
 
 class Displacement:
-    """What closed forms need of one evaluation: S displacements of every group, one a sample.
+    """What closed forms need of one evaluation: S displacements of every group.
 
     Args:
         low_rank: of all sources.
-        shifts: of each sample, one a group.
+        shifts: of each displacement, one a group.
+        sides: so many in a row are along the same direction.
     """
 
-    def __init__(self, low_rank: LowRank, shifts: Sequence[Sequence[Shift]]) -> None:
+    def __init__(
+        self, low_rank: LowRank, shifts: Sequence[Sequence[Shift]], sides: int = 1
+    ) -> None:
+        self._sides = sides
         self._matrices = low_rank.factors(
-            [[shift.direction for shift in of_sample] for of_sample in shifts]
+            [[shift.direction for shift in of_sample] for of_sample in shifts[::sides]]
         )
         self._vectors = low_rank.vectors(shifts)
         rank = shifts[0][0].direction.rank
@@ -42,23 +46,35 @@ class Displacement:
             [shift.scale / math.sqrt(rank) for shift in of_group]
             for of_group in zip(*shifts, strict=True)
         ]
+        self._different: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def factors(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
         """Displacements of a matrix are weight left^T right.
 
         Returns:
-            left, shape (S, r, m), right, (S, r, n), and weight, a number, or (S, 1, 1) where
-            samples have different ones.
+            left, shape (D, r, m), right, (D, r, n), of the directions, and weight, a number, or
+            (D, S / D, 1, 1) where displacements have different ones.
         """
         left, right = self._matrices.of(source, dtype)
         weights = self._weights[source.group]
         if weights.count(weights[0]) == len(weights):
             return left, right, weights[0]
-        each = torch.tensor(weights, dtype=dtype, device="cpu").to(left.device)
-        return left, right, each.view(-1, 1, 1)
+        key = source.group, dtype, left.device
+        if key not in self._different:
+            self._different[key] = self._each(weights, dtype, left.device)
+        return left, right, self._different[key]
+
+    def _each(self, weights: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The weights, shape (D, sides, 1, 1)."""
+        shape = len(weights) // self._sides, self._sides, 1, 1
+        if self._sides == 2 and weights == [weights[0], -weights[0]] * shape[0]:
+            each = torch.full(shape, weights[0], dtype=dtype, device=device)  # no copy to a GPU
+            each[:, 1].neg_()
+            return each
+        return torch.tensor(weights, dtype=dtype, device="cpu").view(shape).to(device)
 
     def vector(self, source: Source) -> Tensor | None:
-        """A displaced vector for each sample, flat, shape (S, n); None for a matrix."""
+        """A vector in each displacement, flat, shape (S, n); None for a matrix."""
         return self._vectors.get(id(source.parameter))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from zofo_kernels import Shift, matrix_of
 
 from ..advice import Advice
+from ..estimators import ESTIMATORS
 from ..evaluation import Evaluation
 from ..listeners import Listener
 from ..settings import Settings
@@ -40,11 +41,11 @@ class At(NamedTuple):
     factor: int = 1
     """Of mu."""
     shared: bool = True
-    """All examples have the sample's direction; False: each has its own."""
+    """All examples have the sample's direction; False: they have their own."""
     closed: Collection[int] | None = None
     """The matrices, by ``id``, that are not copied; None: all that can be."""
     alone: Collection[int] | None = None
-    """The examples that are displaced, where each has its own direction; None: all."""
+    """Where examples have directions of their own, those displacements that are made; None: all."""
 
 
 class StreamedPerturbation(Perturbation):
@@ -94,11 +95,6 @@ class StreamedPerturbation(Perturbation):
         return self._shifts
 
     @property
-    def first_example(self) -> int:
-        """Of the batch: its number in the step."""
-        return self._first_example
-
-    @property
     def per_example(self) -> bool:
         return self._settings.directions == "per_example"
 
@@ -129,9 +125,9 @@ class StreamedPerturbation(Perturbation):
             self._low_rank.forget()
         super().update(updates)
 
-    def shifts_of(self, sample: int) -> list[Shift]:
+    def shifts_of(self, sample: int, side: int = 1) -> list[Shift]:
         """One a group."""
-        sign = self._at.factor * self._at.sign
+        sign = self._at.factor * self._at.sign * side
         return [self._shift(group, sample, sign) for group in self.groups]
 
     def _run(self, evaluate: Run, gradient: bool) -> Evaluation:
@@ -143,7 +139,8 @@ class StreamedPerturbation(Perturbation):
             return self._run_by_example(evaluate, gradient)
         with uncompiled():
             found = evaluate(gradient, None)
-        self._examples = found.loss.numel()
+        if self.per_example:
+            self._examples = self._counted(found)
         return found
 
     def _run_at(self, evaluate: Run, gradient: bool, forms: ClosedForms | None) -> Evaluation:
@@ -171,7 +168,36 @@ class StreamedPerturbation(Perturbation):
         at = Displacement(self._low_rank, [self._shifts])
         return ClosedForms(closed, lambda _: at)
 
-    # ---- one direction an example -----------------------------------------------------------
+    # ---- examples with directions of their own ----------------------------------------------
+
+    def place(self, displacement: int) -> tuple[int, int]:
+        """The direction of a displacement of the batch, and its side of it."""
+        sample, second = divmod(displacement, self.sides)
+        return self._first_direction + sample, -1 if second else 1
+
+    @property
+    def examples_per_direction(self) -> int:
+        return self._settings.examples_per_direction
+
+    @property
+    def sides(self) -> int:
+        """Of a direction, in one evaluation."""
+        return ESTIMATORS[self._settings.estimator].sides
+
+    def _counted(self, found: Evaluation) -> int:
+        """The number of examples.
+
+        Raises:
+            ValueError: they cannot be divided among directions.
+        """
+        count, multiple = found.loss.numel(), self._settings.examples_of_a_direction
+        if count % multiple:
+            raise ValueError(
+                f"closure must return a multiple of {multiple} losses where estimator="
+                f"{self._settings.estimator!r} and examples_per_direction="
+                f"{self._settings.examples_per_direction}, got {count}"
+            )
+        return count
 
     def _run_by_example(self, evaluate: Run, gradient: bool) -> Evaluation:
         """Where no loss has told how many examples there are, the first input's length is taken
@@ -180,12 +206,12 @@ class StreamedPerturbation(Perturbation):
         if self._examples is None:
             try:
                 found = self._run_examples(evaluate, gradient, self._guess)
-                self._examples = found.loss.numel()
+                self._examples = self._counted(found)
                 if self.forms is None or self.forms.examples in (None, self._examples):
                     return found
             except NoOwner:
                 with uncompiled():
-                    self._examples = evaluate(False, None).loss.numel()
+                    self._examples = self._counted(evaluate(False, None))
             self._guess = self._examples
         found = self._run_examples(evaluate, gradient, self._examples)
         if found.loss.numel() != self._examples:
@@ -196,37 +222,49 @@ class StreamedPerturbation(Perturbation):
         return found
 
     def _run_examples(self, evaluate: Run, gradient: bool, examples: int | None) -> Evaluation:
-        low_rank, first = self._low_rank, self._first_example
+        low_rank, settings = self._low_rank, self._settings
         assert low_rank is not None
 
         def displaced(count: int) -> Displacement:
-            at = [self.shifts_of(first + example) for example in range(count)]
+            at = [self.shifts_of(*self.place(number)) for number in range(count)]
             alone = self._at.alone
             if alone is not None:
                 at = [
                     [shift._replace(scale=shift.scale * (k in alone)) for shift in shifts]
                     for k, shifts in enumerate(at)
                 ]
-            return Displacement(low_rank, at)
+            return Displacement(low_rank, at, self.sides)
 
-        forms = ClosedForms(self._sources, displaced, per_example=True, examples=examples)
+        forms = ClosedForms(
+            self._sources,
+            displaced,
+            per_example=True,
+            each=settings.examples_per_direction,
+            multiple=settings.examples_of_a_direction,
+            examples=examples,
+        )
         return self._run_at(evaluate, gradient, forms)
 
     # ---- verification -----------------------------------------------------------------------
 
     def _level(self, loss: Tensor) -> int:
-        return int(self.per_example and len(loss) > 1)  # one example alone cannot mix
+        mixes = len(loss) > self.examples_per_direction if self.per_example else False
+        return int(mixes)  # one displacement alone cannot mix with others
+
+    def _tells(self, loss: Tensor) -> bool:
+        finite = loss.isfinite()
+        return bool(finite.any() if self.sides == 2 else finite.all())
 
     def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
         """Of all that ever move, or the first steps would each verify what moves in them."""
         moving, at = self.groups, self._at
         activity = self._settings.activity
-        if activity is not None and activity.changes and loss.isfinite().all():
+        if activity is not None and activity.changes and self._tells(loss):
             self.over(self._tables.ever_active(self._whole, activity))
             self._go(at)
             try:
                 there = evaluate()
-                if there.isfinite().all():
+                if self._tells(there):
                     super()._verify_once(evaluate, there)
                     return
             finally:
@@ -238,7 +276,7 @@ class StreamedPerturbation(Perturbation):
         """See also :class:`Verification`."""
         again = super().verify(evaluate, loss)
         if again is None:  # else nothing can be said
-            Verification(self, evaluate).check(self._at.sample, loss)
+            Verification(self, evaluate, self._advice).check(self._at.sample, loss)
         return again
 
     def _of_two_losses(self, loss: Tensor, again: Tensor) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..advice import Advice
 from .base import same, shown
 from .low_rank import Source
 
@@ -47,10 +48,13 @@ class Verification:
     Args:
         perturbation: at a displaced point; it is moved, and put back.
         evaluate: evaluates the loss, or the examples' losses, where the perturbation is.
+        advice: says once what is odd.
     """
 
-    def __init__(self, perturbation: StreamedPerturbation, evaluate: Callable[[], Tensor]) -> None:
-        self._perturbation = perturbation
+    def __init__(
+        self, perturbation: StreamedPerturbation, evaluate: Callable[[], Tensor], advice: Advice
+    ) -> None:
+        self._perturbation, self._advice = perturbation, advice
         self._evaluate = evaluate
         self._sources = list(perturbation.sources.values())
         self._forms = perturbation.forms
@@ -106,14 +110,16 @@ class Verification:
 
     def _check_examples(self) -> _There:
         """An example's loss is that under its direction alone; the others do not depend on it."""
-        at_rest = self._at(alone=())
-        last = len(at_rest) - 1
-        own = self._perturbation.first_example + last
-        there = self._far_enough(own, at_rest, lambda losses: losses[last])
-        factor = there.place["factor"]
-        for some, others in _halves(len(at_rest)):
+        at_rest, each = self._at(alone=()), self._perturbation.examples_per_direction
+        self._advise_of_pairs(at_rest)
+        last = int(at_rest.isfinite().nonzero()[-1])
+        sample, side = self._perturbation.place(last // each)
+        there = self._far_enough(sample, at_rest, lambda losses: losses[last], side)
+        factor = abs(there.place["factor"])
+        for some, others in _halves(len(at_rest) // each):
             found = self._at(factor=factor, alone=some)
-            moved = torch.where(found.isnan() & at_rest.isnan(), 0.0, found - at_rest)[others]
+            moved = torch.where(found.isnan() & at_rest.isnan(), 0.0, found - at_rest)
+            moved = moved.view(-1, each)[others]
             if moved.ne(0).any():
                 raise RuntimeError(
                     "closure must compute the loss of each example from that example alone, and "
@@ -122,6 +128,10 @@ class Verification:
                     "). Batch normalisation, packed or sorted examples and experts of limited "
                     "capacity mix them; use directions='shared'"
                 )
+        assert self._forms is not None
+        coarsest = self._forms.coarsest
+        if self._perturbation.sides == 2 and torch.finfo(coarsest).bits == 16:
+            return there  # rounding may change a text, and so its score
         beside, alone = self._at(factor=factor)[last].item(), there.by_copies[last].item()
         if not abs(beside - alone) <= there.room:
             raise RuntimeError(
@@ -131,6 +141,24 @@ class Verification:
                 "directions='shared'"
             )
         return there
+
+    def _advise_of_pairs(self, at_rest: Tensor) -> None:
+        """Where the two sides of directions differ already at rest."""
+        assert self._forms is not None
+        if self._perturbation.sides == 1:
+            return
+        sides = at_rest.view(-1, 2, self._perturbation.examples_per_direction)
+        apart = (sides[:, 0] - sides[:, 1]).abs()
+        room = TOLERANCE[self._forms.coarsest] * sides.abs().amax(1).clamp(min=1.0)
+        wide = apart[apart > room]
+        if len(wide):
+            self._advice.once(
+                "pairs",
+                "closure gave the two sides of a direction different losses although no weight was "
+                f"displaced (by up to {wide.max():.3g}), which hides what the displacement does: "
+                "with estimator='antithetic' the examples of a pair must be the same, without "
+                "dropout (model.eval()), and sampled within zofo_optim.common_noise(optimizer)",
+            )
 
     def _check_closed_forms(self, sample: int) -> _There:
         """They give the loss that copies give."""
@@ -154,20 +182,23 @@ class Verification:
             )
         return there
 
-    def _far_enough(self, sample: int, at_rest: Tensor, of: Callable[[Tensor], Tensor]) -> _There:
+    def _far_enough(
+        self, sample: int, at_rest: Tensor, of: Callable[[Tensor], Tensor], side: int = 1
+    ) -> _There:
         """Go along a direction until the loss has changed by more than rounding can.
 
         Args:
             sample: of the direction.
             at_rest: what the closure gives at the weights.
             of: the loss to look at, of what the closure gives.
+            side: -1 for the other way.
         """
         assert self._forms is not None
         coarsest, rest = self._forms.coarsest, of(at_rest).item()
         found: _There | None = None
         farthest = _FARTHEST / max(group.mu for group in self._perturbation.groups)
         for factor in [f for f in _FACTORS if f == 1 or f <= farthest]:
-            place = dict(sample=sample, factor=factor, shared=True)
+            place = dict(sample=sample, factor=factor * side, shared=True)
             there = self._at(**place, closed=())
             if found is not None and not there.isfinite().all():
                 break
