@@ -217,6 +217,21 @@ class Simulation:
         zo = enumerate(self.zo)
         return [group.weights[i] for at, group in zo for i in self.moving(at, group)[0]]
 
+    @property
+    def verifies_all(self):
+        """Whether streaming verifies all that ever move, not only what moves in this step."""
+        return not self.in_place and self.activity is not None and self.activity.changes
+
+    def verified_of(self, group):
+        """Positions of a group's weights that are displaced while all are verified."""
+        return self.activity.ever(group.names)
+
+    @property
+    def to_verify(self):
+        if not self.verifies_all:
+            return self.moving_weights
+        return [group.weights[i] for group in self.zo for i in self.verified_of(group)]
+
     def add(self, options, tensors, names=()):
         group = Group(dict(options), names=list(names))
         if options["mode"] == "zo":
@@ -281,8 +296,8 @@ class Simulation:
         good = [point for point in points if point.sign and point != bad]
         moving = self.moving_weights
         if good and not {id(w) for w in moving} <= self.verified:
-            parts, used = 0, math.inf
-            sizes = [w.size for w in moving]
+            parts, used = int(self.verifies_all), math.inf  # one to go there
+            sizes = [w.size for w in self.to_verify]
             for size in sizes:  # one evaluation a run of weights no larger than the largest
                 parts, used = (parts, used) if used + size <= max(sizes) else (parts + 1, 0)
                 used += size
@@ -299,6 +314,8 @@ class Simulation:
         found, index = [], 0
         for position, group in enumerate(self.zo):
             moving = self.moving(position, group)[0]
+            if point.verifies and self.verifies_all:
+                moving = self.verified_of(group)
             for i, weight in enumerate(group.weights):
                 if point.sign == 0 or i not in moving:
                     found.append((weight.value, weight.error))

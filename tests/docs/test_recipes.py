@@ -61,6 +61,7 @@ def test_every_recipe_is_tested():
         "fp16 with a GradScaler",
         "Lightning",
         "Objectives without gradients",
+        "Scores of generated text",
         "Losses of examples",
         "Another first-order optimizer",
         "Part of the base model",
@@ -151,6 +152,13 @@ def test_objectives_without_gradients():
     names, before = run("Objectives without gradients")
     assert any("lora_" in name for name in changed(names["model"], before))
     assert names["optimizer"].param_groups[0]["maximize"] is True
+
+
+def test_scores_of_generated_text():
+    names, _ = run("Scores of generated text")
+    optimizer = names["optimizer"]
+    assert optimizer.projected_grads.shape == (1, 4)
+    assert optimizer.param_groups[0]["zo_step"] == 2
 
 
 def test_losses_of_examples():

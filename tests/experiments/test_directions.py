@@ -81,7 +81,8 @@ def test_a_grid_is_run_timed_and_rendered(small, tiny, words, tmp_path, monkeypa
         assert command.main([*arguments, "--do", "runs", "--share", share, "2"]) == 0
     made = sorted(path.parent for path in out.rglob("result.json"))
     # rates on one seed and the best on the other, of three kinds, an adapter, hybrid and full
-    assert len(made) == 3 * (2 + 1) + (2 + 1) + (1 + 1) + (1 + 1)
+    least = 3 * (2 + 1) + (2 + 1) + (1 + 1) + (1 + 1)
+    assert least <= len(made) <= least + 4  # more where the best diverges on the other
     before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert command.main(arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}

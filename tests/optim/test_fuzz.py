@@ -133,7 +133,7 @@ class Closure:
             raise self.error("must not step")
         if point.verifies:
             if self.calls == len(self.plan) or not self.plan[self.calls].verifies:
-                simulation.verified |= {id(w) for w in simulation.moving_weights}
+                simulation.verified |= {id(w) for w in simulation.to_verify}
         else:
             self.losses.append(loss.item())
         if self.calls == 1:
