@@ -91,8 +91,11 @@ def test_a_grid_is_run_timed_and_rendered(small, tiny, words, tmp_path, monkeypa
     by_name = {cell.name: cell for cell in every_cell(small)}
     for cell in by_name.values():
         losses = {rate: run["best"]["loss"] for rate, run in searches.searched(cell).items()}
-        assert losses[searches.best(cell)] == min(losses.values())
         (first, second) = searches.results(cell)
+        ends = [run["curve"][-1]["loss"] for run in (first, second)]
+        if losses[searches.best(cell)] > min(losses.values()):  # the lowest one has diverged
+            starts = [run["curve"][0]["loss"] for run in (first, second)]
+            assert all(end <= start for start, end in zip(starts, ends, strict=True))
         assert (first["seed"], second["seed"]) == (0, 1)
         assert first["settings"]["estimator"] == (
             "one_sided" if cell.method.startswith("hybrid") else "two_sided"
@@ -110,7 +113,7 @@ def test_a_grid_is_run_timed_and_rendered(small, tiny, words, tmp_path, monkeypa
     assert "One rate for several models" in table
     assert (out / "tiny-copa.png").stat().st_size > 1000
     lines = (out / "runs.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(made)
+    assert len(lines) == 1 + least
 
 
 def test_steps_and_seconds_to_a_loss():

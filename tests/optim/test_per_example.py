@@ -313,9 +313,7 @@ def test_what_a_closure_must_not_return(estimator, spoil, error, message):
 @pytest.mark.parametrize("sizes", [(3, 6), (6, 3)])
 def test_as_many_losses_in_every_evaluation(estimator, sizes):
     task, count = Task(estimator=estimator), iter(range(100))
-    with pytest.raises(
-        (ValueError, RuntimeError), match=r"as many losses|that the closure"
-    ):
+    with pytest.raises((ValueError, RuntimeError), match=r"as many losses|that the closure"):
         task.optimizer.step(lambda: task.losses(batch(sizes[next(count) > 0])))
 
 
