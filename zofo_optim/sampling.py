@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .estimators import ESTIMATORS
 from .groups_and_state import GroupsAndState
 
 _DRAWS = {torch.multinomial, Tensor.multinomial}
@@ -46,7 +45,7 @@ class common_noise(TorchFunctionMode):  # a context manager, such as torch.no_gr
     def __init__(self, optimizer: GroupsAndState, *, rows: int = 1) -> None:
         super().__init__()
         settings = optimizer.settings
-        if ESTIMATORS[settings.estimator].sides == 1:
+        if settings.sides == 1:
             raise ValueError(
                 "optimizer must have estimator='antithetic', whose examples are in pairs, got "
                 f"{settings.estimator!r}"

@@ -118,7 +118,7 @@ class Settings:
                     "examples_per_direction must be left alone where directions='shared', got "
                     f"{self.examples_per_direction}; did you mean directions='per_example'?"
                 )
-            if ESTIMATORS[self.estimator].sides > 1:
+            if self.sides > 1:
                 raise ValueError(
                     f"directions must be 'per_example' where estimator={self.estimator!r}, which "
                     "displaces the examples of a batch in pairs, got 'shared'"
@@ -143,9 +143,14 @@ class Settings:
         return direction_rank(self.structure, self.rank)
 
     @property
+    def sides(self) -> int:
+        """Of a direction, in one evaluation."""
+        return ESTIMATORS[self.estimator].sides
+
+    @property
     def examples_of_a_direction(self) -> int:
         """All those along it, on both sides where an evaluation has two."""
-        return self.examples_per_direction * ESTIMATORS[self.estimator].sides
+        return self.examples_per_direction * self.sides
 
     @property
     def activity(self) -> Active | None:

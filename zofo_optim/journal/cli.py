@@ -117,11 +117,8 @@ def _structure(header: dict[str, Any]) -> str:
     if header.get("directions", "shared") == "shared":
         return f"rank {header['rank']}"
     together = header.get("examples_of_a_direction", 1)
-    return (
-        f"rank {header['rank']}, one for {together} examples"
-        if together > 1
-        else (f"rank {header['rank']}, one an example")
-    )
+    whose = "an example" if together == 1 else f"for {together} examples"
+    return f"rank {header['rank']}, one {whose}"
 
 
 def _verify(options: argparse.Namespace) -> None:

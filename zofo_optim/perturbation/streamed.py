@@ -19,7 +19,6 @@ from torch import Tensor
 from zofo_kernels import Shift, matrix_of
 
 from ..advice import Advice
-from ..estimators import ESTIMATORS
 from ..evaluation import Evaluation
 from ..listeners import Listener
 from ..settings import Settings
@@ -182,7 +181,7 @@ class StreamedPerturbation(Perturbation):
     @property
     def sides(self) -> int:
         """Of a direction, in one evaluation."""
-        return ESTIMATORS[self._settings.estimator].sides
+        return self._settings.sides
 
     def _counted(self, found: Evaluation) -> int:
         """The number of examples.

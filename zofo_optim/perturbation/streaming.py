@@ -180,15 +180,11 @@ class Streaming:
         return self._forms(func, args, kwargs)
 
     def _replaced(self, value: Any, copies: dict[int, tuple[Tensor, int]]) -> Any:
-        where = id(value)
-        if where in self._sources:
+        where, transposed = id(value), self._transposes.sources
+        if where in self._sources or where in transposed:
             if where not in copies:
-                copy = self._copy(self._sources[where])
-                copies[where] = copy, copy._version
-            return copies[where][0]
-        if where in self._transposes.sources:
-            if where not in copies:
-                copy = self._copy(self._transposes.sources[where]).t()
+                at = transposed.get(where)
+                copy = self._copy(self._sources[where]) if at is None else self._copy(at).t()
                 copies[where] = copy, copy._version
             return copies[where][0]
         kind = type(value)
