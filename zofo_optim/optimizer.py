@@ -5,7 +5,7 @@ A step flows one way: points -> evaluations -> losses -> estimate -> updates -> 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,25 +16,24 @@ from zofo_kernels import NOISE_VERSION
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from .advice import NO_ESTIMATE
+from .ask_tell import AskTell
 from .buffers import Buffers, module_of
-from .capture import check_capture
-from .checks import check_kinds, check_step_options, check_zo_defaults
+from .checks import check_kinds, check_zo_defaults
 from .defaults import default, value_of
 from .estimate import Estimate
-from .estimators import ESTIMATORS
+from .estimators import ESTIMATORS, Point
 from .evaluation import Closure, Evaluation
 from .first_order import FirstOrder, first_order_options
 from .frameworks import unless_empty
-from .groups_and_state import GroupsAndState
 from .modes import undisturbed
 from .perturbation import Perturbation
-from .plain import make_plain, plain
+from .plain import plain
 from .rule_states import keep
 from .rules import Rule
 from .settings import Settings
 
 
-class HybridZOFO(GroupsAndState):
+class HybridZOFO(AskTell):
     """Hybrid zeroth- and first-order optimisation (Ma, Yu, Huang, ICLR 2026, Algorithm 1).
 
     Groups with ``mode="fo"`` are stepped by ``fo_optimizer``, ``torch.optim.SGD`` by default.
@@ -198,53 +197,54 @@ class HybridZOFO(GroupsAndState):
         with undisturbed(), self._at_rest() as perturbation:
             return self._add_estimate(closure, perturbation)
 
-    def _at_rest(self) -> Perturbation:
-        """The perturbation over the present groups, which no step is displacing yet."""
-        if self.evaluating:
-            raise RuntimeError("a closure must not step the optimizer that is evaluating it")
-        groups = self.zo_groups()
-        for group in groups:  # now: later, some groups would have moved
-            check_step_options(make_plain(group.options))
-        check_capture(self._settings.capturable, groups, self._counters)
-        return self._perturbation.over(self._perturbation.active(groups))
+    @uncompiled
+    def verify(self, closure: Closure) -> None:
+        """Make the first step's checks now, by a closure that is cheaper than the steps' own.
+
+        They evaluate it for every few weights, which takes long where it generates texts. Let it
+        use the model as the steps' closure does, and return a number that any displacement changes,
+        such as a logit: scores of texts may not tell.
+
+        Raises:
+            TypeError, ValueError: the closure's result is no real scalar.
+            RuntimeError: it does not use the weights as the perturbation takes it to.
+        """
+        with undisturbed(), self._at_rest() as perturbation:
+            self._evaluated(closure, perturbation, [])
 
     def _add_estimate(self, closure: Closure, perturbation: Perturbation) -> Any:
         """Evaluate at all points and add to the estimate; leaves the weights displaced."""
-        groups, settings = perturbation.groups, self._settings
+        groups = perturbation.groups
         first_order = [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
         self._advice.about_groups(groups, first_order, self._fo.options)
-        estimator = ESTIMATORS[settings.estimator]
+        points, evaluations = self._evaluated(closure, perturbation, first_order)
+        if not evaluations:  # the closure skips the batch
+            return None
+        self._advice.about_losses(evaluations, groups, first_order)
+        if not groups:
+            self._monitor.add(evaluations[0].loss.mean(), None, self._estimate is not None)
+            self._estimate = self._estimate or Estimate()
+            return evaluations[0].returned
+        losses = self._replicas.gather(torch.stack([e.loss for e in evaluations]))
+        estimated = self._take(points, losses, groups)
+        if points[0].sign == 0:
+            return evaluations[0].returned
+        number = not isinstance(evaluations[0].returned, Tensor)
+        return estimated.loss.item() if number else estimated.loss
+
+    def _evaluated(
+        self, closure: Closure, perturbation: Perturbation, first_order: Sequence[Tensor]
+    ) -> tuple[list[Point], list[Evaluation]]:
+        """The points of an estimate, and what the closure gives at those of this process."""
+        groups, settings = perturbation.groups, self._settings
         samples = settings.num_samples if groups else 0
-        points = estimator.points(samples, first_order=bool(first_order))
+        points = ESTIMATORS[settings.estimator].points(samples, first_order=bool(first_order))
         devices = {p.device for g in self.param_groups for p in g["params"]}
         evaluations: list[Evaluation] = []
         with self._evaluator.runs(closure, first_order, devices if groups else None) as evaluate:
             mine = self._replicas.mine(points)
             evaluations = perturbation.visit(mine, evaluate, first_direction=self._directions)
-        if not evaluations:  # the closure skips the batch
-            return None
-        self._advice.about_losses(evaluations, groups, first_order)
-        has_clean = points[0].sign == 0
-        if not groups:
-            self._monitor.add(evaluations[0].loss.mean(), None, self._estimate is not None)
-            self._estimate = self._estimate or Estimate()
-            return evaluations[0].returned
-
-        losses = self._replicas.gather(torch.stack([e.loss for e in evaluations]))
-        differences = estimator.differences(points, losses, settings.examples_per_direction)
-        estimate, estimated = Estimate.of(
-            losses, differences, groups, has_clean=has_clean, nonfinite=settings.nonfinite
-        )
-        accumulated = estimate if self._estimate is None else self._estimate + estimate
-        before, per_example = self._estimate is not None, estimate.per_example
-        self._monitor.add(estimated.loss, estimated.slopes, before, per_example)
-        self._listeners.estimated(estimated)
-        self._monitor.warn(lambda: [name for group in groups for name in group.names])
-        self._estimate = accumulated
-        if has_clean:
-            return evaluations[0].returned
-        number = not isinstance(evaluations[0].returned, Tensor)
-        return estimated.loss.item() if number else estimated.loss
+        return points, evaluations
 
     def _apply(self, perturbation: Perturbation) -> None:
         """The FO step first: if it raises, the perturbation still restores the ZO weights."""
