@@ -8,6 +8,7 @@ from .journal import Journal, replay
 from .listeners import Listener
 from .losses import example_losses, example_losses_of
 from .optimizer import HybridZOFO
+from .rewards import shape_scores
 from .rules import CenteredRank, Clip, Normalized, Rule, Sign, ZScore
 from .sampling import common_noise
 from .saving import load_hybrid, save_hybrid
@@ -37,4 +38,5 @@ __all__ = [
     "replay",
     "save_base_weights",
     "save_hybrid",
+    "shape_scores",
 ]

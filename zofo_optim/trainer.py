@@ -257,13 +257,19 @@ class HybridTrainerMixin(_Base):
             self._training, self._losses = False, None
             if counts is not None:
                 counts.restore()
-        before, slopes = self._slopes if accumulates else None, optimizer.projected_grads
+        self._keep_slopes(accumulates)
+        assert isinstance(loss, torch.Tensor)
+        return loss.mean()
+
+    def _keep_slopes(self, accumulates: bool) -> None:
+        """Of the estimate just taken, beside those before it in the step, for the log."""
+        slopes = self.hybrid_optimizer.projected_grads
+        per_example = self.hybrid_optimizer.settings.directions == "per_example"
+        before = self._slopes if accumulates else None
         if before is not None and slopes is not None:
             slopes = torch.cat([before, slopes], dim=1) if per_example else before + slopes
         self._slopes = slopes
         self._parts = self._parts + 1 if before is not None and per_example else 1
-        assert isinstance(loss, torch.Tensor)
-        return loss.mean()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; in training steps the mean of :meth:`example_losses`, where it counts."""

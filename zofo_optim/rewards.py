@@ -1,0 +1,220 @@
+"""Scores of completions: reward functions as TRL calls them, and shapes of scores."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RewardFunction = Callable[..., Sequence["float | None"]]
+"""Of prompts, completions and a data set's columns, by name; gives a number for each completion.
+
+None where it does not apply to a completion."""
+SHAPES = ("zscore", "centered_rank")
+
+
+def shape_scores(
+    scores: Sequence[float] | np.ndarray,
+    shape: str = "zscore",
+    *,
+    groups: Sequence[Hashable] | None = None,
+) -> np.ndarray:
+    """Scores on a scale of their own, for a closure to return; over all, or in each group.
+
+    Zeroth order weighs directions by differences of scores. Where prompts are of different
+    difficulty, or scores have outliers, it should not see them as they are.
+
+    Args:
+        scores: shape (B,). Those that are not finite stay, and count nowhere.
+        shape: "zscore": (score - mean) / standard deviation. "centered_rank": ranks, equal
+            ones shared, from -1/2 to 1/2 (Salimans et al. 2017, section 2.1).
+        groups: what a score's group is, such as its prompt, shape (B,); None: one group.
+
+    Returns:
+        Shape (B,), float64; 0 in groups without spread.
+
+    Raises:
+        ValueError: ``shape`` is none of these, or ``groups`` are not as many as ``scores``.
+
+    Example:
+        >>> def closure():
+        ...     return shape_scores(score(texts()), groups=prompts)
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
+    raw: np.ndarray = np.asarray(scores, dtype=np.float64)
+    if raw.ndim != 1:
+        raise ValueError(f"scores must be numbers, shape (B,), got shape {raw.shape}")
+    if groups is None:
+        groups = [0] * len(raw)
+    if len(groups) != len(raw):
+        raise ValueError(f"groups must be as many as scores, {len(raw)}, got {len(groups)}")
+    members: dict[Hashable, list[int]] = {}
+    for position, group in enumerate(groups):
+        if math.isfinite(raw[position]):
+            members.setdefault(group, []).append(position)
+    shaped: np.ndarray = raw.copy()
+    for positions in members.values():
+        some = raw[positions]
+        shaped[positions] = _zscores(some) if shape == "zscore" else _centered_ranks(some)
+    return shaped
+
+
+def _zscores(scores: np.ndarray) -> np.ndarray:
+    if (scores == scores[0]).all():  # their mean may round
+        return np.zeros_like(scores)
+    centered: np.ndarray = scores - scores.mean()
+    centered /= centered.std()
+    return centered
+
+
+def _centered_ranks(scores: np.ndarray) -> np.ndarray:
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    if len(values) == 1:
+        return np.zeros_like(scores)
+    last = counts.cumsum() - 1
+    ranks: np.ndarray = (last - (counts - 1) / 2)[inverse]
+    ranks /= len(scores) - 1
+    ranks -= 0.5
+    return ranks
+
+
+class Scored(NamedTuple):
+    """What reward functions gave B completions."""
+
+    total: np.ndarray
+    """The weighted sum over functions, shape (B,); NaN where none applied."""
+    each: np.ndarray
+    """Shape (B, functions); NaN where one did not apply."""
+
+
+class RewardFunctions:
+    """Several reward functions as one score.
+
+    They are called by name, as TRL's GRPOTrainer does: ``prompts``, ``completions``,
+    ``completion_ids`` and the data set's other columns, lists of the same length. A function gets
+    what its signature asks for, all where it takes ``**kwargs``.
+
+    Args:
+        functions: one or several.
+        weights: of each in the sum; default 1.
+
+    Raises:
+        TypeError: one cannot be called, or is a coroutine or a module.
+        ValueError: there is none, or as many weights as functions are not given.
+    """
+
+    def __init__(
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        several = isinstance(functions, Sequence) and not isinstance(functions, str)
+        self._functions: list[RewardFunction] = [*functions] if several else [functions]  # type: ignore[list-item, misc]
+        if not self._functions:
+            raise ValueError("reward_funcs must have at least one function, got none")
+        for function in self._functions:
+            _check(function)
+        self.names = _names(self._functions)
+        """Of the functions, in order; numbered where several have the same."""
+        self._weights = [1.0] * len(self._functions) if weights is None else [*weights]
+        if len(self._weights) != len(self._functions):
+            raise ValueError(
+                f"reward_weights must be as many as reward_funcs, {len(self._functions)}, got "
+                f"{len(self._weights)}"
+            )
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> Scored:
+        """Score the completions.
+
+        Args:
+            completions: texts, or lists of messages.
+            **columns: lists of the same length, and single values for all of them.
+
+        Raises:
+            RuntimeError: a function raised; says which, and for which completion.
+            ValueError, TypeError: it gave not as many numbers as there are completions.
+        """
+        each = np.empty((len(completions), len(self._functions)))
+        for position, (function, name) in enumerate(zip(self._functions, self.names, strict=True)):
+            wanted = _wanted(function, {"completions": completions, **columns})
+            try:
+                found = function(**wanted)
+            except Exception as error:
+                raise _blamed(function, name, wanted, len(completions), error) from error
+            each[:, position] = _numbers(found, name, len(completions))
+        applies = ~np.isnan(each)
+        total = np.where(applies, each, 0.0) @ np.asarray(self._weights)
+        return Scored(np.where(applies.any(1), total, np.nan), each)
+
+
+def _check(function: Any) -> None:
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(
+            f"reward_funcs must be plain functions, got the coroutine {function.__name__!r}: "
+            "run it within one, by asyncio.run"
+        )
+    if not callable(function) or hasattr(function, "named_parameters"):
+        raise TypeError(
+            "reward_funcs must be functions of completions that return a list of numbers, got "
+            f"{function!r:.200}; call a reward model within one"
+        )
+
+
+def _names(functions: Sequence[Any]) -> list[str]:
+    plain = [getattr(f, "__name__", type(f).__name__) for f in functions]
+    return [
+        name if plain.count(name) == 1 else f"{name}_{plain[: i + 1].count(name)}"
+        for i, name in enumerate(plain)
+    ]
+
+
+def _wanted(function: RewardFunction, columns: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # built in
+        return dict(columns)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(columns)
+    names = {p.name for p in parameters}
+    return {name: column for name, column in columns.items() if name in names}
+
+
+def _numbers(found: Any, name: str, count: int) -> list[float]:
+    try:
+        numbers = [math.nan if value is None else float(value) for value in found]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"reward function {name!r} must return a list of numbers, got {found!r:.200}"
+        ) from error
+    if len(numbers) != count:
+        raise ValueError(
+            f"reward function {name!r} must return a number for each of {count} completions, got "
+            f"{len(numbers)}"
+        )
+    return numbers
+
+
+def _blamed(
+    function: RewardFunction, name: str, columns: Mapping[str, Any], count: int, error: Exception
+) -> RuntimeError:
+    """Says which completion made the function raise: one for which it does so alone."""
+    for row in range(count):
+        alone = {
+            key: [value[row]] if isinstance(value, list) and len(value) == count else value
+            for key, value in columns.items()
+        }
+        try:
+            function(**alone)
+        except type(error):
+            (completion,) = alone.get("completions", [None])
+            where = f"for completion {row}, {completion!r:.200}"
+            break
+        except Exception:
+            continue
+    else:
+        where = f"for {count} completions together, and for none of them alone"
+    return RuntimeError(f"reward function {name!r} raised {type(error).__name__}: {error}; {where}")

@@ -1,0 +1,374 @@
+"""transformers' Trainer where there is only a score: no loss, no labels, no gradients.
+
+Needs transformers, so it is not imported by ``zofo_optim`` itself::
+
+    from zofo_optim.score_trainer import ScoreConfig, ScoreTrainer
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.trainer_utils import EvalLoopOutput
+
+from .completions import Rows, Writer, check_prompts, copy_of, lay_out, of_a_population
+from .rewards import RewardFunction, RewardFunctions, Scored, shape_scores
+from .sampling import common_noise
+from .score_config import ScoreConfig
+from .score_logs import ScoreLogs
+from .trainer import HybridTrainer
+
+__all__ = ["ScoreConfig", "ScoreTrainer"]
+
+_HYBRID = dict(
+    structure="low_rank",
+    perturbation="streamed",
+    directions="per_example",
+    estimator="antithetic",
+    zo_rule="normalized",
+)
+_ZO = dict(mu=2e-2, maximize=True)
+
+
+class ScoreTrainer(HybridTrainer):
+    """Trains a language model by scores of what it writes, in the memory of ``generate()``.
+
+    One ``generate()`` a step evaluates a whole population: the completions of a prompt decode under
+    directions of their own, in pairs that are displaced forth and back, and the weights move along
+    the directions by the differences of their rewards (evolution strategies with low-rank
+    directions). Data set, reward functions and metrics are as for TRL's ``GRPOTrainer``; saving,
+    resuming, schedules, callbacks, accumulation and best weights are transformers'.
+
+    What trains: the parameters that require gradients, or where none does, all; but for those that
+    cannot have a direction for each completion, such as embeddings of positions. The trainer
+    freezes them, since nothing takes a gradient. Dropout is off.
+
+    The step's ``loss`` in logs is the negative mean reward. Logged too, under TRL's names:
+    ``reward``, ``reward_std``, ``rewards/<function>/mean``, ``completions/mean_length``,
+    ``completions/clipped_ratio`` (of completions without an end), ``frac_reward_zero_std`` (of
+    prompts whose rewards are all equal, and which teach nothing), ``kl``; and
+    ``completions/unscored``, the completions whose reward is not finite: their pairs count nothing.
+
+    Args:
+        model: a causal or encoder-decoder language model, or the name of one.
+        reward_funcs: of completions; see :class:`zofo_optim.rewards.RewardFunctions`. They are
+            called with ``prompts``, ``completions``, ``completion_ids``, the data set's other
+            columns, ``trainer_state``, ``log_extra`` and ``log_metric``, by name.
+        args: :class:`ScoreConfig`; None: its defaults, in the folder "tmp_trainer".
+        train_dataset: with a column ``prompt``: texts, or conversations (lists of messages), which
+            go through the tokenizer's chat template.
+        eval_dataset: likewise. Evaluations generate at the weights, with the same noise each time.
+        processing_class: the tokenizer; None: that of the model's name.
+        callbacks, optimizers: as for the Trainer.
+        zo: options of the weights' group, such as ``mu`` (default 2e-2) or ``lr`` (default
+            ``learning_rate`` of the arguments).
+        include, exclude: which parameters train; see :func:`hybrid_param_groups`.
+        hybrid: options of :class:`HybridZOFO`, such as ``rank`` (default 1) or ``zo_rule`` (default
+            "normalized"). Directions are per example, low rank, streamed and antithetic.
+
+    Raises:
+        TypeError: an argument of another type, such as a reward function that cannot be called.
+        ValueError: there are fewer prompts than a step needs, an adapter trains (which needs
+            gradients: freeze or merge it), or options do not fit.
+        RuntimeError: in a step: a reward function raised; names the completion. The weights are
+            then as before.
+
+    Example:
+        >>> def brevity(completions, **kwargs):
+        ...     return [-len(text) for text in completions]
+        >>> trainer = ScoreTrainer(
+        ...     "HuggingFaceTB/SmolLM2-135M",
+        ...     brevity,
+        ...     ScoreConfig("out", per_device_train_batch_size=64, num_generations=16),
+        ...     train_dataset=Dataset.from_dict({"prompt": ["Once upon a time", ...]}),
+        ... )
+        >>> trainer.train()
+    """
+
+    args: ScoreConfig
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        args: ScoreConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        *,
+        zo: Mapping[str, Any] | None = None,
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+        hybrid: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = ScoreConfig("tmp_trainer") if args is None else args
+        if not isinstance(args, ScoreConfig):
+            raise TypeError(f"args must be a ScoreConfig, got {type(args).__name__}")
+        self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
+        if isinstance(model, str):
+            name, model = model, AutoModelForCausalLM.from_pretrained(model)
+            processing_class = processing_class or AutoTokenizer.from_pretrained(name)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        frozen = _frozen(model)
+        given: dict[str, Any] = dict(zo=zo, include=include, exclude=exclude, hybrid=hybrid)
+        if optimizers[0] is None:
+            given["zo"] = {**_ZO, "lr": args.learning_rate, **(zo or {})}
+            given["exclude"] = [*([exclude] if isinstance(exclude, str) else exclude), *frozen]
+            together = {"examples_per_direction": args.prompts_per_direction}
+            given["hybrid"] = {**_HYBRID, **together, **(hybrid or {})}
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=list,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **given,
+            **kwargs,
+        )
+        self._check_prompts()
+        self._writer = _writer(model, processing_class, args)
+        self._logs = ScoreLogs(self.rewards.names, self._writer)
+        self._verified = False
+        self.ref_model = copy_of(model) if args.beta > 0 else None
+        """The start, with ``beta`` > 0."""
+        if self.ref_model is not None:
+            self.ref_model.to(args.device)
+
+    def _check_prompts(self) -> None:
+        for name in ("train_dataset", "eval_dataset"):
+            dataset = getattr(self, name)
+            for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+                if part is not None:
+                    check_prompts([next(iter(part))])
+        wanted, there = self.args.prompts_of_a_step, self.train_dataset
+        if there is not None and hasattr(there, "__len__") and len(there) < wanted:
+            raise ValueError(
+                f"train_dataset must have the {wanted} prompts of a step, got {len(there)}: "
+                "per_device_train_batch_size / num_generations; raise num_generations, or repeat "
+                "prompts"
+            )
+
+    def _check_estimator(self, estimator: str) -> None:
+        if estimator != "antithetic":
+            raise ValueError(
+                "hybrid must have estimator='antithetic', by which one generate() evaluates both "
+                f"sides, got {estimator!r}"
+            )
+
+    def _check_own_loss(self) -> None:
+        """There is none."""
+
+    # ---- batches of prompts -------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's, of so many prompts as have ``per_device_train_batch_size`` completions."""
+        completions = self._train_batch_size
+        self._train_batch_size = completions // self.args.num_generations
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self._train_batch_size = completions
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The Trainer's, likewise."""
+        found = super().get_eval_dataloader(eval_dataset)
+        prompts = max(1, self.args.eval_batch_size // self.args.generations_eval)
+        return DataLoader(found.dataset, batch_size=prompts, collate_fn=list, sampler=found.sampler)
+
+    def _rows(self, examples: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> Rows:
+        check_prompts(examples)
+        tokens = [self._writer.encode(example["prompt"]) for example in examples]
+        return lay_out(examples, tokens, numbers)
+
+    # ---- a step -----------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Generate a population, score it, and keep what it says of the directions."""
+        config, optimizer = self.args, self.hybrid_optimizer
+        model = self.accelerator.unwrap_model(model).eval()
+        together = optimizer.settings.examples_per_direction
+        rows = self._rows(inputs, of_a_population(len(inputs), config.num_generations, together))
+        self._verify_once(model, rows)
+        parts = getattr(
+            self, "current_gradient_accumulation_steps", config.gradient_accumulation_steps
+        )
+
+        def scores() -> list[float]:
+            reward = self._population(model, rows)
+            return [float(score) / parts for score in self._scaled(reward, rows)]
+
+        accumulates = optimizer.accumulated is not None
+        optimizer.backward(scores)
+        self._keep_slopes(accumulates)
+        return torch.tensor(-self._logs.last_reward / parts, device=self.args.device)
+
+    def _verify_once(self, model: Any, rows: Rows) -> None:
+        """By logits of two tokens of a few rows; texts would take long, and their scores may not
+        tell."""
+        if self._verified:
+            return
+        few = 2 * self.hybrid_optimizer.settings.examples_of_a_direction
+        some = Rows(rows.prompts[:few], rows.tokens[:few], rows.groups[:few], {})
+        with torch.no_grad():
+            self.hybrid_optimizer.verify(lambda: self._probed(model, some))
+        self._verified = True
+
+    def _probed(self, model: Any, rows: Rows) -> Tensor:
+        with self.compute_loss_context_manager():
+            return self._writer.probe(model, rows, self.args.device)
+
+    def _population(self, model: Any, rows: Rows) -> np.ndarray:
+        """The reward of each row, less what the KL divergence costs."""
+        shares = self.args.common_noise and self._writer.config.do_sample
+        noise = common_noise(self.hybrid_optimizer) if shares else nullcontext()
+        with noise, self.compute_loss_context_manager():
+            tokens = self._writer.write(model, rows, self.args.device)
+        scored = self._scored(rows, tokens)
+        kl = None
+        reward = scored.total
+        if self.ref_model is not None:
+            kl = self._log_ratio(model, rows, tokens)
+            reward = reward - self.args.beta * kl
+        self._logs.add(rows, tokens, scored, reward, kl)
+        return reward
+
+    def _log_ratio(self, model: Any, rows: Rows, tokens: list[list[int]]) -> np.ndarray:
+        """log p(completion) - log p_start(completion), each row under its displacement."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            ours, start = (
+                self._writer.log_probs(one, rows, tokens, self.args.device).double().cpu()
+                for one in (model, self.ref_model)
+            )
+        return (ours - start).numpy()
+
+    def _scored(self, rows: Rows, tokens: list[list[int]]) -> Scored:
+        decoded = zip(rows.prompts, tokens, strict=True)
+        return self.rewards(
+            [self._writer.decode(prompt, made) for prompt, made in decoded],
+            prompts=rows.prompts,
+            completion_ids=tokens,
+            **rows.columns,
+            trainer_state=self.state,
+            log_extra=self._logs.log_extra,
+            log_metric=self._logs.log_metric,
+        )
+
+    def _scaled(self, reward: np.ndarray, rows: Rows) -> np.ndarray:
+        scale = self.args.scale_rewards
+        if scale == "none":
+            return reward
+        if scale == "centered_rank":
+            return shape_scores(reward, "centered_rank")
+        return shape_scores(reward, groups=rows.groups if scale == "group" else None)
+
+    # ---- evaluation -------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Rewards of completions at the weights; the global random state is as before."""
+        model = self.accelerator.unwrap_model(self.model)
+        was_training, count = model.training, 0
+        logs = ScoreLogs(self.rewards.names, self._writer)
+        training, self._logs = self._logs, logs
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        try:
+            model.eval()
+            with torch.random.fork_rng(devices), torch.no_grad():
+                torch.manual_seed(self.args.seed)
+                for examples in dataloader:
+                    count += len(examples)
+                    each = range(len(examples))
+                    numbers = [i for i in each for _ in range(self.args.generations_eval)]
+                    rows = self._rows(examples, numbers)
+                    with self.compute_loss_context_manager():
+                        tokens = self._writer.write(model, rows, self.args.device)
+                    scored = self._scored(rows, tokens)
+                    logs.add(rows, tokens, scored, scored.total, None)
+                    self.control = self.callback_handler.on_prediction_step(
+                        self.args, self.state, self.control
+                    )
+        finally:
+            self._logs = training
+            model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in logs.metrics().items()}
+        return EvalLoopOutput(np.empty(0), None, metrics, count)
+
+    # ---- logs -------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with the metrics of the steps since, and their completions."""
+        if "loss" in logs and self._logs:
+            logs.update(self._logs.metrics())
+            if self.args.log_completions and self.is_world_process_zero():
+                folder = os.path.join(self.args.output_dir or ".", "completions")
+                file = os.path.join(folder, f"completions_{self.state.global_step:05d}.parquet")
+                self._logs.table(self.state.global_step).to_parquet(file)
+                self._logs.show(self.state.global_step, self.args.num_completions_to_print)
+            self._logs.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    """Freeze the model; patterns of what does not train, where something else does."""
+    adapters = [n for n, p in model.named_parameters() if p.requires_grad]
+    if adapters and any(hasattr(module, "peft_config") for module in model.modules()):
+        raise ValueError(
+            "model must not have an adapter that trains, as a score has no gradients, got "
+            f"{adapters[0]!r}: freeze it (model.requires_grad_(False)) or merge it "
+            "(model.merge_and_unload()), and the base model's weights are trained"
+        )
+    left = [n for n, p in model.named_parameters() if not p.requires_grad]
+    model.requires_grad_(False)
+    return [f"^{re.escape(name)}$" for name in left] if adapters else []
+
+
+def _writer(model: Any, processing_class: Any, args: ScoreConfig) -> Writer:
+    ends = model.generation_config.eos_token_id
+    ends = processing_class.eos_token_id if ends is None else ends
+    pad = processing_class.pad_token_id
+    if pad is None:
+        pad = ends[0] if isinstance(ends, list) else ends
+    pad = 0 if pad is None else pad
+    given: dict[str, Any] = dict(
+        max_new_tokens=args.max_completion_length,
+        do_sample=args.temperature > 0,
+        repetition_penalty=args.repetition_penalty,
+        pad_token_id=pad,
+        bos_token_id=processing_class.bos_token_id,
+        eos_token_id=ends,
+        decoder_start_token_id=model.generation_config.decoder_start_token_id,
+        cache_implementation=args.cache_implementation,
+    )
+    if args.temperature > 0:
+        given |= dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+        given |= dict(min_p=args.min_p)
+    further = args.generation_kwargs
+    given |= further if isinstance(further, dict) else {}
+    template = args.chat_template_kwargs
+    return Writer(
+        processing_class,
+        GenerationConfig(**given),  # type: ignore[no-untyped-call]
+        template if isinstance(template, dict) else None,
+    )
