@@ -344,20 +344,23 @@ def _frozen(model: nn.Module) -> list[str]:
     return [f"^{re.escape(name)}$" for name in left] if adapters else []
 
 
+def _ends(tokens: int | list[int] | None) -> set[int]:
+    """A chat model's turns may end in another token than its texts."""
+    return set() if tokens is None else {tokens} if isinstance(tokens, int) else {*tokens}
+
+
 def _writer(model: Any, processing_class: Any, args: ScoreConfig) -> Writer:
-    ends = model.generation_config.eos_token_id
-    ends = processing_class.eos_token_id if ends is None else ends
+    ends = _ends(model.generation_config.eos_token_id) | _ends(processing_class.eos_token_id)
     pad = processing_class.pad_token_id
     if pad is None:
-        pad = ends[0] if isinstance(ends, list) else ends
-    pad = 0 if pad is None else pad
+        pad = min(ends, default=0)
     given: dict[str, Any] = dict(
         max_new_tokens=args.max_completion_length,
         do_sample=args.temperature > 0,
         repetition_penalty=args.repetition_penalty,
         pad_token_id=pad,
         bos_token_id=processing_class.bos_token_id,
-        eos_token_id=ends,
+        eos_token_id=sorted(ends) or None,
         decoder_start_token_id=model.generation_config.decoder_start_token_id,
         cache_implementation=args.cache_implementation,
     )

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,15 +81,26 @@ def logged(done, key):
 
 
 def test_a_score_rises(tmp_path):
-    options = dict(max_steps=25, per_device_train_batch_size=64, num_generations=16)
-    options |= dict(learning_rate=0.1, num_generations_eval=32)
-    done = trainer(tmp_path, options=options, eval_dataset=DATA)
+    """Of a real model: how many of its words begin with an s."""
+    folder = Path(os.environ.get("ZOFO_DATA") or pytest.skip("ZOFO_DATA is not set"))
+    model = str(folder / "models" / "stories260k")
+
+    def words_with_s(completions, **kwargs):
+        words = [text.split() for text in completions]
+        return [sum(w.startswith("s") for w in some) / max(1, len(some)) for some in words]
+
+    data = [{"prompt": "Once upon a time"}] * 2
+    options = dict(max_steps=12, per_device_train_batch_size=128, num_generations=128)
+    options |= dict(learning_rate=0.1, max_completion_length=16, num_generations_eval=32)
+    done = ScoreTrainer(
+        model, words_with_s, config(tmp_path, **options), train_dataset=data, eval_dataset=data[:1]
+    )
     before = done.evaluate()["eval_reward"]
     done.train()
     after = done.evaluate()["eval_reward"]
-    assert 0.3 < before < 0.7
-    assert after > before + 0.2
-    assert logged(done, "reward")[-1] > before + 0.15
+    assert before < 0.15
+    assert after > before + 0.25
+    assert logged(done, "reward")[-1] > before + 0.2
 
 
 @pytest.mark.parametrize(("together", "scale"), [(1, "group"), (2, "none")])
@@ -122,7 +135,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path, together, scale):
         prompts.pop("token_type_ids", None)
         with common_noise(optimizer):
             made = model.generate(
-                **prompts, do_sample=True, max_new_tokens=6, top_k=0, eos_token_id=1
+                **prompts, do_sample=True, max_new_tokens=6, top_k=0, eos_token_id=[1, 2]
             )
         made = made[:, prompts["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
