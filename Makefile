@@ -11,6 +11,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: $(DEMO_STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m experiments.finetune --methods zo fo-lora hybrid-lora --steps 100 --out runs/demo
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/generated_text.py
 
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)

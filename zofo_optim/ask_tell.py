@@ -61,9 +61,13 @@ class AskTell(GroupsAndState):
             RuntimeError: called from inside a closure.
 
         Example:
-            >>> displaced = optimizer.ask(64)
-            >>> scores = [score(row, at) for row, at in enumerate(displaced)]
-            >>> optimizer.tell(scores)
+            >>> optimizer = HybridZOFO(
+            ...     hybrid_param_groups(model, dict(lr=1e-2), directions="per_example"),
+            ...     structure="low_rank", perturbation="streamed",
+            ...     directions="per_example", estimator="antithetic")
+            >>> [(at.direction, at.side) for at in optimizer.ask(4)]
+            [(0, 1), (0, -1), (1, 1), (1, -1)]
+            >>> optimizer.tell([0.3, 0.1, 0.2, 0.2])
             >>> optimizer.step()
         """
         settings, examples = self._settings, plain(examples)

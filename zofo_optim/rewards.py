@@ -40,8 +40,8 @@ def shape_scores(
         ValueError: ``shape`` is none of these, or ``groups`` are not as many as ``scores``.
 
     Example:
-        >>> def closure():
-        ...     return shape_scores(score(texts()), groups=prompts)
+        >>> shape_scores([1.0, 3.0, 0.0, 0.0], groups=["a", "a", "b", "b"]).tolist()
+        [-1.0, 1.0, 0.0, 0.0]
     """
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")

@@ -86,10 +86,10 @@ class ScoreTrainer(HybridTrainer):
         >>> def brevity(completions, **kwargs):
         ...     return [-len(text) for text in completions]
         >>> trainer = ScoreTrainer(
-        ...     "HuggingFaceTB/SmolLM2-135M",
+        ...     "facebook/opt-125m",
         ...     brevity,
-        ...     ScoreConfig("out", per_device_train_batch_size=64, num_generations=16),
-        ...     train_dataset=Dataset.from_dict({"prompt": ["Once upon a time", ...]}),
+        ...     ScoreConfig("out", max_steps=2, max_completion_length=8, report_to=[]),
+        ...     train_dataset=[{"prompt": "It was great."}, {"prompt": "It was terrible."}],
         ... )
         >>> trainer.train()
     """

@@ -22,13 +22,14 @@ NEEDS = ("transformers", "peft", "accelerate", "datasets", "lightning", "trl", "
 PROMISES = {
     "accuracy_objective.py": [r"F1 (?P<low>\S+) -> (?P<high>\S+)"],
     "generated_text.py": [r"score (?P<low>\S+) -> (?P<high>\S+)"],
+    "score_trainer.py": [r"score (?P<low>\S+) -> (?P<high>\S+);"],
     "journal_replay.py": ["weights of the base model remade to the bit: True"],
     "save_merge_generate.py": [r"trained: '(.*)'\nmerged:  '\1'\n", "the same text: True"],
     "own_csv.py": ["'The parcel never arrived.' is about 'delivery'"],
 }
 """What is printed beside the loss, if not instead of it."""
 LOSS = r"loss (?P<first>\d+\.\d+) -> (?P<last>\d+\.\d+)"
-WITHOUT_LOSS = {"accuracy_objective.py", "generated_text.py"}
+WITHOUT_LOSS = {"accuracy_objective.py", "generated_text.py", "score_trainer.py"}
 
 
 def test_the_examples_are_there():
