@@ -195,6 +195,22 @@ def test_micro_batches_have_directions_of_their_own(tmp_path):
     assert not all(same_bits(before[n], p) for n, p in done.model.named_parameters())
 
 
+def test_other_splits_of_a_population_agree(tmp_path):
+    """One batch of four prompts, or four micro-batches of one: in fp64, decoded greedily."""
+    found = []
+    for parts in (1, 4):
+        options = dict(gradient_accumulation_steps=parts, per_device_train_batch_size=16 // parts)
+        options |= dict(temperature=0.0, max_steps=2, learning_rate=0.1)
+        done = trainer(tmp_path, model=model_of(double=True), options=options, zo=dict(mu=0.3))
+        done.train()
+        assert not any(
+            same_bits(p, contents(model_of(True))[n]) for n, p in contents(done.model).items()
+        )
+        found.append(contents(done.model))
+    for name, p in found[0].items():
+        torch.testing.assert_close(p, found[1][name], rtol=1e-9, atol=1e-11)
+
+
 def test_pairs_draw_the_same_noise_unless_told_otherwise(tmp_path):
     same = []
 
