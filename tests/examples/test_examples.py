@@ -16,20 +16,26 @@ FOLDER = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
 LINES = 80
 
-NEEDS = ("transformers", "peft", "accelerate", "datasets", "lightning", "trl", "sklearn")
+NEEDS = ("transformers", "peft", "accelerate", "datasets", "lightning", "trl", "sklearn", "vllm")
 """Packages without which an example cannot run."""
 
 PROMISES = {
     "accuracy_objective.py": [r"F1 (?P<low>\S+) -> (?P<high>\S+)"],
     "generated_text.py": [r"score (?P<low>\S+) -> (?P<high>\S+)"],
     "score_trainer.py": [r"score (?P<low>\S+) -> (?P<high>\S+);"],
+    "population_on_vllm.py": [r"score (?P<low>\S+) -> (?P<high>\S+)"],
     "journal_replay.py": ["weights of the base model remade to the bit: True"],
     "save_merge_generate.py": [r"trained: '(.*)'\nmerged:  '\1'\n", "the same text: True"],
     "own_csv.py": ["'The parcel never arrived.' is about 'delivery'"],
 }
 """What is printed beside the loss, if not instead of it."""
 LOSS = r"loss (?P<first>\d+\.\d+) -> (?P<last>\d+\.\d+)"
-WITHOUT_LOSS = {"accuracy_objective.py", "generated_text.py", "score_trainer.py"}
+WITHOUT_LOSS = {
+    "accuracy_objective.py",
+    "generated_text.py",
+    "population_on_vllm.py",
+    "score_trainer.py",
+}
 
 
 def test_the_examples_are_there():
@@ -41,7 +47,7 @@ PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHON
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH, "HF_HUB_OFFLINE": "1"}
 IMPORTED = ("transformers.models.auto", "transformers.models.llama", "transformers.trainer", "peft")
 """What most of them spend their time on."""
-ALONE = "plain_loop.py"
+ALONE = {"plain_loop.py", "population_on_vllm.py"}
 """Run by a Python that has imported nothing, as a person runs it."""
 
 
@@ -56,7 +62,7 @@ def test_runs(name, tmp_path, run):
     tree = ast.parse((FOLDER / name).read_text(encoding="utf-8"))
     for package in sorted(imported(tree) & set(NEEDS)):
         pytest.importorskip(package, reason=f"{name} needs it")
-    run = started if name == ALONE else run
+    run = started if name in ALONE else run
     done = run(FOLDER / name, env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     if name not in WITHOUT_LOSS:
@@ -88,7 +94,7 @@ def test_is_short_and_stands_alone(name):
     published = importlib.metadata.packages_distributions()
     for package in imported(tree) - {"zofo_optim"}:
         by = set(published.get(package, ())) - {"zofo-optim"}
-        known = package in sys.stdlib_module_names or by or is_installed(package)
+        known = package in {*sys.stdlib_module_names, *NEEDS} or by or is_installed(package)
         assert known, f"{package} is no public package"
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
