@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.trainer_utils import EvalLoopOutput
 
 from .completions import Rows, Writer, check_prompts, copy_of, lay_out, of_a_population
+from .engines.base import Engine
 from .rewards import RewardFunction, RewardFunctions, Scored, shape_scores
 from .sampling import common_noise
 from .score_config import ScoreConfig
@@ -74,11 +75,15 @@ class ScoreTrainer(HybridTrainer):
         include, exclude: which parameters train; see :func:`hybrid_param_groups`.
         hybrid: options of :class:`HybridZOFO`, such as ``rank`` (default 1) or ``zo_rule`` (default
             "normalized"). Directions are per example, low rank, streamed and antithetic.
+        engine: what generates, and follows the updates; see :class:`zofo_optim.engines.Engine`. It
+            must serve the model's weights; the model stays on the CPU (``use_cpu=True``). None:
+            this process.
 
     Raises:
         TypeError: an argument of another type, such as a reward function that cannot be called.
         ValueError: there are fewer prompts than a step needs, an adapter trains (which needs
-            gradients: freeze or merge it), or options do not fit.
+            gradients: freeze or merge it), options do not fit, or the engine cannot displace what
+            trains (narrow it by ``include``).
         RuntimeError: in a step: a reward function raised; names the completion. The weights are
             then as before.
 
@@ -111,6 +116,7 @@ class ScoreTrainer(HybridTrainer):
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
         hybrid: Mapping[str, Any] | None = None,
+        engine: Engine | None = None,
         **kwargs: Any,
     ) -> None:
         args = ScoreConfig("tmp_trainer") if args is None else args
@@ -142,6 +148,7 @@ class ScoreTrainer(HybridTrainer):
             **kwargs,
         )
         self._check_prompts()
+        self._engine = engine
         self._writer = _writer(model, processing_class, args)
         self._logs = ScoreLogs(self.rewards.names, self._writer)
         self._verified = False
@@ -149,6 +156,17 @@ class ScoreTrainer(HybridTrainer):
         """The start, with ``beta`` > 0."""
         if self.ref_model is not None:
             self.ref_model.to(args.device)
+        if engine is not None:
+            self._check_engine()
+            self.create_optimizer()  # now: what is loaded later reaches the engine by it
+            engine.attach(self.hybrid_optimizer, model)
+
+    def _check_engine(self) -> None:
+        for name, wanted in (("beta", 0), ("common_noise", True)):
+            if getattr(self.args, name) != wanted:
+                raise ValueError(
+                    f"{name} must be {wanted} with an engine, got {getattr(self.args, name)!r}"
+                )
 
     def _check_prompts(self) -> None:
         for name in ("train_dataset", "eval_dataset"):
@@ -204,17 +222,20 @@ class ScoreTrainer(HybridTrainer):
         model = self.accelerator.unwrap_model(model).eval()
         together = optimizer.settings.examples_per_direction
         rows = self._rows(inputs, of_a_population(len(inputs), config.num_generations, together))
-        self._verify_once(model, rows)
         parts = getattr(
             self, "current_gradient_accumulation_steps", config.gradient_accumulation_steps
         )
 
-        def scores() -> list[float]:
-            reward = self._population(model, rows)
+        def scores(displaced: Any = None) -> list[float]:
+            reward = self._population(model, rows, displaced)
             return [float(score) / parts for score in self._scaled(reward, rows)]
 
         accumulates = optimizer.accumulated is not None
-        optimizer.backward(scores)
+        if self._engine is None:
+            self._verify_once(model, rows)
+            optimizer.backward(scores)
+        else:
+            optimizer.tell(scores(optimizer.ask(len(rows.prompts))))
         self._keep_slopes(accumulates)
         return torch.tensor(-self._logs.last_reward / parts, device=self.args.device)
 
@@ -233,12 +254,15 @@ class ScoreTrainer(HybridTrainer):
         with self.compute_loss_context_manager():
             return self._writer.probe(model, rows, self.args.device)
 
-    def _population(self, model: Any, rows: Rows) -> np.ndarray:
+    def _population(self, model: Any, rows: Rows, displaced: Any) -> np.ndarray:
         """The reward of each row, less what the KL divergence costs."""
-        shares = self.args.common_noise and self._writer.config.do_sample
-        noise = common_noise(self.hybrid_optimizer) if shares else nullcontext()
-        with noise, self.compute_loss_context_manager():
-            tokens = self._writer.write(model, rows, self.args.device)
+        if self._engine is not None:
+            tokens = self._engine.generate(rows.tokens, displaced, self._writer.config)
+        else:
+            shares = self.args.common_noise and self._writer.config.do_sample
+            noise = common_noise(self.hybrid_optimizer) if shares else nullcontext()
+            with noise, self.compute_loss_context_manager():
+                tokens = self._writer.write(model, rows, self.args.device)
         scored = self._scored(rows, tokens)
         kl = None
         reward = scored.total
@@ -302,8 +326,7 @@ class ScoreTrainer(HybridTrainer):
                     each = range(len(examples))
                     numbers = [i for i in each for _ in range(self.args.generations_eval)]
                     rows = self._rows(examples, numbers)
-                    with self.compute_loss_context_manager():
-                        tokens = self._writer.write(model, rows, self.args.device)
+                    tokens = self._written(model, rows)
                     scored = self._scored(rows, tokens)
                     logs.add(rows, tokens, scored, scored.total, None)
                     self.control = self.callback_handler.on_prediction_step(
@@ -314,6 +337,19 @@ class ScoreTrainer(HybridTrainer):
             model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in logs.metrics().items()}
         return EvalLoopOutput(np.empty(0), None, metrics, count)
+
+    def _written(self, model: Any, rows: Rows) -> list[list[int]]:
+        """Completions at the weights as they are."""
+        if self._engine is not None:
+            seeds = torch.randint(2**62, (len(rows.prompts),)).tolist()
+            return self._engine.generate(rows.tokens, None, self._writer.config, seeds)
+        with self.compute_loss_context_manager():
+            return self._writer.write(model, rows, self.args.device)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._engine is not None:
+            self._engine.synchronise(compare=True)
 
     # ---- logs -------------------------------------------------------------------------------
 

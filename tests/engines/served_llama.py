@@ -1,12 +1,16 @@
 """A small Llama that engines serve, its optimizer, and what it generates when displaced here."""
 
 import contextlib
+import copy
+import json
 
 import pytest
 import torch
 
 from zofo_kernels import perturbed
 from zofo_optim import HybridZOFO, hybrid_param_groups
+from zofo_optim.engines import Engine
+from zofo_optim.engines.base import Recipe
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,6 +52,43 @@ def population(model, include=MATRICES, *, zo=None, **options):
 def of_groups(groups, **options):
     kind = dict(structure="low_rank", perturbation="streamed", directions="per_example")
     return HybridZOFO(groups, **{**kind, "estimator": "antithetic", "seed": 3, **options})
+
+
+class CopyEngine(Engine):
+    """Serves a copy of the model, which knows of the optimizer by recipes alone."""
+
+    def _begin(self, optimizer, model):
+        self.served = copy.deepcopy(model)
+        own = dict(self.served.named_parameters())
+        self._weights = [[(own[t.name], t.noise_index) for t in group] for group in self._targets]
+        self.calls = []
+
+    def _follow(self, recipes):
+        said = json.loads(json.dumps(recipes))  # plain numbers only
+        for recipe, weights in zip(said, self._weights, strict=True):
+            Recipe(*recipe).apply(weights, self._optimizer.settings.rounding, "auto")
+
+    def synchronise(self, compare=False):
+        self.calls.append(compare)
+
+    def generate(self, prompts, displaced=None, sampling=None, seeds=None):
+        self._check_rows(prompts, displaced, seeds)
+        count = getattr(sampling, "max_new_tokens", 4)
+        rows = [one.shifts for one in displaced] if displaced else [()] * len(prompts)
+        found = []
+        for prompt, shifts in zip(prompts, rows, strict=True):
+            with self._displaced(shifts):
+                found.append(greedy(self.served, prompt, count))
+        return found
+
+    @contextlib.contextmanager
+    def _displaced(self, shifts):
+        before = copy.deepcopy(self.served.state_dict())
+        for shift, weights in zip(shifts, self._weights, strict=False):
+            for p, index in weights:
+                p.data.copy_(perturbed(p.detach(), shift.direction, shift.scale, index=index))
+        yield
+        self.served.load_state_dict(before)
 
 
 @contextlib.contextmanager

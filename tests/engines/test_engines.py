@@ -5,33 +5,15 @@ import json
 
 import pytest
 import torch
-from served_llama import displaced_to, greedy, llama, population, prompts
+from served_llama import CopyEngine, displaced_to, llama, population, prompts
 
 from zofo_optim import Draw, HybridZOFO, hybrid_param_groups
-from zofo_optim.engines import Engine, lora_config, lora_tensors, vllm_options
-from zofo_optim.engines.base import Recipe, noise_seeds
+from zofo_optim.engines import lora_config, lora_tensors, vllm_options
+from zofo_optim.engines.base import noise_seeds
 from zofo_optim.engines.lora import targets_of
 from zofo_optim.engines.vllm_check import check_effect
 
 ROWS = prompts(8)
-
-
-class CopyEngine(Engine):
-    """Serves a copy of the model, which knows of the optimizer by recipes alone."""
-
-    def _begin(self, optimizer, model):
-        self.served = copy.deepcopy(model)
-        own = dict(self.served.named_parameters())
-        self._weights = [[(own[t.name], t.noise_index) for t in group] for group in self._targets]
-
-    def _follow(self, recipes):
-        said = json.loads(json.dumps(recipes))  # plain numbers only
-        for recipe, weights in zip(said, self._weights, strict=True):
-            Recipe(*recipe).apply(weights, self._optimizer.settings.rounding, "auto")
-
-    def generate(self, prompts, displaced=None, sampling=None):
-        self._check_rows(prompts, displaced)
-        return [greedy(self.served, prompt, 4) for prompt in prompts]
 
 
 def head_of(model):

@@ -8,9 +8,11 @@ pytest.importorskip("vllm", reason="vLLM is not here: make vllm makes an environ
 
 import vllm
 from served_llama import displaced_to, greedy, llama, of_groups, population, prompts
+from transformers import GenerationConfig
 
 from zofo_optim import Cycle
 from zofo_optim.engines import VLLMEngine, vllm_options
+from zofo_optim.engines.vllm import sampling_of
 
 GREEDY = vllm.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SAMPLED = vllm.SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
@@ -66,6 +68,19 @@ def step(engine, optimizer):
     optimizer.tell([-sum(tokens) / len(tokens) for tokens in completions])
     optimizer.step()
     return completions
+
+
+def test_generation_options_of_transformers_are_understood(model, serve):
+    engine = serve(population(model, rank=RANK))
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert engine.generate(ROWS, None, config) == engine.generate(ROWS, None, GREEDY)
+    sampled = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=0.7, top_p=0.9)
+    found = sampling_of(sampled)
+    assert (found.max_tokens, found.temperature, found.top_p) == (12, 0.7, 0.9)
+    twice = [engine.generate(ROWS, None, sampled, list(range(8))) for _ in range(2)]
+    assert twice[0] == twice[1] != engine.generate(ROWS, None, sampled, list(range(8, 16)))
+    with pytest.raises(ValueError, match=r"such as vLLM has too, got \['num_beams'\]"):
+        sampling_of(GenerationConfig(max_new_tokens=12, num_beams=3))
 
 
 def here(model):

@@ -143,6 +143,7 @@ class Engine(Listener, ABC):
         prompts: Sequence[Sequence[int]],
         displaced: Sequence[Displaced] | None = None,
         sampling: Any = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Completions of prompts.
 
@@ -151,13 +152,16 @@ class Engine(Listener, ABC):
             displaced: where each row is evaluated, from :meth:`HybridZOFO.ask` in the present
                 step; None: all at the weights as they are. Both sides of a direction draw the same
                 noise.
-            sampling: how to sample, as the engine has it; None: its default.
+            sampling: how to sample, as the engine has it, or a transformers ``GenerationConfig``;
+                None: the engine's default.
+            seeds: of each row's noise, where rows are not displaced; None: the engine's own.
 
         Returns:
-            Token ids of each row's completion, without the prompt.
+            Token ids of each row's completion, without the prompt, with the one that ends it.
 
         Raises:
-            ValueError: ``displaced`` has another length, or is not of the present step.
+            ValueError: ``displaced`` or ``seeds`` have another length, ``displaced`` is not of the
+                present step, or both are given.
             RuntimeError: not attached.
         """
 
@@ -168,6 +172,18 @@ class Engine(Listener, ABC):
     @abstractmethod
     def _follow(self, recipes: Sequence[Recipe]) -> None:
         """Make a step's updates, one a group, at the latest before the next evaluation."""
+
+    @abstractmethod
+    def synchronise(self, compare: bool = False) -> None:
+        """Serve the weights that the optimizer has, now and not at the next call of generate.
+
+        Args:
+            compare: whether to look for weights that other means than the optimizer's steps have
+                changed, such as ``model.load_state_dict``.
+
+        Raises:
+            RuntimeError: not attached.
+        """
 
     # ---- for engines ----------------------------------------------------------------------------
 
@@ -189,7 +205,10 @@ class Engine(Listener, ABC):
         return [(p.dtype, p.shape, p.device) for p in parameters]
 
     def _check_rows(
-        self, prompts: Sequence[Sequence[int]], displaced: Sequence[Displaced] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        displaced: Sequence[Displaced] | None,
+        seeds: Sequence[int] | None,
     ) -> None:
         optimizer = self._attached()
         _check_groups(optimizer)  # one may have been added since
@@ -198,14 +217,20 @@ class Engine(Listener, ABC):
                 "zeroth-order parameters must keep the dtype, shape and device with which the "
                 "engine was attached; detach() and attach(optimizer, model) anew"
             )
+        for name, given in (("displaced", displaced), ("seeds", seeds)):
+            if given is not None and len(given) != len(prompts):
+                raise ValueError(
+                    f"{name} must have an entry for each of the {len(prompts)} prompts, got "
+                    f"{len(given)}"
+                )
         if displaced is None:
             return
-        groups = optimizer.zo_groups()
-        if len(displaced) != len(prompts):
+        if seeds is not None:
             raise ValueError(
-                f"displaced must have an entry for each of the {len(prompts)} prompts, got "
-                f"{len(displaced)}"
+                "seeds must be left out where rows are displaced, as both sides of a direction "
+                "get one of their own"
             )
+        groups = optimizer.zo_groups()
         for row, one in enumerate(displaced):
             now = tuple(group.direction(one.direction) for group in groups)
             if tuple(shift.direction for shift in one.shifts) != now:

@@ -29,6 +29,12 @@ from .vllm_check import check_effect
 EXTENSION = "zofo_optim.engines.vllm_worker.WorkerExtension"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``max_lora_rank`` may be."""
+_UNDERSTOOD = {
+    *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "eos_token_id", "pad_token_id", "bos_token_id"),
+    *("decoder_start_token_id", "transformers_version"),
+}
+"""Of transformers' ``GenerationConfig``."""
 _MEMORY = Path("/dev/shm")
 _numbers = itertools.count(1)
 """Of adapters; vLLM wants them unique."""
@@ -109,35 +115,41 @@ class VLLMEngine(Engine):
         prompts: Sequence[Sequence[int]],
         displaced: Sequence[Displaced] | None = None,
         sampling: Any = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """See :meth:`Engine.generate`.
 
         Args:
             prompts: token ids of each row.
             displaced: where each row is evaluated; None: at the weights as they are.
-            sampling: ``vllm.SamplingParams``, the same for all rows; with ``n=1``, and without a
-                seed where rows are displaced. None: the served model's default.
+            sampling: ``vllm.SamplingParams``, or transformers' ``GenerationConfig``, the same for
+                all rows; with ``n=1``, and without a seed where rows are displaced or have seeds.
+                None: the served model's default.
+            seeds: of each row, where rows are not displaced.
         """
-        self._check_rows(prompts, displaced)
+        self._check_rows(prompts, displaced, seeds)
         if sampling is None:
             sampling = self._llm.get_default_sampling_params()
+        elif hasattr(sampling, "max_new_tokens"):
+            sampling = sampling_of(sampling)
         if sampling.n != 1:
             raise ValueError(f"sampling must have n=1, a completion a row, got n={sampling.n}")
-        if displaced is not None and sampling.seed is not None:
+        if (displaced is not None or seeds is not None) and sampling.seed is not None:
             raise ValueError(
                 "sampling must have no seed where rows are displaced, as both sides of a direction "
-                f"get one of their own, got seed={sampling.seed}"
+                f"get one of their own, or have seeds, got seed={sampling.seed}"
             )
         self.synchronise()
         sampling = sampling.clone()
         sampling.detokenize = bool(sampling.stop)
+        if displaced is not None:
+            seeds = noise_seeds(displaced)
+        each = [sampling.clone() for _ in prompts]
+        for one, seed in zip(each, seeds or [sampling.seed] * len(each), strict=True):
+            one.seed = seed
         if displaced is None:
             with self._at_rest() as request:
-                return self._complete(prompts, [sampling] * len(prompts), [request] * len(prompts))
-        each = []
-        for seed in noise_seeds(displaced):
-            each.append(sampling.clone())
-            each[-1].seed = seed
+                return self._complete(prompts, each, [request] * len(prompts))
         shifts = {one[:2]: one.shifts for one in displaced}
         with self._adapters(shifts, self._active_targets()) as requests:
             return self._complete(prompts, each, [requests[one[:2]] for one in displaced])
@@ -371,6 +383,32 @@ class VLLMEngine(Engine):
 
     def _call(self, method: str, *args: Any) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
+
+
+def sampling_of(config: Any) -> Any:
+    """``vllm.SamplingParams`` of transformers' ``GenerationConfig``.
+
+    Raises:
+        ValueError: it says more than vLLM can do alike, such as beams.
+    """
+    from vllm import SamplingParams
+
+    given = {k: v for k, v in config.to_diff_dict().items() if v is not None}
+    ends = given.get("eos_token_id", [])
+    found: dict[str, Any] = {
+        "max_tokens": given.get("max_new_tokens", 16),
+        "stop_token_ids": ends if isinstance(ends, list) else [ends],
+        "temperature": given.get("temperature", 1.0) if given.get("do_sample") else 0.0,
+    }
+    for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+        if name in given:
+            found[name] = given[name]
+    if "min_new_tokens" in given:
+        found["min_tokens"] = given["min_new_tokens"]
+    unknown = sorted(given.keys() - _UNDERSTOOD)
+    if unknown:
+        raise ValueError(f"generation options must be such as vLLM has too, got {unknown}")
+    return SamplingParams(**found)
 
 
 def _dtype(tensor: Any) -> str:
