@@ -248,3 +248,70 @@ def test_updates_that_would_not_be_served_are_found(model, llm, monkeypatch):
     with pytest.raises(ValueError, match="its updates would be lost"):
         engine.attach(population(model, rank=RANK), model)
     engine.close()
+
+
+def test_a_trainer_of_scores_and_its_resumption(llm, tmp_path):
+    """The served weights follow; what a checkpoint holds reaches the worker."""
+    from transformers import TrainerCallback
+
+    from zofo_optim.score_trainer import ScoreConfig, ScoreTrainer
+
+    class Tokenizer:
+        eos_token_id = bos_token_id = None
+        pad_token_id = 0
+
+        def __call__(self, text):
+            return {"input_ids": [ord(c) for c in text]}
+
+        def decode(self, tokens, skip_special_tokens=True):
+            return "".join(map(chr, tokens))
+
+        def save_pretrained(self, folder):
+            pass
+
+    def small(completion_ids, **columns):
+        return [-sum(tokens) / len(tokens) for tokens in completion_ids]
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    def trainer(folder, engine, **more):
+        args = ScoreConfig(
+            str(folder),
+            max_steps=4,
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=6,
+            save_strategy="steps",
+            save_steps=2,
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        data = [{"prompt": "ab"}, {"prompt": "c"}]
+        return ScoreTrainer(
+            llama(),
+            small,
+            args,
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=Tokenizer(),
+            include=r"proj\.weight$",
+            engine=engine,
+            **more,
+        )
+
+    found = []
+    for name, runs in (("whole", 1), ("parts", 2)):
+        for run in range(runs):
+            with VLLMEngine(llm) as engine:
+                more = dict(callbacks=[Stop()]) if name == "parts" and run == 0 else {}
+                done = trainer(tmp_path / name, engine, **more)
+                done.train(resume_from_checkpoint=run == 1)
+                marks = engine.fingerprints()
+                assert all(here == there for here, there in marks.values())
+                assert done.evaluate()["eval_reward"] == done.evaluate()["eval_reward"]
+        found.append(marks)
+    assert found[0] == found[1]
