@@ -122,7 +122,7 @@ class AskTell(GroupsAndState):
         """
         if self._asked is None:
             raise RuntimeError("call ask(examples) first: scores belong to the places it gives")
-        losses = losses_of_examples(scores).detach()
+        losses = losses_of_examples(scores, "scores must be").detach()
         if losses.numel() != len(self._asked):
             raise ValueError(
                 f"scores must be as many as were asked for, {len(self._asked)}, got "

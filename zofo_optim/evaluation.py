@@ -162,28 +162,33 @@ def scalar_loss(returned: Any) -> Tensor:
     )
 
 
-def losses_of_examples(returned: Any) -> Tensor:
-    """The closure's result as losses, shape (B,); see :func:`evaluate` for what it raises."""
+def losses_of_examples(returned: Any, said: str = "closure must return") -> Tensor:
+    """The closure's result as losses, shape (B,); see :func:`evaluate` for what it raises.
+
+    Args:
+        returned: by the closure, or given in its place.
+        said: how messages begin.
+    """
     if isinstance(returned, (list, tuple, np.ndarray)):
-        returned = _numbers(returned)
+        returned = _numbers(returned, said)
     if not isinstance(returned, Tensor):
         error = NoLossError if returned is None else TypeError
         raise error(
-            "closure must return the losses or scores of the examples, as a tensor, an array or a "
+            f"{said} the losses or scores of the examples, as a tensor, an array or a "
             f"list of numbers, where directions='per_example', got {type(returned).__name__}"
         )
     if returned.dim() != 1 or returned.numel() == 0:
         raise ValueError(
-            "closure must return one loss for each example, shape (B,), where "
+            f"{said} one loss for each example, shape (B,), where "
             f"directions='per_example', got shape {tuple(returned.shape)}; average over each "
             "example by itself (reduction='none', or zofo_optim.example_losses_of(model, batch))"
         )
     if not returned.is_floating_point():
-        raise TypeError(f"closure must return real losses, got dtype {returned.dtype}")
+        raise TypeError(f"{said} real losses, got dtype {returned.dtype}")
     return returned
 
 
-def _numbers(scores: Any) -> Tensor:
+def _numbers(scores: Any, said: str) -> Tensor:
     """Scores from outside torch, such as a reward function's."""
     if all(isinstance(score, Tensor) and score.dim() == 0 for score in scores):
         return torch.stack([*scores])
@@ -193,8 +198,7 @@ def _numbers(scores: Any) -> Tensor:
         found = np.array([float(score) for score in scores], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            "closure must return a number for each example where directions='per_example', got "
-            f"{scores!r:.200}"
+            f"{said} a number for each example where directions='per_example', got {scores!r:.200}"
         ) from error
     return torch.from_numpy(found)
 

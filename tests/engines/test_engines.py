@@ -193,3 +193,19 @@ def test_options_fit_the_rank():
     for rank in (0, 513, 1.5):
         with pytest.raises(ValueError, match="rank must be an int"):
             vllm_options(rank=rank)
+
+
+def test_several_engines_share_a_population(model):
+    optimizer = population(model)
+    engines = [CopyEngine().attach(optimizer, model) for _ in range(2)]
+    alone = CopyEngine().attach(optimizer, model)
+    for _ in range(2):
+        displaced = optimizer.ask(8)
+        parts = [e.generate(ROWS[i::2], displaced[i::2]) for i, e in enumerate(engines)]
+        whole = alone.generate(ROWS, displaced)
+        assert [whole[i::2] for i in range(2)] == parts
+        optimizer.tell([sum(tokens) for tokens in whole])
+        optimizer.step()
+    for engine in engines:
+        served = engine.served.state_dict()
+        assert all(torch.equal(p, served[name]) for name, p in model.state_dict().items())

@@ -143,8 +143,8 @@ def test_a_copy_can_be_asked():
     ("scores", "error", "message"),
     [
         ([1.0, 2.0], ValueError, "as many as were asked for, 4, got 2"),
-        ([1.0, 2.0, 3.0, "a"], TypeError, "a number for each example"),
-        (None, TypeError, "NoneType"),
+        ([1.0, 2.0, 3.0, "a"], TypeError, "scores must be a number for each example"),
+        (None, TypeError, "scores must be the losses or scores .* NoneType"),
     ],
 )
 def test_scores_that_are_none(scores, error, message):
