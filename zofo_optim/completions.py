@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from .score_config import ScoreConfig
+
 Prompt = str | list[dict[str, Any]]
 """A text, or the messages of a conversation."""
+_TAKEN = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
+"""Names by which reward functions get other things."""
 
 
 class Rows(NamedTuple):
@@ -35,13 +39,22 @@ def check_prompts(examples: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(
                 f"the data set must have a column 'prompt', got {', '.join(example) or 'none'}"
             )
+        if taken := sorted(_TAKEN & set(example)):
+            raise ValueError(
+                f"the data set must not have columns {sorted(_TAKEN)}, by which reward functions "
+                f"get other things, got {taken}"
+            )
         prompt = example["prompt"]
-        conversation = isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping)
-        if not isinstance(prompt, str) and not conversation:
+        conversation = isinstance(prompt, list) and len(prompt) > 0
+        if not isinstance(prompt, str) and not (conversation and all(map(_is_message, prompt))):
             raise TypeError(
                 "prompt must be a text, or a list of messages with role and content, got "
                 f"{prompt!r:.200}"
             )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and {"role", "content"} <= message.keys()
 
 
 def lay_out(
@@ -78,40 +91,42 @@ def of_a_population(prompts: int, generations: int, together: int) -> list[int]:
 
 
 class Writer:
-    """Generates completions of rows, in batches that any causal or encoder-decoder model takes.
+    """Generates completions of rows, in batches that the model takes.
+
+    Prompts are padded on the left, where their completions follow them; an encoder's on the right.
 
     Args:
-        processing_class: the tokenizer; it needs a chat template where prompts are conversations.
-        config: of the generation.
-        chat_template_kwargs: for the template.
+        model: a causal or encoder-decoder language model.
+        processing_class: the tokenizer, or a processor with one; it needs a chat template where
+            prompts are conversations.
+        args: of the generation.
     """
 
-    def __init__(
-        self,
-        processing_class: Any,
-        config: GenerationConfig,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._tokenizer = processing_class
-        self.config = config
-        self._template = dict(chat_template_kwargs or {})
-        ends = config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    def __init__(self, model: Any, processing_class: Any, args: ScoreConfig) -> None:
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.config = _generation_config(model, self._tokenizer, args)
+        """Whole: nothing is left to the model's own."""
+        template = args.chat_template_kwargs
+        self._template = dict(template) if isinstance(template, dict) else {}
+        self._ends = _tokens(self.config.eos_token_id)
+        self._encoder = bool(model.config.is_encoder_decoder)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt; of a conversation, up to where the assistant answers."""
+        """The tokens of a prompt; of a conversation, up to where the assistant answers, or goes on.
+
+        Raises:
+            ValueError: there are none.
+        """
         if isinstance(prompt, str):
-            return list(self._tokenizer(prompt)["input_ids"])
-        goes_on = prompt[-1]["role"] == "assistant"
-        found = self._tokenizer.apply_chat_template(
-            prompt,
-            add_generation_prompt=not goes_on,
-            continue_final_message=goes_on,
-            tokenize=True,
-            return_dict=True,
-            **self._template,
-        )
-        return list(found["input_ids"])
+            tokens = list(self._tokenizer(prompt)["input_ids"])
+        else:
+            goes_on = prompt[-1]["role"] == "assistant"
+            options = dict(add_generation_prompt=not goes_on, continue_final_message=goes_on)
+            options |= {**self._template, "tokenize": True, "return_dict": True}
+            tokens = list(self._tokenizer.apply_chat_template(prompt, **options)["input_ids"])
+        if not tokens:
+            raise ValueError(f"prompt must have at least one token, got {prompt!r:.200}")
+        return tokens
 
     def decode(self, prompt: Prompt, tokens: Sequence[int]) -> Any:
         """The completion of a prompt: a text, or the assistant's message."""
@@ -119,16 +134,25 @@ class Writer:
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
     def is_complete(self, tokens: Sequence[int]) -> bool:
-        """Whether the text came to its end."""
-        return not self._ends or (len(tokens) > 0 and tokens[-1] in self._ends)
+        """Whether the text came to its end before its length did."""
+        if len(tokens) > 0 and tokens[-1] in self._ends:
+            return True
+        if self.config.stop_strings:
+            return len(tokens) < int(self.config.max_new_tokens)
+        return not self._ends
 
     def batch(self, rows: Rows, device: torch.device) -> dict[str, Tensor]:
-        """Prompts, padded on the left: ``input_ids`` and ``attention_mask``, shape (B, longest)."""
+        """Prompts, padded: ``input_ids`` and ``attention_mask``, shape (B, longest)."""
         width = max(map(len, rows.tokens))
         pad = self.config.pad_token_id
         assert isinstance(pad, int)
-        ids = [[pad] * (width - len(row)) + row for row in rows.tokens]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows.tokens]
+        ids: list[list[int]] = []
+        mask: list[list[int]] = []
+        for row in rows.tokens:
+            missing = width - len(row)
+            for found, inside, outside in ((ids, row, pad), (mask, [1] * len(row), 0)):
+                padding = [outside] * missing
+                found.append(inside + padding if self._encoder else padding + inside)
         return {
             "input_ids": torch.tensor(ids, device=device),
             "attention_mask": torch.tensor(mask, device=device),
@@ -137,14 +161,18 @@ class Writer:
     def write(self, model: Any, rows: Rows, device: torch.device) -> list[list[int]]:
         """The tokens of each row's completion, the one that ends it included."""
         batch = self.batch(rows, device)
-        made = model.generate(**batch, generation_config=self.config)
-        start = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        stops = {"tokenizer": self._tokenizer} if self.config.stop_strings else {}
+        made = model.generate(**batch, generation_config=self.config, **stops)
+        start = 1 if self._encoder else batch["input_ids"].shape[1]
         return [self._until_the_end(row) for row in made[:, start:].tolist()]
 
     def _until_the_end(self, tokens: list[int]) -> list[int]:
         for position, token in enumerate(tokens):
             if token in self._ends:
                 return tokens[: position + 1]
+        if self.config.stop_strings:  # what comes after such an end is padding
+            while tokens and tokens[-1] == self.config.pad_token_id:
+                tokens = tokens[:-1]
         return tokens
 
     def probe(self, model: Any, rows: Rows, device: torch.device) -> Tensor:
@@ -158,7 +186,7 @@ class Writer:
         config = copy.deepcopy(self.config)
         changes: dict[str, Any] = dict(do_sample=False, num_beams=1, max_new_tokens=2)
         changes |= dict(min_new_tokens=2, output_logits=True, return_dict_in_generate=True)
-        changes |= dict(temperature=None, top_p=None, top_k=None, min_p=None)
+        changes |= dict(stop_strings=None, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
         for name, value in changes.items():
             setattr(config, name, value)
         made = model.generate(
@@ -179,7 +207,7 @@ class Writer:
         """log p of each completion after its prompt, at the temperature that it is sampled at.
 
         Returns:
-            Shape (B,), at least fp32.
+            Shape (B,), at least fp32: sums over tokens.
         """
         width = max(1, *map(len, completions))
         pad = self.config.pad_token_id
@@ -187,27 +215,64 @@ class Writer:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in completions])
         made, mask = made.to(device), mask.to(device)
         batch = self.batch(rows, device)
-        if model.config.is_encoder_decoder:
-            start = made.new_full((len(made), 1), self._decoder_start(model))
+        if self._encoder:
+            start = made.new_full((len(made), 1), self.config.decoder_start_token_id)
             logits = model(**batch, decoder_input_ids=torch.cat([start, made[:, :-1]], 1)).logits
         else:
-            prompt = batch["input_ids"].shape[1]
             whole = torch.cat([batch["attention_mask"], mask], 1)
-            inputs = {"input_ids": torch.cat([batch["input_ids"], made], 1)}
+            inputs: dict[str, Any] = {"input_ids": torch.cat([batch["input_ids"], made], 1)}
             inputs["attention_mask"] = whole
-            if "position_ids" in inspect.signature(model.forward).parameters:
+            takes = _takes(model)
+            if "position_ids" in takes:  # some count them from the first token, padding or not
                 inputs["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)
-            logits = model(**inputs, use_cache=False).logits[:, prompt - 1 : -1]
+            if "logits_to_keep" in takes:
+                inputs["logits_to_keep"] = width + 1
+            logits = model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.config.do_sample and self.config.temperature not in (None, 1.0):
+        if self.config.do_sample and self.config.temperature != 1.0:
             logits = logits / self.config.temperature
         chosen = logits.gather(2, made.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
         found: Tensor = (chosen * mask).sum(1)
         return found
 
-    def _decoder_start(self, model: Any) -> int:
-        start = self.config.decoder_start_token_id
-        return int(model.generation_config.decoder_start_token_id if start is None else start)
+
+def _takes(model: Any) -> set[str]:
+    """Names of what the model's forward takes; a peft model's is that within."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def _generation_config(model: Any, tokenizer: Any, args: ScoreConfig) -> GenerationConfig:
+    """The arguments', and where they say nothing the model's own; beams are asked for."""
+    own = {k: v for k, v in model.generation_config.to_dict().items() if v is not None}
+    ends = _tokens(own.get("eos_token_id")) | _tokens(tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id
+    given: dict[str, Any] = dict(
+        max_new_tokens=args.max_completion_length,
+        max_length=None,
+        do_sample=args.temperature > 0,
+        num_beams=1,
+        # the rest is neutral where decoding is greedy
+        temperature=args.temperature or 1.0,
+        top_p=args.top_p if args.temperature else 1.0,
+        top_k=args.top_k if args.temperature else 0,
+        min_p=(args.min_p or 0.0) if args.temperature else 0.0,
+        repetition_penalty=args.repetition_penalty,
+        pad_token_id=min(ends, default=0) if pad is None else pad,
+        eos_token_id=sorted(ends) or None,
+    )
+    if tokenizer.bos_token_id is not None:
+        given["bos_token_id"] = tokenizer.bos_token_id
+    if args.cache_implementation is not None:
+        given["cache_implementation"] = args.cache_implementation
+    further = args.generation_kwargs
+    given |= further if isinstance(further, dict) else {}
+    return GenerationConfig(**{**own, **given})  # type: ignore[no-untyped-call]
+
+
+def _tokens(given: int | list[int] | None) -> set[int]:
+    """A chat model's turns may end in another token than its texts."""
+    return set() if given is None else {given} if isinstance(given, int) else {*given}
 
 
 class _Always(LogitsProcessor):  # type: ignore[misc]

@@ -14,6 +14,8 @@ RewardFunction = Callable[..., Sequence["float | None"]]
 
 None where it does not apply to a completion."""
 SHAPES = ("zscore", "centered_rank")
+_ROUNDING = 8 * float(np.finfo(np.float64).eps)
+"""Relative to the largest score: sums of a few weighted rewards."""
 
 
 def shape_scores(
@@ -45,9 +47,7 @@ def shape_scores(
     """
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
-    raw: np.ndarray = np.asarray(scores, dtype=np.float64)
-    if raw.ndim != 1:
-        raise ValueError(f"scores must be numbers, shape (B,), got shape {raw.shape}")
+    raw = without_rounding(np.asarray(scores, dtype=np.float64))
     if groups is None:
         groups = [0] * len(raw)
     if len(groups) != len(raw):
@@ -61,6 +61,24 @@ def shape_scores(
         some = raw[positions]
         shaped[positions] = _zscores(some) if shape == "zscore" else _centered_ranks(some)
     return shaped
+
+
+def without_rounding(scores: np.ndarray) -> np.ndarray:
+    """Scores of which those that sums may have rounded apart are equal, shape (B,).
+
+    A rule that makes the size of differences one would take rounding for a message.
+    """
+    if scores.ndim != 1:
+        raise ValueError(f"scores must be numbers, shape (B,), got shape {scores.shape}")
+    found: np.ndarray = scores.copy()
+    finite = np.flatnonzero(np.isfinite(scores))
+    if len(finite):
+        order = finite[scores[finite].argsort(kind="stable")]
+        values = scores[order]
+        room = _ROUNDING * np.abs(values).max()
+        begins = np.concatenate([[True], np.diff(values) > room])
+        found[order] = values[begins][begins.cumsum() - 1]
+    return found
 
 
 def _zscores(scores: np.ndarray) -> np.ndarray:
@@ -135,7 +153,8 @@ class RewardFunctions:
             **columns: lists of the same length, and single values for all of them.
 
         Raises:
-            RuntimeError: a function raised; says which, and for which completion.
+            RuntimeError: a function raised; says which, and for which completion, by calling it for
+                parts of them again.
             ValueError, TypeError: it gave not as many numbers as there are completions.
         """
         each = np.empty((len(completions), len(self._functions)))
@@ -148,14 +167,15 @@ class RewardFunctions:
             each[:, position] = _numbers(found, name, len(completions))
         applies = ~np.isnan(each)
         total = np.where(applies, each, 0.0) @ np.asarray(self._weights)
-        return Scored(np.where(applies.any(1), total, np.nan), each)
+        return Scored(without_rounding(np.where(applies.any(1), total, np.nan)), each)
 
 
 def _check(function: Any) -> None:
-    if inspect.iscoroutinefunction(function):
+    plain = getattr(function, "func", function)  # of a partial
+    if any(map(inspect.iscoroutinefunction, (plain, getattr(plain, "__call__", None)))):  # noqa: B004
         raise TypeError(
-            f"reward_funcs must be plain functions, got the coroutine {function.__name__!r}: "
-            "run it within one, by asyncio.run"
+            f"reward_funcs must be plain functions, got the coroutine {_name(function)!r}: run it "
+            "within one, by asyncio.run"
         )
     if not callable(function) or hasattr(function, "named_parameters"):
         raise TypeError(
@@ -164,8 +184,13 @@ def _check(function: Any) -> None:
         )
 
 
+def _name(function: Any) -> str:
+    plain = getattr(function, "func", function)
+    return str(getattr(plain, "__name__", type(plain).__name__))
+
+
 def _names(functions: Sequence[Any]) -> list[str]:
-    plain = [getattr(f, "__name__", type(f).__name__) for f in functions]
+    plain = [_name(f) for f in functions]
     return [
         name if plain.count(name) == 1 else f"{name}_{plain[: i + 1].count(name)}"
         for i, name in enumerate(plain)
@@ -201,20 +226,32 @@ def _numbers(found: Any, name: str, count: int) -> list[float]:
 def _blamed(
     function: RewardFunction, name: str, columns: Mapping[str, Any], count: int, error: Exception
 ) -> RuntimeError:
-    """Says which completion made the function raise: one for which it does so alone."""
-    for row in range(count):
-        alone = {
-            key: [value[row]] if isinstance(value, list) and len(value) == count else value
+    """Says which completion made the function raise; asks again for halves of them."""
+
+    def fails(rows: range) -> bool:
+        part = {
+            key: [value[i] for i in rows]
+            if isinstance(value, list) and len(value) == count
+            else value
             for key, value in columns.items()
         }
         try:
-            function(**alone)
-        except type(error):
-            (completion,) = alone.get("completions", [None])
-            where = f"for completion {row}, {completion!r:.200}"
-            break
+            function(**part)
         except Exception:
-            continue
+            return True
+        return False
+
+    rows = range(count)
+    while len(rows) > 1:
+        middle = (rows.start + rows.stop) // 2
+        halves = range(rows.start, middle), range(middle, rows.stop)
+        found = next(filter(fails, halves), None)
+        if found is None:
+            break
+        rows = found
+    if len(rows) == 1:
+        completion = columns.get("completions", [None] * count)[rows.start]
+        where = f"for completion {rows.start}, {completion!r:.200}"
     else:
-        where = f"for {count} completions together, and for none of them alone"
+        where = f"for completions {rows.start} to {rows.stop - 1} together, not for half of them"
     return RuntimeError(f"reward function {name!r} raised {type(error).__name__}: {error}; {where}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .completions import Rows, Writer
+from .completions import Rows
 from .rewards import Scored
 
 
@@ -16,17 +16,16 @@ class ScoreLogs:
 
     Args:
         names: of the reward functions.
-        writer: of the completions.
     """
 
-    def __init__(self, names: Sequence[str], writer: Writer) -> None:
-        self._names, self._writer = names, writer
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
         self.last_reward = 0.0
         """The mean of the last population's finite rewards."""
         self.clear()
 
     def clear(self) -> None:
-        self._found: dict[str, list[float]] = {}
+        self._found: dict[str, list[tuple[float, int]]] = {}
         self._table: dict[str, list[Any]] = {}
         self._extra: dict[str, list[Any]] = {}
 
@@ -35,67 +34,95 @@ class ScoreLogs:
 
     def log_metric(self, name: str, value: float) -> None:
         """For reward functions: a number of theirs."""
-        self._found.setdefault(name, []).append(float(value))
+        self._add(name, float(value), 1)
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """For reward functions: a column of the table of completions."""
         self._extra[column] = list(values)
 
+    def _add(self, name: str, value: float, weight: int) -> None:
+        self._found.setdefault(name, []).append((value, weight))
+
     def add(
         self,
         rows: Rows,
-        tokens: Sequence[Sequence[int]],
+        texts: Sequence[Any],
+        lengths: Sequence[int],
+        complete: Sequence[bool],
         scored: Scored,
         reward: np.ndarray,
-        kl: np.ndarray | None,
+        kl: np.ndarray | None = None,
     ) -> None:
         """A population.
 
         Args:
             rows: of it.
-            tokens: of its completions.
+            texts: its completions.
+            lengths: their tokens.
+            complete: whether each came to its end.
             scored: what reward functions gave them.
             reward: what the step goes by, shape (B,).
-            kl: log p - log p_start of each, shape (B,).
+            kl: mean of log p - log p_start over the tokens of each, shape (B,).
+
+        Raises:
+            ValueError: ``log_extra`` was given a column of another length.
         """
+        self.last_reward = np.nan_to_num(_of_finite(np.mean, reward))
         of_group: dict[int, list[int]] = {}
         for position, group in enumerate(rows.groups):
             of_group.setdefault(group, []).append(position)
-        spreads = [np.nan_to_num(_std(scored.total[some])) for some in of_group.values()]
-        lengths = [len(some) for some in tokens]
-        clipped = [not self._writer.is_complete(some) for some in tokens]
-        self.last_reward = _mean(reward)
-        found = {
-            "reward": _mean(scored.total),
-            "reward_std": float(np.mean(spreads)),
-            "frac_reward_zero_std": float(np.mean([spread == 0 for spread in spreads])),
-            "completions/mean_length": float(np.mean(lengths)),
-            "completions/min_length": float(min(lengths)),
-            "completions/max_length": float(max(lengths)),
-            "completions/clipped_ratio": float(np.mean(clipped)),
+        flat = [len(set(scored.total[some].tolist())) == 1 for some in of_group.values()]
+        ended = [length for length, ends in zip(lengths, complete, strict=True) if ends]
+        found: dict[str, float] = {
+            "reward": _of_finite(np.mean, scored.total),
+            "reward_std": _of_finite(_deviation, scored.total),
+            "frac_reward_zero_std": float(np.mean(flat)),
+            "completions/clipped_ratio": 1 - float(np.mean(complete)),
             "completions/unscored": float((~np.isfinite(reward)).sum()),
+            **_sizes("length", lengths),
+            **_sizes("terminated_length", ended),
         }
         for position, name in enumerate(self._names):
             column = scored.each[:, position]
-            found[f"rewards/{name}/mean"] = _mean(column)
-            found[f"rewards/{name}/std"] = _std(column)
+            found[f"rewards/{name}/mean"] = _of_finite(np.mean, column)
+            found[f"rewards/{name}/std"] = _of_finite(_deviation, column)
         if kl is not None:
-            found["kl"] = _mean(kl)
+            found["kl"] = _of_finite(np.mean, kl)
         for name, value in found.items():
-            self.log_metric(name, value)
-        decoded = zip(rows.prompts, tokens, strict=True)
-        table: dict[str, list[Any]] = {
+            self._add(name, value, len(texts))
+        self._keep(rows, texts, scored, reward)
+
+    def _keep(self, rows: Rows, texts: Sequence[Any], scored: Scored, reward: np.ndarray) -> None:
+        extra, self._extra = self._extra, {}
+        for name, values in extra.items():
+            if len(values) != len(texts):
+                raise ValueError(
+                    f"log_extra must be given a value for each of {len(texts)} completions, got "
+                    f"{len(values)} for {name!r}"
+                )
+        self._table = {
             "prompt": list(rows.prompts),
-            "completion": [self._writer.decode(prompt, made) for prompt, made in decoded],
+            "completion": list(texts),
             **{name: scored.each[:, i].tolist() for i, name in enumerate(self._names)},
-            "reward": reward.tolist(),
+            "total_reward": reward.tolist(),
+            **extra,
         }
-        table |= {k: v for k, v in self._extra.items() if len(v) == len(tokens)}
-        self._table, self._extra = table, {}
 
     def metrics(self) -> dict[str, float]:
-        """Means over the populations since the last log."""
-        return {name: float(np.mean(values)) for name, values in self._found.items()}
+        """Of all completions since the last log; what was never finite is left out."""
+        found = {}
+        for name, pairs in self._found.items():
+            known = [(value, weight) for value, weight in pairs if np.isfinite(value)]
+            if not known:
+                continue
+            values, weights = zip(*known, strict=True)
+            if name.startswith("completions/min"):
+                found[name] = min(values)
+            elif name.startswith("completions/max"):
+                found[name] = max(values)
+            else:
+                found[name] = float(np.average(values, weights=weights))
+        return found
 
     def table(self, step: int) -> Any:
         """The last population's completions, as a ``datasets.Dataset``."""
@@ -117,20 +144,25 @@ class ScoreLogs:
 
 
 def _cell(value: Any) -> str:
+    from rich.markup import escape
+
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list):  # messages
         value = "\n".join(f"{message['role']}: {message['content']}" for message in value)
-    from rich.markup import escape
-
     return escape(str(value))
 
 
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float("nan")
+def _sizes(name: str, lengths: Sequence[int]) -> dict[str, float]:
+    known = np.asarray(lengths, dtype=np.float64) if lengths else np.full(1, np.nan)
+    parts = {"mean": known.mean(), "min": known.min(), "max": known.max()}
+    return {f"completions/{part}_{name}": float(value) for part, value in parts.items()}
 
 
-def _std(values: np.ndarray) -> float:
+def _deviation(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def _of_finite(of: Any, values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
-    return float(finite.std()) if len(finite) else float("nan")
+    return float(of(finite)) if len(finite) else np.nan

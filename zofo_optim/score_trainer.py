@@ -8,21 +8,24 @@ Needs transformers, so it is not imported by ``zofo_optim`` itself::
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
+
+from zofo_kernels._torch_compat import without_torch_functions
 
 from .completions import Rows, Writer, check_prompts, copy_of, lay_out, of_a_population
 from .engines.base import Engine
-from .rewards import RewardFunction, RewardFunctions, Scored, shape_scores
+from .evaluation import GlobalRandomState
+from .freezing import patterns_of_frozen
+from .rewards import RewardFunction, RewardFunctions, shape_scores, without_rounding
 from .sampling import common_noise
 from .score_config import ScoreConfig
 from .score_logs import ScoreLogs
@@ -53,11 +56,12 @@ class ScoreTrainer(HybridTrainer):
     cannot have a direction for each completion, such as embeddings of positions. The trainer
     freezes them, since nothing takes a gradient. Dropout is off.
 
-    The step's ``loss`` in logs is the negative mean reward. Logged too, under TRL's names:
-    ``reward``, ``reward_std``, ``rewards/<function>/mean``, ``completions/mean_length``,
-    ``completions/clipped_ratio`` (of completions without an end), ``frac_reward_zero_std`` (of
-    prompts whose rewards are all equal, and which teach nothing), ``kl``; and
-    ``completions/unscored``, the completions whose reward is not finite: their pairs count nothing.
+    The step's ``loss`` in logs is the negative mean reward. Logged too, under TRL's names and by
+    its formulas: ``reward``, ``reward_std``, ``rewards/<function>/mean``,
+    ``completions/mean_length``, ``completions/clipped_ratio`` (of completions without an end),
+    ``frac_reward_zero_std`` (of prompts whose rewards are all equal, and which teach nothing),
+    ``kl`` (per token); and ``completions/unscored``, the completions whose reward is not finite:
+    their pairs count nothing. Prompts that end with an assistant's message are gone on with.
 
     Args:
         model: a causal or encoder-decoder language model, or the name of one.
@@ -128,11 +132,20 @@ class ScoreTrainer(HybridTrainer):
             processing_class = processing_class or AutoTokenizer.from_pretrained(name)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        frozen = _frozen(model)
+        frozen = patterns_of_frozen(model)
         given: dict[str, Any] = dict(zo=zo, include=include, exclude=exclude, hybrid=hybrid)
+        accelerator: Any = args.accelerator_config
+        if accelerator.dispatch_batches is None:
+            accelerator.dispatch_batches = False  # it knows batches of tensors only
         if optimizers[0] is None:
-            given["zo"] = {**_ZO, "lr": args.learning_rate, **(zo or {})}
+            ours = {**_ZO, "lr": args.learning_rate, "weight_decay": args.weight_decay}
+            given["zo"] = {**ours, **(zo or {})}
             given["exclude"] = [*([exclude] if isinstance(exclude, str) else exclude), *frozen]
+            if "examples_per_direction" in (hybrid or {}):
+                raise ValueError(
+                    "hybrid must not have examples_per_direction: it is prompts_per_direction in "
+                    "args"
+                )
             together = {"examples_per_direction": args.prompts_per_direction}
             given["hybrid"] = {**_HYBRID, **together, **(hybrid or {})}
         super().__init__(
@@ -148,9 +161,11 @@ class ScoreTrainer(HybridTrainer):
             **kwargs,
         )
         self._check_prompts()
+        if optimizers[0] is not None:
+            self._check_given()
         self._engine = engine
-        self._writer = _writer(model, processing_class, args)
-        self._logs = ScoreLogs(self.rewards.names, self._writer)
+        self._writer = Writer(model, processing_class, args)
+        self._logs = ScoreLogs(self.rewards.names)
         self._verified = False
         self.ref_model = copy_of(model) if args.beta > 0 else None
         """The start, with ``beta`` > 0."""
@@ -173,13 +188,31 @@ class ScoreTrainer(HybridTrainer):
             dataset = getattr(self, name)
             for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
                 if part is not None:
-                    check_prompts([next(iter(part))])
+                    first = next(iter(part), None)
+                    if first is None:
+                        raise ValueError(f"{name} must have prompts, got none")
+                    check_prompts([first])
         wanted, there = self.args.prompts_of_a_step, self.train_dataset
         if there is not None and hasattr(there, "__len__") and len(there) < wanted:
             raise ValueError(
                 f"train_dataset must have the {wanted} prompts of a step, got {len(there)}: "
                 "per_device_train_batch_size / num_generations; raise num_generations, or repeat "
                 "prompts"
+            )
+
+    def _check_given(self) -> None:
+        """An optimizer that was made elsewhere does what the arguments say."""
+        optimizer = self.hybrid_optimizer
+        if any(not group.options["maximize"] for group in optimizer.zo_groups()):
+            raise ValueError(
+                "optimizers must hold a HybridZOFO with maximize=True, or rewards would fall"
+            )
+        together = optimizer.settings.examples_per_direction
+        if together != self.args.prompts_per_direction:
+            raise ValueError(
+                "optimizers must hold a HybridZOFO with examples_per_direction="
+                f"{self.args.prompts_per_direction}, the prompts_per_direction of args, got "
+                f"{together}"
             )
 
     def _check_estimator(self, estimator: str) -> None:
@@ -205,9 +238,16 @@ class ScoreTrainer(HybridTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The Trainer's, likewise."""
-        found = super().get_eval_dataloader(eval_dataset)
+        return self._of_prompts(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The Trainer's, likewise."""
+        return self._of_prompts(super().get_test_dataloader(test_dataset))
+
+    def _of_prompts(self, found: DataLoader[Any]) -> DataLoader[Any]:
+        """Batches of so many prompts as have the arguments' completions; none is left out."""
         prompts = max(1, self.args.eval_batch_size // self.args.generations_eval)
-        return DataLoader(found.dataset, batch_size=prompts, collate_fn=list, sampler=found.sampler)
+        return DataLoader(found.dataset, batch_size=prompts, collate_fn=list)
 
     def _rows(self, examples: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> Rows:
         check_prompts(examples)
@@ -263,40 +303,44 @@ class ScoreTrainer(HybridTrainer):
             noise = common_noise(self.hybrid_optimizer) if shares else nullcontext()
             with noise, self.compute_loss_context_manager():
                 tokens = self._writer.write(model, rows, self.args.device)
-        scored = self._scored(rows, tokens)
-        kl = None
-        reward = scored.total
-        if self.ref_model is not None:
-            kl = self._log_ratio(model, rows, tokens)
-            reward = reward - self.args.beta * kl
-        self._logs.add(rows, tokens, scored, reward, kl)
-        return reward
+        kl = None if self.ref_model is None else self._divergence(model, rows, tokens)
+        return self._scored(rows, tokens, kl)
 
-    def _log_ratio(self, model: Any, rows: Rows, tokens: list[list[int]]) -> np.ndarray:
-        """log p(completion) - log p_start(completion), each row under its displacement."""
+    def _divergence(self, model: Any, rows: Rows, tokens: list[list[int]]) -> np.ndarray:
+        """log p - log p_start per token of each completion, each row under its displacement."""
         with torch.no_grad(), self.compute_loss_context_manager():
             ours, start = (
                 self._writer.log_probs(one, rows, tokens, self.args.device).double().cpu()
                 for one in (model, self.ref_model)
             )
-        return (ours - start).numpy()
+        return (ours - start).numpy() / np.maximum(1, [len(some) for some in tokens])
 
-    def _scored(self, rows: Rows, tokens: list[list[int]]) -> Scored:
+    def _scored(
+        self, rows: Rows, tokens: list[list[int]], kl: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Call the reward functions, which see torch as outside of a step, and keep for the log."""
         decoded = zip(rows.prompts, tokens, strict=True)
-        return self.rewards(
-            [self._writer.decode(prompt, made) for prompt, made in decoded],
-            prompts=rows.prompts,
-            completion_ids=tokens,
-            **rows.columns,
-            trainer_state=self.state,
-            log_extra=self._logs.log_extra,
-            log_metric=self._logs.log_metric,
-        )
+        texts = [self._writer.decode(prompt, made) for prompt, made in decoded]
+        with without_torch_functions(), torch.enable_grad():
+            scored = self.rewards(
+                texts,
+                prompts=rows.prompts,
+                completion_ids=tokens,
+                **rows.columns,
+                trainer_state=self.state,
+                log_extra=self._logs.log_extra,
+                log_metric=self._logs.log_metric,
+            )
+        reward = scored.total if kl is None else scored.total - self.args.beta * kl
+        complete = [self._writer.is_complete(some) for some in tokens]
+        lengths = [len(some) for some in tokens]
+        self._logs.add(rows, texts, lengths, complete, scored, reward, kl)
+        return reward
 
     def _scaled(self, reward: np.ndarray, rows: Rows) -> np.ndarray:
         scale = self.args.scale_rewards
         if scale == "none":
-            return reward
+            return without_rounding(reward)
         if scale == "centered_rank":
             return shape_scores(reward, "centered_rank")
         return shape_scores(reward, groups=rows.groups if scale == "group" else None)
@@ -314,29 +358,28 @@ class ScoreTrainer(HybridTrainer):
         """Rewards of completions at the weights; the global random state is as before."""
         model = self.accelerator.unwrap_model(self.model)
         was_training, count = model.training, 0
-        logs = ScoreLogs(self.rewards.names, self._writer)
-        training, self._logs = self._logs, logs
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        training, self._logs = self._logs, ScoreLogs(self.rewards.names)
+        before = GlobalRandomState([self.args.device])
         try:
             model.eval()
-            with torch.random.fork_rng(devices), torch.no_grad():
-                torch.manual_seed(self.args.seed)
+            set_seed(self.args.seed)
+            with torch.no_grad():
                 for examples in dataloader:
                     count += len(examples)
                     each = range(len(examples))
                     numbers = [i for i in each for _ in range(self.args.generations_eval)]
                     rows = self._rows(examples, numbers)
-                    tokens = self._written(model, rows)
-                    scored = self._scored(rows, tokens)
-                    logs.add(rows, tokens, scored, scored.total, None)
+                    self._scored(rows, self._written(model, rows))
                     self.control = self.callback_handler.on_prediction_step(
                         self.args, self.state, self.control
                     )
+            metrics = self._logs.metrics()
         finally:
             self._logs = training
+            before.restore()
             model.train(was_training)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in logs.metrics().items()}
-        return EvalLoopOutput(np.empty(0), None, metrics, count)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(np.empty(0), None, named, count)
 
     def _written(self, model: Any, rows: Rows) -> list[list[int]]:
         """Completions at the weights as they are."""
@@ -364,50 +407,3 @@ class ScoreTrainer(HybridTrainer):
                 self._logs.show(self.state.global_step, self.args.num_completions_to_print)
             self._logs.clear()
         super().log(logs, *args, **kwargs)
-
-
-def _frozen(model: nn.Module) -> list[str]:
-    """Freeze the model; patterns of what does not train, where something else does."""
-    adapters = [n for n, p in model.named_parameters() if p.requires_grad]
-    if adapters and any(hasattr(module, "peft_config") for module in model.modules()):
-        raise ValueError(
-            "model must not have an adapter that trains, as a score has no gradients, got "
-            f"{adapters[0]!r}: freeze it (model.requires_grad_(False)) or merge it "
-            "(model.merge_and_unload()), and the base model's weights are trained"
-        )
-    left = [n for n, p in model.named_parameters() if not p.requires_grad]
-    model.requires_grad_(False)
-    return [f"^{re.escape(name)}$" for name in left] if adapters else []
-
-
-def _ends(tokens: int | list[int] | None) -> set[int]:
-    """A chat model's turns may end in another token than its texts."""
-    return set() if tokens is None else {tokens} if isinstance(tokens, int) else {*tokens}
-
-
-def _writer(model: Any, processing_class: Any, args: ScoreConfig) -> Writer:
-    ends = _ends(model.generation_config.eos_token_id) | _ends(processing_class.eos_token_id)
-    pad = processing_class.pad_token_id
-    if pad is None:
-        pad = min(ends, default=0)
-    given: dict[str, Any] = dict(
-        max_new_tokens=args.max_completion_length,
-        do_sample=args.temperature > 0,
-        repetition_penalty=args.repetition_penalty,
-        pad_token_id=pad,
-        bos_token_id=processing_class.bos_token_id,
-        eos_token_id=sorted(ends) or None,
-        decoder_start_token_id=model.generation_config.decoder_start_token_id,
-        cache_implementation=args.cache_implementation,
-    )
-    if args.temperature > 0:
-        given |= dict(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
-        given |= dict(min_p=args.min_p)
-    further = args.generation_kwargs
-    given |= further if isinstance(further, dict) else {}
-    template = args.chat_template_kwargs
-    return Writer(
-        processing_class,
-        GenerationConfig(**given),  # type: ignore[no-untyped-call]
-        template if isinstance(template, dict) else None,
-    )

@@ -41,6 +41,11 @@ def without_functorch() -> AbstractContextManager[Any]:
 _SHOWN_BY_TORCH = torch.__version__ >= "2.11"  # a comparison costs more than the question may
 
 
+def without_torch_functions() -> AbstractContextManager[Any]:
+    """No torch-function mode and no override sees torch calls in here."""
+    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return, no-untyped-call]
+
+
 def show_backward_to_modes() -> None:
     """Torch-function modes see calls of ``torch.autograd.backward`` from now on.
 

@@ -13,69 +13,25 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from tiny_llama import base_model, lora, word_tokenizer  # noqa: E402
+from scored_llama import (  # noqa: E402
+    DATA,
+    PROMPTS,
+    assert_same,
+    config,
+    contents,
+    even,
+    logged,
+    model_of,
+    trainer,
+)
+from tiny_llama import lora, word_tokenizer  # noqa: E402
 
 from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, replay  # noqa: E402
 from zofo_optim.completions import of_a_population  # noqa: E402
 from zofo_optim.sampling import common_noise  # noqa: E402
-from zofo_optim.score_trainer import ScoreConfig, ScoreTrainer  # noqa: E402
+from zofo_optim.score_trainer import ScoreTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-PROMPTS = ["w3 w4 w5", "w6", "w7 w8", "w9 w10 w11 w12"]
-DATA = [{"prompt": prompt, "bonus": i} for i, prompt in enumerate(PROMPTS)]
-
-
-def even(completions, **kwargs):
-    """The share of words with an even number."""
-    words = [text.split() for text in completions]
-    return [sum(int(w[1:]) % 2 == 0 for w in some) / max(1, len(some)) for some in words]
-
-
-def config(folder, **options):
-    chosen = dict(
-        max_steps=3,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=6,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=1,
-    )
-    return ScoreConfig(str(folder), **{**chosen, **options})
-
-
-def model_of(double=False):
-    model = base_model()
-    return model.double() if double else model
-
-
-def trainer(folder, rewards=even, model=None, tokenizer=None, data=DATA, options=None, **more):
-    return ScoreTrainer(
-        model_of() if model is None else model,
-        rewards,
-        config(folder, **(options or {})),
-        train_dataset=data,
-        processing_class=word_tokenizer() if tokenizer is None else tokenizer,
-        **more,
-    )
-
-
-def contents(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(a, b):
-    assert all(same_bits(p, b[name]) for name, p in a.items())
-
-
-def logged(done, key):
-    return [entry[key] for entry in done.state.log_history if key in entry]
-
 
 # ---- what a step is -------------------------------------------------------------------------
 
@@ -401,8 +357,9 @@ def test_the_divergence_is_of_the_displaced_model(tmp_path):
             done._writer.log_probs(m, alone, [seen["tokens"][row]], start.device).item()
             for m in (moved, start)
         )
-        assert reward[row] == pytest.approx(-0.5 * (ours - theirs), abs=1e-6)
-    assert max(abs(reward)) > 0.01
+        length = len(seen["tokens"][row])
+        assert reward[row] == pytest.approx(-0.5 * (ours - theirs) / length, abs=1e-6)
+    assert max(abs(reward)) > 0.002
 
 
 # ---- saving, resuming, evaluating ---------------------------------------------------------------
@@ -493,7 +450,7 @@ def test_completions_are_kept_as_a_table(tmp_path, capsys):
         "completion",
         "even",
         "extra",
-        "reward",
+        "total_reward",
         "size",
     ]
     assert len(table) == 8
@@ -596,8 +553,13 @@ def test_a_name_brings_model_and_tokenizer(tmp_path):
         (dict(num_generations=0), "num_generations must be an int >= 1, got 0"),
         (dict(per_device_train_batch_size=6), "a multiple of num_generations x .* 4, got 6"),
         (dict(prompts_per_direction=3), "a multiple of num_generations x .* 12, got 8"),
-        (dict(temperature=-1.0), "temperature must be >= 0"),
-        (dict(beta=-1.0), "beta must be >= 0"),
+        (dict(temperature=-1.0), "temperature must be a number >= 0, got -1.0"),
+        (dict(temperature="a"), "temperature must be a number >= 0, got 'a'"),
+        (dict(top_p=2.0), r"top_p must be in \(0, 1\], got 2.0"),
+        (dict(min_p=-1.0), r"min_p must be in \[0, 1\], got -1.0"),
+        (dict(generation_kwargs=dict(topp_k=5)), r"fields of GenerationConfig.*got \['topp_k'\]"),
+        (dict(generation_kwargs=dict(eos_token_id=None)), r"got \['eos_token_id'\]"),
+        (dict(beta=-1.0), "beta must be a number >= 0"),
         (dict(scale_rewards="std"), "scale_rewards must be one of"),
         (dict(remove_unused_columns=True), "remove_unused_columns must be False"),
         (dict(num_generations_eval=0), "num_generations_eval must be an int >= 1"),
@@ -613,13 +575,30 @@ def test_bad_arguments(tmp_path, options, message):
         config(tmp_path, **options)
 
 
-def test_bad_data_sets(tmp_path):
-    with pytest.raises(ValueError, match="the 2 prompts of a step, got 1"):
-        trainer(tmp_path, data=DATA[:1])
-    with pytest.raises(ValueError, match="must have a column 'prompt', got text"):
-        trainer(tmp_path, data=[{"text": "w3"}] * 4)
-    with pytest.raises(TypeError, match="prompt must be a text, or a list of messages"):
-        trainer(tmp_path, data=[{"prompt": 3}] * 4)
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (DATA[:1], ValueError, "the 2 prompts of a step, got 1"),
+        ([], ValueError, "train_dataset must have prompts, got none"),
+        ([{"text": "w3"}] * 4, ValueError, "must have a column 'prompt', got text"),
+        ([{"prompt": 3}] * 4, TypeError, "prompt must be a text, or a list of messages"),
+        ([{"prompt": [{"content": "w3"}]}] * 4, TypeError, "messages with role and content"),
+        (
+            [{"prompt": "w3", "completions": "w4"}] * 4,
+            ValueError,
+            r"must not have columns .*, got \['completions'\]",
+        ),
+    ],
+)
+def test_bad_data_sets(tmp_path, data, error, message):
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, data=data)
+
+
+def test_a_prompt_without_tokens_is_refused(tmp_path):
+    done = trainer(tmp_path, data=[{"prompt": ""}] * 4)
+    with pytest.raises(ValueError, match="prompt must have at least one token, got ''"):
+        done.train()
 
 
 def test_bad_options(tmp_path):

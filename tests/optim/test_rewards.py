@@ -1,5 +1,6 @@
 """Scores of completions: reward functions as TRL calls them, shapes of scores."""
 
+import functools
 import math
 
 import numpy as np
@@ -45,6 +46,19 @@ def test_centered_ranks_are_scipys(scores):
 
 def test_scores_whose_mean_rounds_have_no_spread():
     assert shape_scores([0.1] * 3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", ["zscore", "centered_rank"])
+def test_what_sums_round_apart_is_equal(shape):
+    assert shape_scores([0.1 + 0.2, 0.3, 0.3], shape).tolist() == [0, 0, 0]
+    found = shape_scores([0.1 + 0.2, 0.3, 1.0, 1e-9], shape)
+    assert found[0] == found[1] < found[2]
+    assert found[3] < found[0]
+
+
+def test_a_sum_of_rewards_is_not_rounded_apart():
+    functions = [lambda completions: [0.1, 0.3], lambda completions: [0.2, 0.0]]
+    assert len(set(RewardFunctions(functions)(["a", "b"]).total)) == 1
 
 
 @pytest.mark.parametrize(
@@ -114,8 +128,22 @@ def test_a_function_that_raises_for_the_batch_only_says_so():
             raise OSError("busy")
         return [1.0]
 
-    with pytest.raises(RuntimeError, match="OSError: busy; for 2 completions together"):
+    with pytest.raises(RuntimeError, match="OSError: busy; for completions 0 to 1 together"):
         RewardFunctions(fails)(["a", "b"])
+
+
+def test_a_function_that_raises_is_asked_few_times_again():
+    calls = []
+
+    def fails(completions):
+        calls.append(len(completions))
+        if "bad" in completions:
+            raise ValueError("no")
+        return [0.0] * len(completions)
+
+    with pytest.raises(RuntimeError, match="completion 37, 'bad'"):
+        RewardFunctions(fails)(["good"] * 37 + ["bad"] + ["good"] * 26)
+    assert len(calls) <= 1 + 2 * 6
 
 
 def test_an_interruption_passes_through():
@@ -144,6 +172,11 @@ async def coroutine(completions):
     return [1.0]
 
 
+class Awaited:
+    async def __call__(self, completions):
+        return [1.0]
+
+
 @pytest.mark.parametrize(
     ("functions", "weights", "error", "message"),
     [
@@ -152,6 +185,8 @@ async def coroutine(completions):
         ("a model", None, TypeError, "must be functions of completions"),
         (3, None, TypeError, "must be functions of completions"),
         (coroutine, None, TypeError, "the coroutine 'coroutine'"),
+        (functools.partial(coroutine), None, TypeError, "the coroutine 'coroutine'"),
+        (Awaited(), None, TypeError, "the coroutine 'Awaited'"),
     ],
 )
 def test_bad_functions(functions, weights, error, message):

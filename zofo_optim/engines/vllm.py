@@ -29,10 +29,11 @@ from .vllm_check import check_effect
 EXTENSION = "zofo_optim.engines.vllm_worker.WorkerExtension"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``max_lora_rank`` may be."""
+_NEUTRAL = dict(num_beams=1, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
 _UNDERSTOOD = {
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p"),
     *("repetition_penalty", "eos_token_id", "pad_token_id", "bos_token_id"),
-    *("decoder_start_token_id", "transformers_version"),
+    *("decoder_start_token_id", "transformers_version", "_from_model_config", "max_length"),
 }
 """Of transformers' ``GenerationConfig``."""
 _MEMORY = Path("/dev/shm")
@@ -393,7 +394,8 @@ def sampling_of(config: Any) -> Any:
     """
     from vllm import SamplingParams
 
-    given = {k: v for k, v in config.to_diff_dict().items() if v is not None}
+    neutral = {**type(config)().to_dict(), **_NEUTRAL}
+    given = {k: v for k, v in config.to_dict().items() if v is not None and v != neutral.get(k)}
     ends = given.get("eos_token_id", [])
     found: dict[str, Any] = {
         "max_tokens": given.get("max_new_tokens", 16),

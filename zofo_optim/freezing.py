@@ -1,0 +1,32 @@
+"""What of a model trains where nothing takes a gradient."""
+
+from __future__ import annotations
+
+import re
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+_LEFT_OUT: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+"""By model: names of what did not require gradients before a trainer froze the rest."""
+
+
+def patterns_of_frozen(model: nn.Module) -> list[str]:
+    """Freeze the model; patterns of what does not train, where something else does.
+
+    A model that was frozen here before trains as it did then.
+
+    Raises:
+        ValueError: an adapter trains.
+    """
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    if trains and any(hasattr(module, "peft_config") for module in model.modules()):
+        raise ValueError(
+            "model must not have an adapter that trains, as a score has no gradients, got "
+            f"{trains[0]!r}: freeze it (model.requires_grad_(False)) or merge it "
+            "(model.merge_and_unload()), and the base model's weights are trained"
+        )
+    if trains:
+        _LEFT_OUT[model] = [n for n, p in model.named_parameters() if not p.requires_grad]
+        model.requires_grad_(False)
+    return [f"^{re.escape(name)}$" for name in _LEFT_OUT.get(model, ())]
