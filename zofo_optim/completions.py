@@ -186,7 +186,7 @@ class Writer:
         config = copy.deepcopy(self.config)
         changes: dict[str, Any] = dict(do_sample=False, num_beams=1, max_new_tokens=2)
         changes |= dict(min_new_tokens=2, output_logits=True, return_dict_in_generate=True)
-        changes |= dict(stop_strings=None, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+        changes |= dict(stop_strings=None, temperature=None, top_p=None, top_k=None, min_p=None)
         for name, value in changes.items():
             setattr(config, name, value)
         made = model.generate(
@@ -229,7 +229,7 @@ class Writer:
                 inputs["logits_to_keep"] = width + 1
             logits = model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.config.do_sample and self.config.temperature != 1.0:
+        if self.config.do_sample and self.config.temperature not in (None, 1.0):
             logits = logits / self.config.temperature
         chosen = logits.gather(2, made.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
         found: Tensor = (chosen * mask).sum(1)
@@ -252,11 +252,11 @@ def _generation_config(model: Any, tokenizer: Any, args: ScoreConfig) -> Generat
         max_length=None,
         do_sample=args.temperature > 0,
         num_beams=1,
-        # the rest is neutral where decoding is greedy
-        temperature=args.temperature or 1.0,
-        top_p=args.top_p if args.temperature else 1.0,
-        top_k=args.top_k if args.temperature else 0,
-        min_p=(args.min_p or 0.0) if args.temperature else 0.0,
+        # where the arguments say nothing, sampling is plain, whatever the model's own
+        temperature=args.temperature or None,
+        top_p=args.top_p if args.temperature else None,
+        top_k=args.top_k if args.temperature else None,
+        min_p=(args.min_p or 0.0) if args.temperature else None,
         repetition_penalty=args.repetition_penalty,
         pad_token_id=min(ends, default=0) if pad is None else pad,
         eos_token_id=sorted(ends) or None,

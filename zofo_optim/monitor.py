@@ -125,9 +125,10 @@ class Monitor(Listener):
         return (
             f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: {diverged}the "
             "zeroth-order parameters do not reach the loss (an unused module, a closure that "
-            "does not run the model, or runs another copy of it, a constant loss, or FSDP2 without "
-            "fully_shard(model, reshard_after_forward=True)), or mu is too small for the "
-            "spacing of the weights or of a 16-bit loss. Parameters: " + ", ".join(names)
+            "does not run the model, or runs another copy of it, a loss or score that is "
+            "constant, or FSDP2 without fully_shard(model, reshard_after_forward=True)), or mu is "
+            "too small for the spacing of the weights or of a 16-bit loss. Parameters: "
+            + ", ".join(names)
         )
 
     def report(self, groups: Sequence[ZOGroup]) -> str:

@@ -205,15 +205,24 @@ def _wanted(function: RewardFunction, columns: Mapping[str, Any]) -> dict[str, A
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(columns)
     names = {p.name for p in parameters}
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL}
+    if missing := sorted(needed - columns.keys()):
+        raise TypeError(
+            f"reward function {_name(function)!r} must ask for {sorted(columns)} by name, got "
+            f"{missing}"
+        )
     return {name: column for name, column in columns.items() if name in names}
 
 
 def _numbers(found: Any, name: str, count: int) -> list[float]:
+    numbers: list[float] = []
+    value = found
     try:
-        numbers = [math.nan if value is None else float(value) for value in found]
+        for value in found:
+            numbers.append(math.nan if value is None else float(value))
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"reward function {name!r} must return a list of numbers, got {found!r:.200}"
+            f"reward function {name!r} must return a list of numbers, got {value!r:.200}"
         ) from error
     if len(numbers) != count:
         raise ValueError(

@@ -53,7 +53,7 @@ class ScoreConfig(TrainingArguments):  # type: ignore[misc]
             the start's weights, and runs both over all completions.
         reward_weights: of each reward function; None: 1.
         scale_rewards: "group" makes z-scores of each prompt's rewards, "batch" of all,
-            "centered_rank" ranks of all; "none" leaves them. See
+            "centered_rank" ranks of all; "none" leaves them. True is "group", False "none". See
             :func:`zofo_optim.shape_scores`.
         log_completions: print completions when logging, and keep them as parquet files.
         num_completions_to_print: None: all of the last batch.
@@ -98,6 +98,8 @@ class ScoreConfig(TrainingArguments):  # type: ignore[misc]
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if isinstance(self.scale_rewards, bool):  # as TRL has it
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         for name in ("num_generations", "prompts_per_direction", "max_completion_length"):
             self._check(name, _is_count(getattr(self, name)), "an int >= 1")
         self._check("num_generations", self.num_generations % 2 == 0, "even: pairs of completions")

@@ -8,6 +8,7 @@ Needs transformers, so it is not imported by ``zofo_optim`` itself::
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -303,11 +304,15 @@ class ScoreTrainer(HybridTrainer):
             noise = common_noise(self.hybrid_optimizer) if shares else nullcontext()
             with noise, self.compute_loss_context_manager():
                 tokens = self._writer.write(model, rows, self.args.device)
-        kl = None if self.ref_model is None else self._divergence(model, rows, tokens)
-        return self._scored(rows, tokens, kl)
+        return self._scored(rows, tokens, self._divergence(model, rows, tokens))
 
-    def _divergence(self, model: Any, rows: Rows, tokens: list[list[int]]) -> np.ndarray:
-        """log p - log p_start per token of each completion, each row under its displacement."""
+    def _divergence(self, model: Any, rows: Rows, tokens: list[list[int]]) -> np.ndarray | None:
+        """log p - log p_start per token of each completion, each row under its displacement.
+
+        None without a start to compare with.
+        """
+        if self.ref_model is None:
+            return None
         with torch.no_grad(), self.compute_loss_context_manager():
             ours, start = (
                 self._writer.log_probs(one, rows, tokens, self.args.device).double().cpu()
@@ -330,6 +335,12 @@ class ScoreTrainer(HybridTrainer):
                 trainer_state=self.state,
                 log_extra=self._logs.log_extra,
                 log_metric=self._logs.log_metric,
+            )
+        if not np.isfinite(scored.total).any():
+            warnings.warn(
+                "reward functions gave none of the completions a finite reward, so a step learns "
+                "nothing from them",
+                stacklevel=2,
             )
         reward = scored.total if kl is None else scored.total - self.args.beta * kl
         complete = [self._writer.is_complete(some) for some in tokens]
@@ -369,7 +380,8 @@ class ScoreTrainer(HybridTrainer):
                     each = range(len(examples))
                     numbers = [i for i in each for _ in range(self.args.generations_eval)]
                     rows = self._rows(examples, numbers)
-                    self._scored(rows, self._written(model, rows))
+                    tokens = self._written(model, rows)
+                    self._scored(rows, tokens, self._divergence(model, rows, tokens))
                     self.control = self.callback_handler.on_prediction_step(
                         self.args, self.state, self.control
                     )

@@ -239,6 +239,14 @@ def test_a_pair_without_a_reward_counts_nothing(tmp_path):
     assert_same(before, contents(done.model))  # the others are equal
 
 
+def test_rewards_that_are_none_are_told_of(tmp_path):
+    done = trainer(tmp_path, lambda completions, **kwargs: [None] * len(completions))
+    before = contents(done.model)
+    with pytest.warns(UserWarning, match="none of the completions a finite reward"):
+        done.train()
+    assert_same(before, contents(done.model))
+
+
 def test_prompts_of_equal_rewards_teach_nothing(tmp_path):
     done = trainer(tmp_path, lambda completions, **kwargs: [0.1] * len(completions))
     before = contents(done.model)
@@ -294,6 +302,7 @@ def test_the_start_is_copied_only_for_a_divergence(tmp_path):
     done.train()
     assert_same(before, contents(done.ref_model))
     assert len(logged(done, "kl")) == 3
+    assert trainer(tmp_path, options=dict(beta=0.1), eval_dataset=DATA).evaluate()["eval_kl"] == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -102,6 +102,15 @@ def test_functions_get_what_they_ask_for_and_are_weighted():
     assert seen == [dict(completions=["a", "cd"], **columns)]
 
 
+def test_a_function_that_asks_for_something_else_is_told_what_there_is():
+    def typo(complations, answer="a"):
+        return [0.0]
+
+    message = r"'typo' must ask for \['completions', 'prompts'\] by name, got \['complations'\]"
+    with pytest.raises(TypeError, match=message):
+        RewardFunctions(typo)(["a"], prompts=["p"])
+
+
 def test_what_does_not_apply_is_left_out():
     first, second = (lambda completions: [None, 2.0, None]), (lambda completions: [1.0, 3.0, NAN])
     scored = RewardFunctions([first, second], [2.0, 1.0])(["a", "b", "c"])
@@ -159,7 +168,7 @@ def test_an_interruption_passes_through():
     [
         ([1.0], ValueError, "a number for each of 2 completions, got 1"),
         (1.0, TypeError, "must return a list of numbers, got 1.0"),
-        (["a", "b"], TypeError, "must return a list of numbers"),
+        ([1.0, "b"], TypeError, "must return a list of numbers, got 'b'"),
         (None, TypeError, "must return a list of numbers, got None"),
     ],
 )
