@@ -68,9 +68,9 @@ from .tasks import TASKS, Parts, default_source, protocol
 from .training import RunError, finished, run, write
 
 
-def versions() -> dict[str, str]:
-    """Of what decides a run's outcome."""
-    packages = ("zofo-optim", "torch", "transformers", "peft", "numpy")
+def versions(*more: str) -> dict[str, str]:
+    """Of what decides a run's outcome, and of more packages."""
+    packages = ("zofo-optim", "torch", "transformers", "peft", "numpy", *more)
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -266,16 +266,18 @@ def parse(
     arguments: Sequence[str] | None = None,
     *,
     fixed: Collection[str] = (),
+    epilog: str | None = None,
 ) -> tuple[Kind, Any]:
     """The options on a command line, and the parser, whose `error` ends the program.
 
     Values out of their ranges end it, too; and options that are `fixed`, which are not in its help.
+    The help ends with `epilog`, by default that of all commands that fine-tune.
     """
     parser = Parser(
         kind,  # type: ignore[arg-type]
         prog=f"python -m {name}",
         description=description,
-        epilog=EPILOG,
+        epilog=EPILOG if epilog is None else epilog,
         formatter_class=argparse.HelpFormatter,
     )
     for action in parser._actions:

@@ -176,6 +176,24 @@ def test_tables_of_results(path):
         assert len(ours[0]) <= MOST_COLUMNS
 
 
+@pytest.mark.skipif(not (RESULTS / "rewards").is_dir(), reason="the study's results are not here")
+def test_scores_of_generated_text():
+    """Lines that begin with a method are those of the committed table, in the columns named."""
+    source = (RESULTS / "rewards" / "table.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = page.split("\n## Scores of generated text\n")[1].split("\n## ")[0]
+    found = 0
+    for head, *lines in tables(shown):
+        part = source.split(f"\n## {head[0]}\n")[1].split("\n## ")[0]
+        names, *others = tables(part.strip())[0]
+        own = {line[0]: dict(zip(names, line, strict=True)) for line in others}
+        for method, *cells in lines:
+            for name, cell in zip(head[1:], cells, strict=True):
+                assert cell == own[method][name], (head[0], method, name)
+                found += 1
+    assert found > 60
+
+
 def test_there_are_no_columns_without_numbers():
     """What nothing was measured for is left out."""
     for path in (ROOT / "docs").glob("*.md"):
