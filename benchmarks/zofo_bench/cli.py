@@ -19,8 +19,8 @@ from .report import SCHEMA, Printer, case_result, write_json
 from .timing import CompileTimer, Effort
 
 # many_tensors last: the profiler, once used, may slow what follows
-MODULES = ("perturb", "step", "causal_lm", "streamed", "directions", "journal", "growth")
-for module in (*MODULES, "many_tensors"):
+MODULES = ("perturb", "step", "causal_lm", "streamed", "directions", "population", "journal")
+for module in (*MODULES, "growth", "many_tensors"):
     importlib.import_module(f".{module}", __package__)  # enters its benchmark in the registry
 
 DEVICES = ("cpu", "cuda")

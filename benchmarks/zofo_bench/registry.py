@@ -26,7 +26,7 @@ class Unavailable(Exception):
 class Comparison:
     """How one variant compares with another, round by round of the interleaved timing.
 
-    The value is seconds(top) / seconds(bottom) + ``plus``, shown beside variant ``shown_at``;
+    The value is ``times`` seconds(top) / seconds(bottom) + ``plus``, shown beside ``shown_at``;
     ``of`` takes the seconds until the call returns, or the peak memory, in place of seconds. A
     comparison of what was not measured is left out.
     """
@@ -35,6 +35,7 @@ class Comparison:
     top: str
     bottom: str
     shown_at: str
+    times: float = 1.0
     plus: float = 0.0
     percent: bool = False
     at_least: float | None = None

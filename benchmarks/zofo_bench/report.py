@@ -35,6 +35,7 @@ def case_result(case: Case, measured: Measured) -> Result:
                 "top": c.top,
                 "bottom": c.bottom,
                 "shown_at": c.shown_at,
+                "times": c.times,
                 "plus": c.plus,
                 "percent": c.percent,
                 **value,
@@ -69,12 +70,12 @@ def _compared(c: Comparison, measured: Measured) -> dict[str, float] | None:
     """Round by round; one value for memory; None where it was not measured."""
     if c.of == "peak_bytes":
         top, bottom = (measured.peak_bytes.get(name) for name in (c.top, c.bottom))
-        return None if top is None or bottom is None else spread([top / bottom + c.plus])
+        return None if top is None or bottom is None else spread([c.times * top / bottom + c.plus])
     samples = measured.seconds if c.of == "seconds" else measured.host_seconds
     if not samples:
         return None
     pairs = zip(samples[c.top].seconds, samples[c.bottom].seconds, strict=True)
-    return spread([one / other + c.plus for one, other in pairs])
+    return spread([c.times * one / other + c.plus for one, other in pairs])
 
 
 def _rates(case: Case, samples: Samples) -> dict[str, float]:

@@ -162,7 +162,9 @@ def room_for(jobs: Sequence[FactorJob], directions: Sequence[Direction]) -> Fact
     places, units = _one_after_the_other(tuple(jobs))
     keys, block = key_rows(directions).copy(), directions[0].rank * units
     keys[:, cpu_noise.BLOCK] = np.arange(len(directions)) * block
-    return Factors(np.empty(len(directions) * block, dtype=np.float32), places, units, keys)
+    # torch's memory, so that what counts that counts them
+    memory = torch.empty(len(directions) * block, dtype=torch.float32, device="cpu").numpy()
+    return Factors(memory, places, units, keys)
 
 
 @functools.lru_cache(maxsize=16)

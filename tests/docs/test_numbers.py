@@ -11,7 +11,7 @@ CPU = ROOT / "benchmarks" / "results" / "cpu"
 RESULTS = ROOT / "experiments" / "results"
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TO, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+TO, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 STEPS = {
     "hybrid, two-sided": ("hybrid, two-sided", "zofo gaussian"),
     "hybrid, one-sided": ("hybrid, one-sided", "zofo gaussian"),
@@ -107,6 +107,40 @@ def test_streamed():
                 and c["bottom"] == f"zofo {noise.lower()}, in place"
             ]
             assert cell == ratio(found), entry["name"]
+
+
+def test_populations():
+    """A line a case, cells by rank: of the evaluation, the step and its memory; then one pair."""
+    _, *lines = rows(section("A population in one generate()"))
+    entries = json.loads((CPU / "population.json").read_text())["cases"]
+    assert len(lines) == len(entries)
+    for line, entry in zip(lines, entries, strict=True):
+        size, found = entry["sizes"], entry["comparisons"]
+        kind = {"float32": "fp32", "bfloat16": "bf16"}[size["dtype"]]
+        cells = [f"{size['width']}, {size['rows']} rows, {kind}, {size['new_tokens']}"]
+        for rank in (1, 4):
+            for part in ("evaluation", "step"):
+                (kept,) = [
+                    c
+                    for c in found
+                    if c["name"] == "tokens a second kept"
+                    and c["shown_at"] == f"zofo rank {rank}, {part}"
+                ]
+                cells.append(ratio(kept))
+        for rank in (1, 4):
+            (over,) = [
+                c
+                for c in found
+                if c["of"] == "peak_bytes" and c["shown_at"] == f"zofo rank {rank}, step"
+            ]
+            cells.append(f"{100 * over['median']:+.1f} %".replace("-", MINUS))
+        (faster,) = [
+            c
+            for c in found
+            if c["name"].startswith("one full") and c["shown_at"] == "zofo rank 1, step"
+        ]
+        cells.append(f"{faster['median']:.0f} {TIMES}")
+        assert line == cells, entry["name"]
 
 
 def test_instructions():

@@ -376,3 +376,33 @@ def test_mixed_examples_are_found():
     optimizer = optimizer_of(params, **PAIRED)
     with pytest.raises(RuntimeError, match="compute the loss of each example from that example"):
         optimizer.step(Losses(params, lambda losses: losses + losses.roll(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("options", [PAIRED, PER_EXAMPLE], ids=["pairs", "examples"])
+def test_few_rows_and_many_round_as_one_product(dtype, rows, rank, options):
+    """As in decoding, and as in a prompt: beside displaced weights in fp64."""
+    parts = dict(w=randn(40, 30) / 5, b=randn(40, seed=1))
+    params = named({name: part.to(dtype) for name, part in parts.items()})
+    wide = named({name: p.double() for name, p in params})
+    x = randn(4, rows, 30, seed=2).repeat_interleave(2, 0).to(dtype)
+    optimizer = optimizer_of(params, rank=rank, **options)
+    seen = []
+
+    def closure():
+        y = F.linear(x, *(p for _, p in params))
+        seen.append(y.double())
+        return y.float().square().mean((1, 2))
+
+    optimizer.backward(closure)
+    (group,) = optimizer.zo_groups()
+    for row, y in enumerate(seen[0]):
+        sample, second = divmod(row, optimizer.settings.sides)
+        at = displaced(wide, group.direction(sample), -MU if second else MU)
+        wanted = F.linear(x[row].double(), *(p for _, p in at))
+        room = 2 * torch.finfo(dtype).eps * wanted.abs().max()
+        assert (y - wanted).abs().max() < room
+        rest = F.linear(x[row].double(), *(p for _, p in wide))
+        assert (wanted - rest).abs().max() > 5 * room or dtype == torch.bfloat16

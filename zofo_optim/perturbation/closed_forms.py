@@ -18,17 +18,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zofo_kernels import matrix_of
 from zofo_kernels._torch_compat import in_functorch, is_wrapper_subclass
 
 from .low_rank import Displacement, Source
+from .products import PRODUCTS, Form
+from .vectors import VECTORS
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-Form = Callable[..., "Tensor | None"]
-"""A form takes the function's arguments, after the :class:`ClosedForms`; None: it has none."""
 
 
 class NoOwner(RuntimeError):
@@ -65,6 +64,11 @@ class ClosedForms:
         examples: int | None = None,
     ) -> None:
         self._sources = sources
+        self._matrices = {
+            where: source
+            for where, source in sources.items()
+            if source.parameter.dim() != 3 and matrix_of(source.parameter.shape) is not None
+        }
         self._displaced = displaced
         self._made: Displacement | None = None
         self.per_example = per_example
@@ -84,7 +88,8 @@ class ClosedForms:
             return None
         result = form(self, *args, **kwargs)
         if result is not None:
-            self.coarsest = max(self.coarsest, result.dtype, key=lambda d: torch.finfo(d).eps)
+            if result.dtype != self.coarsest:
+                self.coarsest = max(self.coarsest, result.dtype, key=lambda d: torch.finfo(d).eps)
         return result
 
     @property
@@ -116,11 +121,8 @@ class ClosedForms:
     # ---- what forms ask for ---------------------------------------------------------------------
 
     def matrix(self, value: Any) -> Source | None:
-        """The source that ``value`` is, where it is a matrix."""
-        source = self._sources.get(id(value))
-        if source is None or value.dim() == 3 or matrix_of(value.shape) is None:
-            return None
-        return source
+        """The source that ``value`` is, where it is a matrix, and no stack."""
+        return self._matrices.get(id(value))
 
     def is_source(self, value: Any) -> bool:
         return id(value) in self._sources
@@ -201,276 +203,4 @@ def _holds(values: Any, source: Source) -> bool:
     return values is source.parameter
 
 
-def _low_rank_part(
-    x: Tensor, right: Tensor, left: Tensor, weight: Any, start: Tensor | None
-) -> Tensor:
-    """start + weight (x right^T) left: (S, N, d), (D, r, d), (D, r, m) -> (S, N, m)."""
-    t = _weighted(torch.bmm(_by_direction(x, right), right.transpose(1, 2)), weight)
-    if start is None:
-        return torch.bmm(t, left).view(*x.shape[:2], -1)
-    if len(left) == len(x):
-        start = start.expand(x.shape[0], 1, -1) if start.dim() == 3 else start
-        return torch.baddbmm(start, t, left)
-    return torch.bmm(t, left).view(*x.shape[:2], -1) + start
-
-
-def _by_direction(x: Tensor, factor: Tensor) -> Tensor:
-    """(S, N, d) -> (D, rows of a direction, d)."""
-    return x if len(x) == len(factor) else x.reshape(len(factor), -1, x.shape[-1])
-
-
-def _weighted(t: Tensor, weight: Any) -> Tensor:
-    """Coordinates along directions, (D, rows, r), times each displacement's weight."""
-    if isinstance(weight, Tensor):
-        return (t.view(len(t), weight.shape[1], -1, t.shape[-1]) * weight).view(t.shape)
-    return t * weight  # type: ignore[no-any-return]
-
-
-def _times(
-    forms: ClosedForms, x: Tensor, source: Source, bias: Tensor | None, *, transposed: bool
-) -> Tensor:
-    """x W^T + bias where ``transposed``, else x W + bias."""
-    weight = source.parameter.detach()
-    if transposed:
-        weight = weight.t()
-    parts = forms.by_example(x, weight.shape[0], source.parameter)
-    left, right, scale = forms.factors(source, x)
-    if not transposed:
-        left, right = right, left
-    start = None if bias is None else forms.vector(bias)
-    flat = x.reshape(-1, weight.shape[0])
-    if not (x.dtype == weight.dtype and _writes_freely(x)):
-        y = torch.addmm(_flat(_low_rank_part(parts, right, left, scale, start)), flat, weight)
-    elif x.dtype in _WIDE:
-        y = torch.mm(flat, weight)
-        _add_low_rank_part_(y.view(len(parts), -1, y.shape[1]), parts, right, left, scale, start)
-    else:
-        y = _flat(_low_rank_part(parts, right, left, scale, start))
-        torch.addmm(y, flat, weight, out=y)
-    return y.view(*x.shape[:-1], weight.shape[1])
-
-
-_WIDE = (torch.float32, torch.float64)
-"""Where a sum may round twice: the product comes first, and all else is added to it in place."""
-
-
-def _writes_freely(x: Tensor) -> bool:
-    """Whether results may be written to: no graph saves them, and no call casts them."""
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-
-
-def _flat(y: Tensor) -> Tensor:
-    return y.reshape(-1, y.shape[-1])
-
-
-def _add_low_rank_part_(
-    y: Tensor, x: Tensor, right: Tensor, left: Tensor, weight: Any, start: Tensor | None
-) -> None:
-    """y += :func:`_low_rank_part`."""
-    if start is not None:
-        y += start
-    y = _by_direction(y, left)
-    alpha, t = 1.0, torch.bmm(_by_direction(x, right), right.transpose(1, 2))
-    if isinstance(weight, Tensor):
-        t = _weighted(t, weight)
-    else:
-        alpha = weight
-    if len(y) == 1:
-        y[0].addmm_(t[0], left[0], alpha=alpha)
-    else:
-        y.baddbmm_(t, left, alpha=alpha)
-
-
-def _times_row(
-    forms: ClosedForms, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
-) -> Tensor | None:
-    """The same for a weight of one row or column, whose direction is full; one an example."""
-    if not forms.per_example or weight.dim() != 2:
-        return None
-    inside, outside = weight.shape[::-1] if transposed else weight.shape
-    parts = forms.by_example(x, inside, weight)
-    each = forms.vector(weight).view(-1, *weight.shape)
-    y = torch.bmm(parts, each.transpose(1, 2) if transposed else each)
-    if bias is not None:
-        y = (y + forms.vector(bias)).to(y.dtype)
-    return y.view(*x.shape[:-1], outside)
-
-
-def _linear(
-    forms: ClosedForms, input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor | None:
-    source = forms.matrix(weight)
-    if forms.is_source(input):
-        return None
-    if source is not None:
-        return _times(forms, input, source, bias, transposed=True)
-    if forms.is_source(weight):
-        return _times_row(forms, input, weight, bias, transposed=True)
-    if not forms.per_example or weight.dim() != 2:
-        return None
-    y = F.linear(input, weight)
-    return y if bias is None else _plus_bias(forms, y, bias)
-
-
-def _plus_bias(forms: ClosedForms, y: Tensor, bias: Tensor) -> Tensor:
-    """Where the bias alone has a direction for each example."""
-    return (forms.by_example(y, y.shape[-1], bias) + forms.vector(bias)).to(y.dtype).view(y.shape)
-
-
-def _addmm(
-    forms: ClosedForms,
-    input: Tensor,
-    mat1: Tensor,
-    mat2: Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-    out: None = None,
-) -> Tensor | None:
-    source = forms.matrix(mat2)
-    plain = beta == 1 and alpha == 1 and out is None and input.dim() == 1
-    if not plain or forms.is_source(mat1):
-        return None
-    if source is not None:
-        return _times(forms, mat1, source, input, transposed=False)
-    if forms.is_source(mat2):
-        return _times_row(forms, mat1, mat2, input, transposed=False)
-    return _plus_bias(forms, torch.mm(mat1, mat2), input) if forms.per_example else None
-
-
-def _matmul(forms: ClosedForms, input: Tensor, other: Tensor, *, out: None = None) -> Tensor | None:
-    source = forms.matrix(other)
-    if out is not None or other.dim() != 2 or input.dim() < 2 or forms.is_source(input):
-        return None
-    if source is None:
-        return _times_row(forms, input, other, None, transposed=False)
-    return _times(forms, input, source, None, transposed=False)
-
-
-def _embedding(
-    forms: ClosedForms,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    *unused: Any,
-    **only_for_gradients: Any,
-) -> Tensor | None:
-    source = forms.matrix(weight)
-    if source is None or weight.dim() != 2 or max_norm is not None:  # which writes to the weight
-        return None
-    numbers = forms.by_example(input, 1, weight).squeeze(-1)  # (S, N)
-    left, right, scale = forms.factors(source, weight)  # (D, r, rows), (D, r, n)
-    y = F.embedding(input, weight.detach(), padding_idx)
-    numbers = numbers.reshape(len(left), 1, -1).expand(-1, left.shape[1], -1)
-    t = _weighted(left.gather(2, numbers.long()).transpose(1, 2), scale)
-    parts = y.view(len(left), -1, y.shape[-1])
-    if left.shape[1] == 1:
-        return torch.addcmul(parts, t, right).view(y.shape)
-    return torch.baddbmm(parts, t, right).view(y.shape)
-
-
-def _convolution(conv: Any) -> Form:
-    def form(
-        forms: ClosedForms,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor | None:
-        source = forms.matrix(weight)
-        if source is None or groups != 1 or forms.per_example or forms.is_source(input):
-            return None
-        left, right, scale = forms.factors(source, input)
-        filters = right[0].view(right.shape[1], *weight.shape[1:])
-        start = None if bias is None else forms.vector(bias)[0]
-        y = conv(input, weight.detach(), start, stride, padding, dilation)
-        t = conv(input, filters, None, stride, padding, dilation)
-        outer = (left[0] * scale).t().view(weight.shape[0], -1, *[1] * (weight.dim() - 2))
-        return y + conv(t, outer)  # type: ignore[no-any-return]
-
-    return form
-
-
-# ---- vectors, one an example: shared ones are copied -------------------------------------------
-
-
-def _scaled_and_shifted(forms: ClosedForms, x: Tensor, weight: Any, bias: Any) -> Tensor:
-    """x weight + bias over the last dimension, in at least fp32."""
-    y = forms.by_example(_wide(x), x.shape[-1], weight if forms.is_source(weight) else bias)
-    if weight is not None:
-        y = y * forms.vector(weight)
-    if bias is not None:
-        y = y + forms.vector(bias)
-    return y.view(x.shape)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _layer_norm(
-    forms: ClosedForms,
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    if not forms.per_example or len(normalized_shape) != 1 or forms.is_source(input):
-        return None
-    y = F.layer_norm(_wide(input), normalized_shape, None, None, eps)
-    return _scaled_and_shifted(forms, y, weight, bias).to(input.dtype)
-
-
-def _rms_norm(
-    forms: ClosedForms,
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor | None:
-    if not forms.per_example or len(normalized_shape) != 1 or forms.is_source(input):
-        return None
-    y = F.rms_norm(_wide(input), normalized_shape, None, eps)
-    return _scaled_and_shifted(forms, y, weight, None).to(input.dtype)
-
-
-def _of_two(multiply: bool) -> Form:
-    def form(forms: ClosedForms, input: Any, other: Any, **options: Any) -> Tensor | None:
-        a, b = input, other
-        if forms.is_source(a):
-            a, b = b, a
-        pair = isinstance(a, Tensor) and a.dim() > 1 and b.dim() == 1
-        if not forms.per_example or options or not pair or forms.is_source(a):
-            return None
-        if a.shape[-1] != b.shape[0]:
-            return None
-        kind = torch.result_type(a, b)
-        y = _scaled_and_shifted(forms, a, b if multiply else None, None if multiply else b)
-        return y.to(kind)
-
-    return form
-
-
-_FORMS: dict[Any, Form] = {
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
-    Tensor.addmm: _addmm,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    F.embedding: _embedding,
-    F.conv2d: _convolution(F.conv2d),
-    F.conv3d: _convolution(F.conv3d),
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _of_two(True)),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _of_two(False)),
-}
-"""By the torch function that the mode sees."""
+_FORMS: dict[Any, Form] = {**PRODUCTS, **VECTORS}

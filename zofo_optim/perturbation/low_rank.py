@@ -46,6 +46,7 @@ class Displacement:
             [shift.scale / math.sqrt(rank) for shift in of_group]
             for of_group in zip(*shifts, strict=True)
         ]
+        self._alike = [weights.count(weights[0]) == len(weights) for weights in self._weights]
         self._different: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def factors(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
@@ -53,11 +54,11 @@ class Displacement:
 
         Returns:
             left, shape (D, r, m), right, (D, r, n), of the directions, and weight, a number, or
-            (D, S / D, 1, 1) where displacements have different ones.
+            (D, S / D, 1) where displacements have different ones.
         """
         left, right = self._matrices.of(source, dtype)
         weights = self._weights[source.group]
-        if weights.count(weights[0]) == len(weights):
+        if self._alike[source.group]:
             return left, right, weights[0]
         key = source.group, dtype, left.device
         if key not in self._different:
@@ -65,8 +66,8 @@ class Displacement:
         return left, right, self._different[key]
 
     def _each(self, weights: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The weights, shape (D, sides, 1, 1)."""
-        shape = len(weights) // self._sides, self._sides, 1, 1
+        """The weights, shape (D, sides, 1)."""
+        shape = len(weights) // self._sides, self._sides, 1
         if self._sides == 2 and weights == [weights[0], -weights[0]] * shape[0]:
             each = torch.full(shape, weights[0], dtype=dtype, device=device)  # no copy to a GPU
             each[:, 1].neg_()
@@ -127,7 +128,9 @@ class LowRank:
                         device=device,
                         backend=self._engines[device],
                     )
-                found |= {id(s.parameter): f for s, f in zip(some, made, strict=True)}
+                    for source, both in zip(some, made, strict=True):
+                        dtype = source.parameter.dtype
+                        found[id(source.parameter)] = both[0].to(dtype), both[1].to(dtype)
             # directions too: tensors among them keep their ids
             self._along, self._factors = (directions, now), _Factors(found)
         return self._factors
@@ -153,7 +156,10 @@ def _number(direction: Direction) -> tuple[object, ...]:
 
 
 class _Factors:
-    """U^T, (S, r, m), and V^T, (S, r, n), by ``id`` of the parameter: fp32, others on demand."""
+    """U^T, (S, r, m), and V^T, (S, r, n), by ``id`` of the parameter.
+
+    Of its dtype; others on demand.
+    """
 
     def __init__(self, made: dict[int, tuple[Tensor, Tensor]]) -> None:
         self._made = made
