@@ -79,6 +79,10 @@ def test_generation_options_of_transformers_are_understood(model, serve):
     assert (found.max_tokens, found.temperature, found.top_p) == (12, 0.7, 0.9)
     twice = [engine.generate(ROWS, None, sampled, list(range(8))) for _ in range(2)]
     assert twice[0] == twice[1] != engine.generate(ROWS, None, sampled, list(range(8, 16)))
+    whole = GenerationConfig(
+        max_new_tokens=12, use_cache=True, output_attentions=False, num_beams=1
+    )
+    assert sampling_of(whole).max_tokens == 12  # what a model's own has beside
     with pytest.raises(ValueError, match=r"such as vLLM has too, got \['num_beams'\]"):
         sampling_of(GenerationConfig(max_new_tokens=12, num_beams=3))
 

@@ -33,7 +33,10 @@ _NEUTRAL = dict(num_beams=1, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1
 _UNDERSTOOD = {
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p"),
     *("repetition_penalty", "eos_token_id", "pad_token_id", "bos_token_id"),
-    *("decoder_start_token_id", "transformers_version", "_from_model_config", "max_length"),
+    # what does not concern the texts
+    *("max_length", "decoder_start_token_id", "use_cache", "cache_implementation"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("return_dict_in_generate", "transformers_version", "_from_model_config"),
 }
 """Of transformers' ``GenerationConfig``."""
 _MEMORY = Path("/dev/shm")
