@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .score_config import ScoreConfig
@@ -285,8 +285,3 @@ class _Always(LogitsProcessor):  # type: ignore[misc]
         only = torch.full_like(scores, -torch.inf)
         only[:, self._token] = 0.0
         return only
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """The model as it is now, to compare with later; in memory of its own."""
-    return copy.deepcopy(model).requires_grad_(False).eval()

@@ -7,6 +7,7 @@ Needs transformers, so it is not imported by ``zofo_optim`` itself::
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from zofo_kernels._torch_compat import without_torch_functions
 
-from .completions import Rows, Writer, check_prompts, copy_of, lay_out, of_a_population
+from .completions import Rows, Writer, check_prompts, lay_out, of_a_population
 from .engines.base import Engine
 from .evaluation import GlobalRandomState
 from .freezing import patterns_of_frozen
@@ -168,10 +169,8 @@ class ScoreTrainer(HybridTrainer):
         self._writer = Writer(model, processing_class, args)
         self._logs = ScoreLogs(self.rewards.names)
         self._verified = False
-        self.ref_model = copy_of(model) if args.beta > 0 else None
+        self.ref_model = copy.deepcopy(model).eval().to(args.device) if args.beta > 0 else None
         """The start, with ``beta`` > 0."""
-        if self.ref_model is not None:
-            self.ref_model.to(args.device)
         if engine is not None:
             self._check_engine()
             self.create_optimizer()  # now: what is loaded later reaches the engine by it
@@ -263,9 +262,7 @@ class ScoreTrainer(HybridTrainer):
         model = self.accelerator.unwrap_model(model).eval()
         together = optimizer.settings.examples_per_direction
         rows = self._rows(inputs, of_a_population(len(inputs), config.num_generations, together))
-        parts = getattr(
-            self, "current_gradient_accumulation_steps", config.gradient_accumulation_steps
-        )
+        parts = self._micro_batches()
 
         def scores(displaced: Any = None) -> list[float]:
             reward = self._population(model, rows, displaced)

@@ -304,8 +304,10 @@ class HybridTrainerMixin(_Base):
 
     def _divisor(self) -> int:
         """By what the Trainer divides a micro-batch's loss: models that count labels do it."""
-        if self.model_accepts_loss_kwargs:
-            return 1
+        return 1 if self.model_accepts_loss_kwargs else self._micro_batches()
+
+    def _micro_batches(self) -> int:
+        """Of the present step; an epoch's last one may have fewer."""
         steps = self.args.gradient_accumulation_steps
         return int(getattr(self, "current_gradient_accumulation_steps", steps))
 

@@ -54,6 +54,22 @@ def of_groups(groups, **options):
     return HybridZOFO(groups, **{**kind, "estimator": "antithetic", "seed": 3, **options})
 
 
+class Letters:
+    """A tokenizer of letters."""
+
+    eos_token_id = bos_token_id = None
+    pad_token_id = 0
+
+    def __call__(self, text):
+        return {"input_ids": [ord(c) for c in text]}
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(map(chr, tokens))
+
+    def save_pretrained(self, folder):
+        pass
+
+
 class CopyEngine(Engine):
     """Serves a copy of the model, which knows of the optimizer by recipes alone."""
 

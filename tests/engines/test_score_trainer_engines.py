@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from served_llama import MATRICES, CopyEngine, llama
+from served_llama import MATRICES, CopyEngine, Letters, llama
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -12,22 +12,6 @@ from conftest import same_bits  # noqa: E402
 from zofo_optim.score_trainer import ScoreConfig, ScoreTrainer  # noqa: E402
 
 DATA = [{"prompt": "ab"}, {"prompt": "c"}, {"prompt": "def"}]
-
-
-class Letters:
-    """A tokenizer of letters."""
-
-    eos_token_id = bos_token_id = None
-    pad_token_id = 0
-
-    def __call__(self, text):
-        return {"input_ids": [ord(c) for c in text]}
-
-    def decode(self, tokens, skip_special_tokens=True):
-        return "".join(map(chr, tokens))
-
-    def save_pretrained(self, folder):
-        pass
 
 
 def large(completion_ids, **columns):

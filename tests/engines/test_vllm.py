@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not here: make vllm makes an environment with it")
 
 import vllm
-from served_llama import displaced_to, greedy, llama, of_groups, population, prompts
+from served_llama import Letters, displaced_to, greedy, llama, of_groups, population, prompts
 from transformers import GenerationConfig
 
 from zofo_optim import Cycle
@@ -260,19 +260,6 @@ def test_a_trainer_of_scores_and_its_resumption(llm, tmp_path):
 
     from zofo_optim.score_trainer import ScoreConfig, ScoreTrainer
 
-    class Tokenizer:
-        eos_token_id = bos_token_id = None
-        pad_token_id = 0
-
-        def __call__(self, text):
-            return {"input_ids": [ord(c) for c in text]}
-
-        def decode(self, tokens, skip_special_tokens=True):
-            return "".join(map(chr, tokens))
-
-        def save_pretrained(self, folder):
-            pass
-
     def small(completion_ids, **columns):
         return [-sum(tokens) / len(tokens) for tokens in completion_ids]
 
@@ -301,7 +288,7 @@ def test_a_trainer_of_scores_and_its_resumption(llm, tmp_path):
             args,
             train_dataset=data,
             eval_dataset=data,
-            processing_class=Tokenizer(),
+            processing_class=Letters(),
             include=r"proj\.weight$",
             engine=engine,
             **more,
