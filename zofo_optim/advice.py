@@ -40,8 +40,9 @@ class Advice:
         groups: Sequence[ZOGroup],
         first_order: Sequence[Tensor],
         options: Mapping[str, Any],
+        coupling: float = 0.0,
     ) -> None:
-        """Momentum that no group has, gradients that nothing uses, parameters that get none."""
+        """Momentum and coupling that no group has, parameters that get no gradients."""
         idle = [f"{name}={options[name]!r}" for name in STATEFUL if options.get(name)]
         if idle and not first_order:
             self.once(
@@ -57,18 +58,11 @@ class Advice:
                 "and do not train, and no group has mode='zo'; pass hybrid_param_groups(model, "
                 "zo=dict(lr=...)) to train what is frozen by zeroth order, or leave it out",
             )
-        if first_order and any(p.requires_grad for group in groups for p in group.params):
-            names = [
-                name
-                for group in groups
-                for p, name in zip(group.params, group.names, strict=True)
-                if p.requires_grad
-            ]
+        if coupling and groups and not first_order:
             self.once(
-                "requires_grad",
-                f"{len(names)} zeroth-order parameters have requires_grad=True, so the "
-                "first-order backward computes gradients for them that nothing uses; freeze "
-                "them with requires_grad_(False): " + ", ".join(names),
+                "coupling",
+                f"coupling={coupling!r} does nothing, as there is no group with mode='fo'; leave "
+                "it out",
             )
 
     def about_losses(

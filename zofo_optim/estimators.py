@@ -34,8 +34,8 @@ class Point(NamedTuple):
     """Which direction v; of no account where ``sign`` is 0."""
     sign: int
     """Multiple of mu v; 0 is the unperturbed point, the clean one."""
-    gradient: bool = False
-    """Whether the evaluation leaves first-order gradients too."""
+    gradient: float = 0.0
+    """Weight of the loss here in what first-order parameters descend; 0: no gradients are taken."""
 
 
 class Estimator(NamedTuple):
@@ -48,16 +48,20 @@ class Estimator(NamedTuple):
     sides: int = 1
     """Displacements along a direction that one evaluation has: 2 where examples are in pairs."""
 
-    def points(self, num_samples: int, *, first_order: bool) -> list[Point]:
+    def points(self, num_samples: int, *, first_order: bool, coupling: float = 0.0) -> list[Point]:
         """One point an evaluation, in order; the clean one comes first, where there is one.
 
         Args:
             num_samples: directions; 0 where nothing is zeroth-order.
             first_order: whether there are first-order parameters, which need a gradient.
+            coupling: weight of the mean of the displaced losses beside the clean one, in what
+                these descend (Jin and Tan 2026, section 2).
         """
         clean = first_order or self.needs_clean or num_samples == 0
-        return [Point(0, 0, gradient=first_order)] * clean + [
-            Point(sample, sign) for sample in range(num_samples) for sign in self.signs
+        displaced = num_samples * len(self.signs)
+        weight = coupling / displaced if first_order and displaced else 0.0
+        return [Point(0, 0, gradient=float(first_order))] * clean + [
+            Point(sample, sign, weight) for sample in range(num_samples) for sign in self.signs
         ]
 
     def differences(self, points: Sequence[Point], losses: Tensor, each: int = 1) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,10 @@ from . import parallel
 from .buffers import Buffers
 from .capture import capturing
 from .frameworks import may_skip
-from .watch import Answer, ClosureWatch
+from .freezing import without_graph
+from .gradients import Gradients
+from .in_backward import InBackward, look_at
+from .watch import Answer, ClosureWatch, Look, answering
 
 Closure = Callable[[], Any]
 
@@ -78,6 +81,7 @@ def evaluate(
     first_order: Sequence[Tensor] = (),
     per_example: bool = False,
     answer: Answer | None = None,
+    look: Look | None = None,
 ) -> Evaluation:
     """Run the closure once.
 
@@ -92,17 +96,23 @@ def evaluate(
         per_example: the closure returns the losses of B examples, shape (B,); gradients are those
             of their mean.
         answer: makes the results of the closure's torch calls; None: torch does.
+        look: sees the loss before it is back-propagated.
 
     Raises:
         TypeError, ValueError: the closure did not return a real scalar, or such losses.
     """
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
-    watch = ClosureWatch(swallow=not gradients, inner=inner, answer=answer)
+    watch = ClosureWatch(swallow=not gradients, inner=inner, answer=answer, look=look)
     recording = torch.is_grad_enabled()
     before = [_gradient(p) for p in first_order]
     try:
-        with torch.set_grad_enabled(gradients or bool(inner)), watch, interruptible():
+        with (
+            torch.set_grad_enabled(gradients or bool(inner)),
+            answering(answer),
+            watch,
+            interruptible(),
+        ):
             returned = closure()
         loss = losses_of_examples(returned) if per_example else scalar_loss(returned)
         calls, plain = watch.calls, watch.unscaled(loss)
@@ -126,7 +136,9 @@ def evaluate(
     if gradients and not backpropagated and loss.requires_grad:
         with torch.enable_grad():
             whole = loss.mean() if per_example else loss
-        with interruptible():
+        if look is not None:
+            look(whole, scaled or plain is not loss)
+        with answering(answer), interruptible():
             whole.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
     # a scale is for gradients; a parameter may be the loss itself
@@ -207,15 +219,16 @@ class Runs:
     """The runs of one closure that belong to one estimate; a context manager.
 
     All runs draw the same random numbers and start from the same buffers. On leaving, generators
-    and buffers are as after one run, and first-order gradients are those of the run that took
-    them: while others run, ``.grad`` is set aside, so that nothing a closure does can change or
-    clear it.
+    and buffers are as after one run, and first-order gradients are those of the runs that take
+    them: see :class:`.gradients.Gradients`.
 
     Args:
         evaluator: told which run is going on.
         closure: see :func:`evaluate`.
         first_order: parameters with gradients to keep.
         devices: whose generators the closure may draw from; None where it runs once.
+        zeroth_order: parameters for which no gradients are computed.
+        in_backward: applies the gradients as they come; None: they are left in ``.grad``.
     """
 
     def __init__(
@@ -224,14 +237,16 @@ class Runs:
         closure: Closure,
         first_order: Sequence[Tensor],
         devices: Iterable[torch.device] | None,
+        zeroth_order: Sequence[Tensor] = (),
+        in_backward: InBackward | None = None,
     ) -> None:
         self._evaluator = evaluator
         self._closure = closure
-        self._first_order = first_order
+        self._first_order, self._zeroth_order = first_order, zeroth_order
+        self._gradients, self._in_backward = Gradients(first_order), in_backward
         self._devices = None if devices is None else set(devices)
         self._before: GlobalRandomState | None = None
         self._after: GlobalRandomState | None = None
-        self._aside: list[tuple[Tensor, Tensor | None]] | None = None
         self._inner: frozenset[int] = frozenset()
         self._began = False
 
@@ -249,18 +264,34 @@ class Runs:
     ) -> bool:
         """Restore; and end quietly where the first run says to skip the batch."""
         try:
-            for p, grad in self._aside or ():
-                p.grad = grad
+            self._gradients.put_back()
         finally:
             if self._after is not None:
                 self._after.restore()
                 self._evaluator.buffers.end()
         return isinstance(error, NoLossError) and self._after is None and may_skip(self._closure)
 
-    def __call__(self, gradients: bool, answer: Answer | None = None) -> Evaluation:
-        """Run the closure once more; see :func:`evaluate`."""
-        if not gradients:
-            self._set_gradients_aside()
+    def try_backward(self) -> None:
+        """Where updates come inside the backward, show that they can, unless that is known.
+
+        Raises:
+            RuntimeError: a gradient comes in several parts, or the loss has another backward in it.
+        """
+        updates = self._in_backward
+        if updates is None or updates.is_tried(self._first_order):
+            return
+        if self(1.0).inner:
+            updates.forget()
+            raise RuntimeError(
+                "closure must call backward for its loss alone where optimizer_in_backward=True, "
+                "which updates in any; compute gradients that the loss depends on by "
+                "torch.autograd.grad"
+            )
+
+    def __call__(self, weight: float, answer: Answer | None = None) -> Evaluation:
+        """Run the closure once more, with gradients of this weight; see :func:`evaluate`."""
+        gradients, updates = bool(weight), self._in_backward
+        self._gradients.before_run(weight)
         try:
             self._evaluator.running = "first" if self._after is None else "repeat"
             if self._before is not None and self._began:  # the first one may have failed
@@ -268,7 +299,11 @@ class Runs:
                 self._evaluator.buffers.rewind()
             self._began = True
             inner = frozenset() if gradients else self._inner
-            with self._evaluator.first_of_all(self._devices is not None):
+            with (
+                self._evaluator.first_of_all(self._devices is not None),
+                without_graph(self._zeroth_order if gradients else ()),
+                updates.updating(self._first_order) if gradients and updates else nullcontext(),
+            ):
                 result = evaluate(
                     self._closure,
                     gradients=gradients,
@@ -276,21 +311,18 @@ class Runs:
                     first_order=self._first_order if gradients else (),
                     per_example=self._evaluator.per_example,
                     answer=answer,
+                    look=look_at if updates else None,
                 )
+            if updates:
+                look_at(result.loss)
             self._inner = result.inner
+            self._gradients.after_run(weight, result.loss)
         finally:
             self._evaluator.running = None
         if self._devices is not None and self._after is None:
             self._after = GlobalRandomState(self._devices)
             self._evaluator.buffers.ran()
         return result
-
-    def _set_gradients_aside(self) -> None:
-        if self._aside is None:
-            self._aside = [(p, p.grad) for p in self._first_order]
-        for p in self._first_order:
-            if p.grad is not None:  # then, or left by the run before
-                p.grad = None
 
 
 class Evaluator:
@@ -322,6 +354,8 @@ class Evaluator:
         closure: Closure,
         first_order: Sequence[Tensor],
         devices: Iterable[torch.device] | None,
+        zeroth_order: Sequence[Tensor] = (),
+        in_backward: InBackward | None = None,
     ) -> Runs:
         """What evaluates ``closure`` for one estimate; see :class:`Runs`.
 
@@ -330,4 +364,4 @@ class Evaluator:
         """
         if not callable(closure):
             raise TypeError(f"closure must be callable, got {type(closure).__name__}")
-        return Runs(self, closure, first_order, devices)
+        return Runs(self, closure, first_order, devices, zeroth_order, in_backward)

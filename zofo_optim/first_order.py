@@ -168,6 +168,35 @@ class FirstOrder:
         if self._inner is not None:
             unhooked_step(self._inner)(self._inner)
 
+    def step_one(self, parameter: Tensor) -> None:
+        """The same for one parameter alone."""
+        assert self._inner is not None
+        groups = self._inner.param_groups
+        group = next(g for g in groups if any(p is parameter for p in g["params"]))
+        self._inner.param_groups = [{**group, "params": [parameter]}]
+        try:
+            self.step()
+        finally:
+            self._inner.param_groups = groups
+
+    def check_steps_one(self) -> None:
+        """
+        Raises:
+            TypeError: the class's groups have a state, so that parameters must step together.
+        """
+        trial = _trial(self._factory, self.options)
+        (group,) = trial.param_groups
+        (parameter,) = group["params"]
+        parameter.grad = torch.zeros_like(parameter)
+        before = {k: v for k, v in group.items() if k != "params"}
+        unhooked_step(trial)(trial)
+        changed = [k for k, v in before.items() if group[k] is not v and group[k] != v]
+        if changed or group.keys() - before.keys() - {"params"}:
+            raise TypeError(
+                "fo_optimizer must keep its state by parameter where optimizer_in_backward=True, "
+                f"got {self.name}, which keeps some in its groups: {', '.join(changed)}"
+            )
+
     def switch(self, mode: str) -> None:
         """Call the optimizer's own ``train`` or ``eval``, which schedule-free ones have."""
         method = getattr(self._inner, mode, None)

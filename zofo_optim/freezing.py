@@ -1,11 +1,13 @@
-"""What of a model trains where nothing takes a gradient."""
+"""What of a model takes no gradient: all of it, or its zeroth-order parameters in a step."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 _LEFT_OUT: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 """By model: names of what did not require gradients before a trainer froze the rest."""
@@ -30,3 +32,16 @@ def patterns_of_frozen(model: nn.Module) -> list[str]:
         _LEFT_OUT[model] = [n for n, p in model.named_parameters() if not p.requires_grad]
         model.requires_grad_(False)
     return [f"^{re.escape(name)}$" for name in _LEFT_OUT.get(model, ())]
+
+
+@contextmanager
+def without_graph(parameters: Iterable[Tensor]) -> Generator[None, None, None]:
+    """Autograd computes no gradient for these in here, and keeps nothing for it."""
+    switched = [p for p in parameters if p.requires_grad and p.is_leaf]
+    for p in switched:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in switched:
+            p.requires_grad_(True)

@@ -20,6 +20,7 @@ from .defaults import value_of
 from .estimate import Accumulation, Estimate
 from .evaluation import Evaluator
 from .first_order import FirstOrder
+from .in_backward import InBackward
 from .listeners import Listener, Listeners, Move
 from .monitor import Monitor
 from .perturbation import PERTURBATIONS
@@ -68,6 +69,8 @@ class GroupsAndState(Optimizer):
         self._replicas = OneProcess()
         self._evaluator = Evaluator(self._settings.directions == "per_example")
         self._counters = StepCounters()
+        in_backward = self._settings.optimizer_in_backward
+        self._in_backward = InBackward(self._fo) if in_backward else None
         self._listeners = Listeners(self._monitor)
         self._perturbation = PERTURBATIONS[self._settings.perturbation](
             self._settings, self._listeners, self._advice

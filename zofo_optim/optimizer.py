@@ -5,6 +5,7 @@ A step flows one way: points -> evaluations -> losses -> estimate -> updates -> 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from .estimators import ESTIMATORS, Point
 from .evaluation import Closure, Evaluation
 from .first_order import FirstOrder, first_order_options
 from .frameworks import unless_empty
+from .in_backward import REFUSED
 from .modes import undisturbed
 from .perturbation import Perturbation
 from .plain import plain
@@ -71,6 +73,8 @@ class HybridZOFO(AskTell):
             many in a row; the closure returns losses, shape (B,). Needs low rank, streamed.
         active: what a step moves: all (None), a fraction of the tensors, drawn anew in each step,
             patterns of names, a :class:`Draw` or a :class:`Cycle`. The rest is left as it is.
+        coupling: weight of the mean perturbed loss beside the clean one, in what FO groups
+            descend (Jin and Tan 2026): each perturbed evaluation is back-propagated too.
         perturbation: "in_place" moves the weights and back, which rounds; "streamed" hands torch
             functions perturbed copies and writes weights in updates only.
         zo_rule: what an update makes of the slopes: "sgd", "normalized", "clip", "sign", "zscore",
@@ -92,6 +96,10 @@ class HybridZOFO(AskTell):
         capturable: keep the step counter on the device, so that replays of a CUDA graph take new
             directions; also given to ``fo_optimizer`` where it has this option. Run a few steps
             before capturing, pass ``lr`` as a tensor if it is to change, and use no dropout.
+        optimizer_in_backward: apply each FO gradient as it comes in the backward, and free it;
+            such a step has no FO gradients to accumulate, clip, couple or skip: call
+            ``step(closure)``, with ``nonfinite="raise"``. The first step takes an evaluation with
+            gradients more; a backward that raises leaves what it has updated by then.
         fo_optimizer: a torch optimizer class (or a callable like one) for the FO groups.
         **fo_options: further options of ``fo_optimizer``, such as ``betas``.
 
@@ -126,6 +134,7 @@ class HybridZOFO(AskTell):
         directions: str = "shared",
         examples_per_direction: int = 1,
         active: Any = None,
+        coupling: float = 0.0,
         perturbation: str = "in_place",
         zo_rule: str | Rule = "sgd",
         rounding: str = "stochastic",
@@ -135,6 +144,7 @@ class HybridZOFO(AskTell):
         backend: str = "auto",
         restore_buffers: bool | torch.nn.Module = True,
         capturable: bool = default(False),
+        optimizer_in_backward: bool = False,
         fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         **fo_options: Any,
     ) -> None:
@@ -145,10 +155,13 @@ class HybridZOFO(AskTell):
         chosen.update(structure=structure, rank=rank, perturbation=perturbation, zo_rule=zo_rule)
         chosen.update(rounding=rounding, nonfinite=nonfinite, backend=backend)
         chosen.update(noise_version=noise_version, directions=directions, active=active)
-        chosen["examples_per_direction"] = examples_per_direction
+        chosen.update(examples_per_direction=examples_per_direction, coupling=coupling)
+        chosen["optimizer_in_backward"] = optimizer_in_backward
         settings = Settings(**plain(chosen), capturable=value_of(shared["capturable"]))
         options = first_order_options(fo_optimizer, shared, plain(fo_options))
         first_order = FirstOrder(fo_optimizer, *options)
+        if settings.optimizer_in_backward:
+            first_order.check_steps_one()
         zo_defaults = plain({"mode": mode, "mu": mu, "seed": seed, "zo_step": 0})
         check_zo_defaults(zo_defaults)
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
@@ -192,8 +205,10 @@ class HybridZOFO(AskTell):
         Raises:
             TypeError, ValueError: the closure's result is no real scalar.
             FloatingPointError: ``nonfinite="raise"`` and a loss is not finite.
-            RuntimeError: called from inside a closure.
+            RuntimeError: called from inside a closure, or ``optimizer_in_backward=True``.
         """
+        if self._settings.optimizer_in_backward:
+            raise RuntimeError(REFUSED)
         with undisturbed(), self._at_rest() as perturbation:
             return self._add_estimate(closure, perturbation)
 
@@ -216,7 +231,7 @@ class HybridZOFO(AskTell):
         """Evaluate at all points and add to the estimate; leaves the weights displaced."""
         groups = perturbation.groups
         first_order = [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
-        self._advice.about_groups(groups, first_order, self._fo.options)
+        self._advice.about_groups(groups, first_order, self._fo.options, self._settings.coupling)
         points, evaluations = self._evaluated(closure, perturbation, first_order)
         if not evaluations:  # the closure skips the batch
             return None
@@ -238,12 +253,22 @@ class HybridZOFO(AskTell):
         """The points of an estimate, and what the closure gives at those of this process."""
         groups, settings = perturbation.groups, self._settings
         samples = settings.num_samples if groups else 0
-        points = ESTIMATORS[settings.estimator].points(samples, first_order=bool(first_order))
-        devices = {p.device for g in self.param_groups for p in g["params"]}
+        points = ESTIMATORS[settings.estimator].points(
+            samples, first_order=bool(first_order), coupling=settings.coupling
+        )
+        zeroth_order = [p for g in self.param_groups if g["mode"] == "zo" for p in g["params"]]
+        devices = {p.device for p in [*first_order, *zeroth_order]} if groups else None
+        updates = self._in_backward if first_order else None
         evaluations: list[Evaluation] = []
-        with self._evaluator.runs(closure, first_order, devices if groups else None) as evaluate:
-            mine = self._replicas.mine(points)
-            evaluations = perturbation.visit(mine, evaluate, first_direction=self._directions)
+        with self._evaluator.runs(closure, first_order, devices, zeroth_order, updates) as evaluate:
+            if updates:
+                self._fo.follow(self.param_groups, self.state)
+                evaluate.try_backward()
+            mine = deque(self._replicas.mine(points))
+            mine.rotate(-1 if updates else 0)  # the clean one last: others see y as it was
+            found = deque(perturbation.visit(mine, evaluate, first_direction=self._directions))
+            found.rotate(1 if updates else 0)
+            evaluations = list(found)
         return points, evaluations
 
     def _apply(self, perturbation: Perturbation) -> None:

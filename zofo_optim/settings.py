@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ PERTURBATIONS = ("in_place", "streamed")
 DIRECTIONS = ("shared", "per_example")
 NONFINITE = ("skip", "raise")
 _OF_EXAMPLES = {"structure": "low_rank", "perturbation": "streamed", "num_samples": 1}
-_NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable")
+_NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable", "optimizer_in_backward")
+_IN_BACKWARD = {"nonfinite": "raise", "coupling": 0, "capturable": False}
+"""What looks at no gradient before it is applied."""
 
 
 BEFORE = {
@@ -33,6 +36,7 @@ BEFORE = {
     "directions": "shared",
     "examples_per_direction": 1,
     "active": None,
+    "coupling": 0.0,
 }
 """What earlier versions had no choice in, so that what they saved does not say it."""
 
@@ -61,6 +65,8 @@ class Settings:
     directions: str = "shared"
     examples_per_direction: int = 1
     active: Any = None
+    coupling: float = 0.0
+    optimizer_in_backward: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -96,6 +102,10 @@ class Settings:
                 "noise_version must be 2 or later where structure='low_rank', got 1, which has "
                 "full directions only"
             )
+        coupling = self.coupling
+        number = isinstance(coupling, (int, float)) and not isinstance(coupling, bool)
+        if not number or not 0 <= coupling < math.inf:
+            raise ValueError(f"coupling must be a finite number >= 0, got {coupling!r}")
         check_repr(self.rule)
         samples = self.num_samples
         if samples < self.rule.min_samples and self.directions == "shared":
@@ -112,6 +122,16 @@ class Settings:
                 "nonfinite must be 'skip' where capturable=True, as a captured step cannot raise"
             )
 
+        if not isinstance(self.optimizer_in_backward, bool):
+            raise TypeError(
+                f"optimizer_in_backward must be a bool, got {self.optimizer_in_backward!r}"
+            )
+        for name, needed in _IN_BACKWARD.items() if self.optimizer_in_backward else ():
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"{name} must be {needed!r} where optimizer_in_backward=True, which applies "
+                    f"gradients as they come, got {getattr(self, name)!r}"
+                )
         if self.directions == "shared":
             if self.examples_per_direction != 1:
                 raise ValueError(

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zofo_kernels._torch_compat import SET_GRAD_ENABLED, in_functorch, show_backward_to_modes
+from zofo_kernels._torch_compat import (
+    SET_GRAD_ENABLED,
+    backward_within,
+    in_functorch,
+    show_backward_to_modes,
+)
 
 from .capture import capturing, check_replayable
 
@@ -22,6 +28,7 @@ _NEAR = 50
 """Operations between a loss and what it was computed from: divisions, sums, means."""
 Answer = Callable[[Any, "tuple[Any, ...]", "dict[str, Any]"], Any]
 """Makes a torch call's result, from the function and its arguments."""
+Look = Callable[[Tensor, bool], None]
 
 
 class ClosureWatch(TorchFunctionMode):
@@ -35,14 +42,19 @@ class ClosureWatch(TorchFunctionMode):
         swallow: skip the calls of backward, and keep gradients off.
         inner: positions of the calls that are not skipped; then gradients stay on.
         answer: makes the results of torch calls; None: torch does.
+        look: sees what the closure back-propagates, and whether a GradScaler scaled it, before.
     """
 
     def __init__(
-        self, swallow: bool, inner: Collection[int] = (), answer: Answer | None = None
+        self,
+        swallow: bool,
+        inner: Collection[int] = (),
+        answer: Answer | None = None,
+        look: Look | None = None,
     ) -> None:
         super().__init__()
         show_backward_to_modes()
-        self._answer = answer
+        self._answer, self._look = answer, look
         self._made = inner
         self._roots: list[list[Any]] = []  # one list a call
         self._scaled: tuple[Any, Any] = None, None  # what a GradScaler made, and what of
@@ -93,6 +105,10 @@ class ClosureWatch(TorchFunctionMode):
             self._roots.append(_roots(*args, **kwargs))
             if self.swallow and self.calls - 1 not in self._made:
                 return None
+            look, scaled = self._look, self._scaled[0] is not None
+            if look is not None:
+                for root in _tensors(*args, **kwargs):
+                    look(root, scaled)
         if func is SET_GRAD_ENABLED and self.swallow and not self._made and not in_functorch():
             args = (False,)  # Lightning's closures turn them on, and would keep activations
         if self.captured:
@@ -106,11 +122,34 @@ class ClosureWatch(TorchFunctionMode):
         return func(*args, **kwargs) if self._answer is None else self._answer(func, args, kwargs)
 
 
-def _roots(tensors: Any = (), *unused: Any, **options: Any) -> list[Any]:
-    """Where a call of ``Tensor.backward`` or ``torch.autograd.backward`` starts."""
+def answering(answer: Answer | None) -> AbstractContextManager[None]:
+    """Torch calls in backward passes are answered too: checkpointed layers run again there."""
+    return nullcontext() if answer is None else backward_within(_Answering(answer))
+
+
+class _Answering(TorchFunctionMode):
+    """Makes the results of torch calls, and watches nothing."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._answer(func, args, kwargs or {})
+
+
+def _tensors(tensors: Any = (), *unused: Any, **options: Any) -> Sequence[Any]:
+    """What a call of ``Tensor.backward`` or ``torch.autograd.backward`` starts from."""
     tensors = options.get("self", tensors)
     single = isinstance(tensors, Tensor) or hasattr(tensors, "node")
-    return [_node(t) for t in ([tensors] if single else tensors)]
+    return [tensors] if single else tensors
+
+
+def _roots(*args: Any, **options: Any) -> list[Any]:
+    """The operations that such a call starts from."""
+    return [_node(t) for t in _tensors(*args, **options)]
 
 
 def _called_by_a_scaler() -> bool:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -124,3 +125,36 @@ def making_optimizer_state() -> bool:
             return str(frame.f_globals.get("__name__", "")).startswith("torch.distributed.")
         frame = frame.f_back
     return False
+
+
+class _Around(threading.local):
+    """The mode that this thread's backward passes run in."""
+
+    mode: AbstractContextManager[Any] | None = None
+
+
+_AROUND = _Around()
+
+
+@contextmanager
+def backward_within(mode: AbstractContextManager[Any]) -> Generator[None, None, None]:
+    """Backward passes that this thread starts in here run within a torch-function mode.
+
+    By themselves they run in none, as a mode that sees ``backward`` is off while that runs: then
+    nothing sees the torch calls of layers that checkpointing runs again.
+    """
+    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    if not hasattr(engine, "runs_within"):
+
+        @functools.wraps(engine)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _AROUND.mode or nullcontext():
+                return engine(*args, **kwargs)
+
+        run.runs_within = True  # type: ignore[attr-defined]
+        torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
+    before, _AROUND.mode = _AROUND.mode, mode
+    try:
+        yield
+    finally:
+        _AROUND.mode = before

@@ -186,7 +186,9 @@ def test_what_would_be_private():
 
 def test_the_step_can_be_read_down_one_page():
     text = (PACKAGES["zofo_optim"] / "optimizer.py").read_text()
-    assert len(text.splitlines()) <= 270
+    _, step = text.split("# ---- a step: read from here down")
+    assert len(step.splitlines()) <= 135  # what comes before says what each option means
+    assert len(text.splitlines()) <= 300
     tree = ast.parse(text)
     (cls,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
     methods = [node.name for node in cls.body if isinstance(node, ast.FunctionDef)]

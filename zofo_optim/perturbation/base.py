@@ -22,9 +22,9 @@ from ..update import Update
 from ..watch import Answer
 from ..zo_groups import Noise, Tables, ZOGroup, is_same
 
-Evaluate = Callable[[bool], Evaluation]
-"""Runs the closure once: with gradients, or without."""
-Run = Callable[["bool", "Answer | None"], Evaluation]
+Evaluate = Callable[[float], Evaluation]
+"""Runs the closure once: with gradients of this weight, or without where it is 0."""
+Run = Callable[["float", "Answer | None"], Evaluation]
 """The same, with who answers its torch calls."""
 
 
@@ -114,10 +114,12 @@ class Perturbation(ABC):
     def _evaluate_here(self, point: Point, run: Evaluate) -> Evaluation:
         evaluation = run(point.gradient)
         if point.sign and not capturing() and not self._all_verified(evaluation.loss):
-            self._verify_once(lambda: run(False).loss, evaluation.loss)
+            # gradients may take another arithmetic
+            loss = run(0.0).loss if point.gradient else evaluation.loss
+            self._verify_once(lambda: run(0.0).loss, loss)
         return evaluation
 
-    def _run(self, evaluate: Run, gradient: bool) -> Evaluation:
+    def _run(self, evaluate: Run, gradient: float) -> Evaluation:
         """One evaluation where the weights are now."""
         return evaluate(gradient, None)
 
@@ -126,7 +128,7 @@ class Perturbation(ABC):
         # inference tensors count no versions
         watched = [p for group in self.groups for p in group.params if not p.is_inference()]
 
-        def guarded(gradient: bool) -> Evaluation:
+        def guarded(gradient: float) -> Evaluation:
             before = [p._version for p in watched]
             evaluation = evaluate(gradient)
             if [p._version for p in watched] != before:

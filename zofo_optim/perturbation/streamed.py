@@ -11,7 +11,7 @@ at w itself: losses that are subtracted come from the same arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,6 +27,7 @@ from ..zo_groups import ZOGroup
 from .base import Perturbation, Run
 from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
+from .saved_copies import SavedCopies
 from .streaming import Streaming, uncompiled
 from .verification import Verification
 from .written import Written
@@ -129,7 +130,7 @@ class StreamedPerturbation(Perturbation):
         sign = self._at.factor * self._at.sign * side
         return [self._shift(group, sample, sign) for group in self.groups]
 
-    def _run(self, evaluate: Run, gradient: bool) -> Evaluation:
+    def _run(self, evaluate: Run, gradient: float) -> Evaluation:
         if not self._sources:
             return evaluate(gradient, None)
         if self._at.sign and self._at.shared:
@@ -142,11 +143,14 @@ class StreamedPerturbation(Perturbation):
             self._examples = self._counted(found)
         return found
 
-    def _run_at(self, evaluate: Run, gradient: bool, forms: ClosedForms | None) -> Evaluation:
+    def _run_at(self, evaluate: Run, gradient: float, forms: ClosedForms | None) -> Evaluation:
         displaced = self.written.ids
         self.forms = forms
-        answer = Streaming(self._sources, self._shifts, self._settings.backend, displaced, forms)
-        with uncompiled():
+        saved = SavedCopies() if gradient else None
+        answer = Streaming(
+            self._sources, self._shifts, self._settings.backend, displaced, forms, saved
+        )
+        with uncompiled(), nullcontext() if saved is None else saved.unkept():
             return evaluate(gradient, answer)
 
     def _closed_forms(self) -> ClosedForms | None:
@@ -198,7 +202,7 @@ class StreamedPerturbation(Perturbation):
             )
         return count
 
-    def _run_by_example(self, evaluate: Run, gradient: bool) -> Evaluation:
+    def _run_by_example(self, evaluate: Run, gradient: float) -> Evaluation:
         """Where no loss has told how many examples there are, the first input's length is taken
         for it; where that was wrong, all is done again, and the next batch is taken to have as
         many as this one."""
@@ -210,7 +214,7 @@ class StreamedPerturbation(Perturbation):
                     return found
             except NoOwner:
                 with uncompiled():
-                    self._examples = self._counted(evaluate(False, None))
+                    self._examples = self._counted(evaluate(0.0, None))
             self._guess = self._examples
         found = self._run_examples(evaluate, gradient, self._examples)
         if found.loss.numel() != self._examples:
@@ -220,7 +224,7 @@ class StreamedPerturbation(Perturbation):
             )
         return found
 
-    def _run_examples(self, evaluate: Run, gradient: bool, examples: int | None) -> Evaluation:
+    def _run_examples(self, evaluate: Run, gradient: float, examples: int | None) -> Evaluation:
         low_rank, settings = self._low_rank, self._settings
         assert low_rank is not None
 

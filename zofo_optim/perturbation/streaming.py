@@ -17,6 +17,7 @@ from zofo_kernels._torch_compat import in_functorch, without_functorch
 
 from .closed_forms import ClosedForms
 from .low_rank import Source
+from .saved_copies import SavedCopies
 from .transposes import Transposes, transposes
 
 
@@ -109,6 +110,7 @@ class Streaming:
         backend: of ``zofo_kernels``.
         displaced: ids of parameters that are displaced already: copied as they are.
         forms: of calls that need no copy.
+        saved: keeps copies out of graphs; None: no graph is made.
     """
 
     def __init__(
@@ -118,8 +120,9 @@ class Streaming:
         backend: str,
         displaced: Collection[int] = (),
         forms: ClosedForms | None = None,
+        saved: SavedCopies | None = None,
     ) -> None:
-        self._forms = forms
+        self._forms, self._saved = forms, saved
         self._transposes = Transposes()
         self._sources = sources
         self._shifts = shifts
@@ -207,6 +210,12 @@ class Streaming:
 
     def _copy(self, source: Source, part: Tensor | None = None) -> Tensor:
         """The perturbed parameter, or part, as a plain tensor, in whatever mode the closure is."""
+        copy = self._made(source, part)
+        if self._saved is not None:
+            self._saved.remember(copy, lambda: self._made(source, part))
+        return copy
+
+    def _made(self, source: Source, part: Tensor | None) -> Tensor:
         inference = torch.is_inference_mode_enabled()
         if not in_functorch() and not inference:
             return self._laid_out(source, part)

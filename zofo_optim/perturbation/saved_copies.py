@@ -1,0 +1,79 @@
+"""Copies that a backward needs: autograd keeps how they are made, and they are made again there.
+
+A graph through a perturbed copy would hold it until its backward, and all copies together are as
+large as the weights. Only memory that is a copy's own is so replaced; what torch computes of one,
+such as autocast's 16-bit version, is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from zofo_kernels._torch_compat import without_torch_functions
+
+Make = Callable[[], Tensor]
+
+
+class _Copy(NamedTuple):
+    """One that was made; its memory may be another's by now."""
+
+    memory: StorageWeakRef
+    version: int
+    dtype: torch.dtype
+    offset: int
+    make: Make
+
+
+class _Recipe(NamedTuple):
+    """What stands for a copy, or a view of it, in a graph."""
+
+    make: Make
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class SavedCopies:
+    """Keeps the copies of one evaluation out of its graph."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, _Copy] = {}  # by address
+
+    def remember(self, copy: Tensor, make: Make) -> None:
+        """``make`` gives the same elements, with the same strides, at any later time."""
+        storage = copy.untyped_storage()
+        if storage.nbytes() > copy.nbytes:  # in memory that is there anyway, as of closed forms
+            return
+        memory = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        at = storage.data_ptr()
+        self._made[at] = _Copy(memory, copy._version, copy.dtype, int(copy.storage_offset()), make)
+
+    def unkept(self) -> AbstractContextManager[Any]:
+        """What is saved for a backward in here holds no copy."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, saved: Tensor) -> Any:
+        if type(saved) not in (Tensor, torch.nn.Parameter) or saved.layout != torch.strided:
+            return saved
+        known = self._made.get(saved.untyped_storage().data_ptr())
+        if known is None or known.memory.expired():  # type: ignore[no-untyped-call]
+            return saved
+        if saved._version != known.version or saved.dtype != known.dtype:
+            return saved
+        offset = int(saved.storage_offset()) - known.offset
+        return _Recipe(known.make, saved.size(), saved.stride(), offset)
+
+    @staticmethod
+    def _unpack(packed: Any) -> Tensor:
+        if not isinstance(packed, _Recipe):
+            return packed  # type: ignore[no-any-return]
+        with without_torch_functions(), torch.no_grad():
+            copy = packed.make()
+            offset = int(copy.storage_offset()) + packed.offset
+            return copy.as_strided(packed.size, packed.stride, offset)
