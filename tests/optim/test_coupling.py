@@ -291,3 +291,23 @@ def test_is_part_of_the_path():
     saved = optimizer_of(net).state_dict()
     with pytest.warns(UserWarning, match=r"coupling=0\.3 \(here 0\.0\)"):
         optimizer_of(net, coupling=0.0).load_state_dict(saved)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [None, 2])
+@pytest.mark.parametrize(("perturbation", "structure"), MODES)
+def test_on_a_gpu_as_on_the_cpu(perturbation, structure, bad):
+    found = []
+    for device in ("cpu", "cuda"):
+        net, x, calls = Net().to(device), batch().to(device), []
+        chosen = dict(perturbation=perturbation, structure=structure, backend="auto")
+        optimizer = optimizer_of(net, distribution="rademacher", **chosen)
+
+        def closure(net=net, x=x, calls=calls):
+            calls.append(1)
+            loss = net(x).square().mean()
+            return loss * math.nan if len(calls) == bad else loss
+
+        optimizer.backward(closure)
+        found.append([p.grad.cpu() for p in net.split()[1]])
+    assert_near(*found, error=1e-9)
