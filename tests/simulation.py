@@ -50,6 +50,7 @@ class Point(NamedTuple):
     sample: int
     sign: int
     verifies: bool = False
+    weight: float = 0.0  # of its gradients
 
 
 @dataclass
@@ -168,7 +169,9 @@ class Simulation:
         zo_rule,
         unit,
         active=None,
+        coupling=0.0,
     ):
+        self.coupling = coupling
         self.rule, self.activity = zo_rule, active_of(active)
         self.one_sided = estimator == "one_sided"
         self.samples, self.distribution = num_samples, distribution
@@ -286,8 +289,10 @@ class Simulation:
     def points(self):
         """Where one estimate needs the loss, in order."""
         signs = (1,) if self.one_sided else (1, -1)
-        displaced = [Point(s, sign) for s in range(self.samples) for sign in signs]
-        return [Point(0, 0)] * self.has_clean + displaced * bool(self.zo)
+        weight = self.coupling / (self.samples * len(signs)) if self.twins else 0.0
+        displaced = [Point(s, sign, weight=weight) for s in range(self.samples) for sign in signs]
+        clean = Point(0, 0, weight=float(bool(self.twins)))
+        return [clean] * self.has_clean + displaced * bool(self.zo)
 
     def plan(self, bad=None):
         """The same with the evaluations that verify, at the first displaced point whose loss is
@@ -302,9 +307,9 @@ class Simulation:
                 parts, used = (parts, used) if used + size <= max(sizes) else (parts + 1, 0)
                 used += size
             place = points.index(good[0]) + 1
-            points[place:place] = [good[0]._replace(verifies=True)] * (
-                1 if self.in_place else 1 + parts
-            )
+            repeats = 1 if self.in_place else 1 + parts
+            repeats += good[0].weight > 0 and not self.verifies_all  # without gradients, to compare
+            points[place:place] = [good[0]._replace(verifies=True, weight=0.0)] * repeats
         return points
 
     def see(self, point):

@@ -53,6 +53,7 @@ SETTINGS = st.fixed_dictionaries(
         seed=st.sampled_from([0, 2**64 - 1]),
         zo_rule=st.sampled_from(RULES + SHAPING),
         active=st.sampled_from(ACTIVE),
+        coupling=st.sampled_from([0.0, 0.0, 0.3]),
     )
 ).filter(lambda chosen: chosen["num_samples"] >= chosen["zo_rule"].min_samples)
 BATCHES, LOSSES = st.integers(0, 3), st.sampled_from([torch.float32, torch.float64])
@@ -72,6 +73,14 @@ def parameter(shape, dtype, layout, seed, requires_grad):
     elif layout == "strided":
         value = torch.stack([value] * 3, dim=-1)[..., 1]
     return torch.nn.Parameter(value, requires_grad)
+
+
+def couple(twins, weight, gradients):
+    for twin, gradient in zip(twins, gradients, strict=True):
+        if twin.grad is None:
+            twin.grad = gradient * weight
+        else:
+            twin.grad.add_(gradient, alpha=weight)
 
 
 class Closure:
@@ -100,7 +109,7 @@ class Closure:
         expected = simulation.see(point)
         if here and self.error and not self.last:
             raise self.error("must not step")
-        assert torch.is_grad_enabled() == (point.sign == 0 and bool(machine.fo_parameters))
+        assert torch.is_grad_enabled() == (point.weight > 0)
         draw = torch.rand(())
         self.draws.add(float(draw))
         values = [p.double() for p in machine.parameters]
@@ -123,7 +132,10 @@ class Closure:
         if torch.is_grad_enabled():
             gradients = torch.autograd.grad(loss, machine.fo_parameters, retain_graph=True)
             with torch._C.DisableTorchFunction():  # our own backward is not the closure's
-                torch.autograd.backward(simulation.twins, gradients)
+                if point.sign == 0:
+                    torch.autograd.backward(simulation.twins, gradients)
+                elif point != self.bad and not (here and self.error):
+                    couple(simulation.twins, point.weight, gradients)
         if self.manner != "returns" or (here and self.error):
             loss.backward()
         if here and self.kind == "step":

@@ -114,9 +114,7 @@ class Perturbation(ABC):
     def _evaluate_here(self, point: Point, run: Evaluate) -> Evaluation:
         evaluation = run(point.gradient)
         if point.sign and not capturing() and not self._all_verified(evaluation.loss):
-            # gradients may take another arithmetic
-            loss = run(0.0).loss if point.gradient else evaluation.loss
-            self._verify_once(lambda: run(0.0).loss, loss)
+            self._verify_once(lambda: run(0.0).loss, evaluation.loss, bool(point.gradient))
         return evaluation
 
     def _run(self, evaluate: Run, gradient: float) -> Evaluation:
@@ -162,10 +160,20 @@ class Perturbation(ABC):
         """How much a verification at such a loss tells; a later one may tell more."""
         return 0
 
-    def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
-        """At the first displaced point with a finite loss; others tell nothing."""
+    def _verify_once(
+        self, evaluate: Callable[[], Tensor], loss: Tensor, graph: bool = False
+    ) -> None:
+        """At the first displaced point with a finite loss; others tell nothing.
+
+        Args:
+            evaluate: evaluates the loss at the present point.
+            loss: the loss there.
+            graph: whether it was found with gradients, by another arithmetic perhaps.
+        """
         if not self._tells(loss):
             return
+        if graph:
+            loss = evaluate()
         again = self.verify(evaluate, loss)
         if again is not None:
             self._advice.once("repeat", self._of_two_losses(loss, again))

@@ -258,7 +258,9 @@ class StreamedPerturbation(Perturbation):
         finite = loss.isfinite()
         return bool(finite.any() if self.sides == 2 else finite.all())
 
-    def _verify_once(self, evaluate: Callable[[], Tensor], loss: Tensor) -> None:
+    def _verify_once(
+        self, evaluate: Callable[[], Tensor], loss: Tensor, graph: bool = False
+    ) -> None:
         """Of all that ever move, or the first steps would each verify what moves in them."""
         moving, at = self.groups, self._at
         activity = self._settings.activity
@@ -273,7 +275,7 @@ class StreamedPerturbation(Perturbation):
             finally:
                 self.over(moving)
                 self._go(at)
-        super()._verify_once(evaluate, loss)
+        super()._verify_once(evaluate, loss, graph)
 
     def verify(self, evaluate: Callable[[], Tensor], loss: Tensor) -> Tensor | None:
         """See also :class:`Verification`."""
