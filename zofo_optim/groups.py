@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from zofo_kernels import check_weight
-from zofo_kernels._torch_compat import is_wrapper_subclass
-
 from .buffers import ParamGroups
-from .names import matching, patterns_in
-from .ownership import without_examples
 from .parallel import check_unshared
 from .plain import plain
-from .settings import DIRECTIONS
-
-_STANDS_IN = {
-    "modules_to_save": "original_module",
-    "ln_tuning_layers": "base_layer",
-    "frod_lambda_l": "base_layer.weight",
-}
-"""Where peft replaces rather than adds: its attribute, by adapter, and what that stands in for."""
-_WHY_UNUSED = (
-    " (no forward pass uses them, or they are an adapter's: inactive or frozen adapters, and "
-    "originals that an adapter replaces)"
-)
+from .zeroth_order import ZerothOrder, parameters_with_all_names
 
 
 def hybrid_param_groups(
@@ -77,68 +61,80 @@ def hybrid_param_groups(
             weights are quantised, sharded, partitioned, sparse or complex and not excluded.
         RuntimeError: the model has zeroth-order parameters, and several processes share it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    options = {"zo": _options("zo", zo), "fo": _options("fo", fo)}
-    wanted, unwanted = patterns_in("include", include), patterns_in("exclude", exclude)
+    check_module(model)
+    rules = ZerothOrder(model, include, exclude, directions)
 
-    if directions not in DIRECTIONS:
-        raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
-    shared = without_examples(model) if directions == "per_example" else set()
-    unreached = _unreached(model)
-    groups: dict[str, dict[str, Tensor]] = {"zo": {}, "fo": {}}
-    left_out: dict[str, list[Tensor]] = {}
-    used: set[str] = set()
-    taken: dict[str, dict[str, str]] = {pattern: {} for pattern in wanted}
-    for names, parameter in _parameters_with_all_names(model):
-        if parameter.requires_grad:
-            groups["fo"][names[0]] = parameter
-            continue
-        included, excluded = matching(wanted, names), matching(unwanted, names)
-        used.update(included, excluded)
-        reason = ""
-        if all(name in unreached for name in names):
-            reason = "unused"
-        elif not excluded and (not wanted or included) and (packed := _packed(parameter, names[0])):
-            raise ValueError(f"model must not have {packed}; {names[0]!r} is one")
-        elif excluded or (wanted and not included):
-            reason = "excluded"
-        elif any(name in shared for name in names):
-            reason = "no direction for each example"
-        elif not _could_learn(parameter):
-            reason = str(parameter.dtype).removeprefix("torch.")
-        for pattern in included:
-            taken[pattern].setdefault(reason, names[0])
-        if reason:
-            left_out.setdefault(reason, []).append(parameter)
-        else:
-            groups["zo"][names[0]] = parameter
+    def mode_of(names: Sequence[str], parameter: Tensor) -> str:
+        return "fo" if parameter.requires_grad else "zo"
 
-    for argument, patterns in (("include", wanted), ("exclude", unwanted)):
-        for pattern in patterns:
-            if pattern not in used:
-                raise ValueError(
-                    f"{argument} must match names of frozen parameters, got {pattern!r}, which "
-                    "matches none"
-                )
-    for pattern, reasons in taken.items():
-        if not reasons.keys() & {"", "excluded"}:
-            said = " and ".join(f"{why} ones such as {name!r}" for why, name in reasons.items())
-            raise ValueError(
-                f"include must match names of frozen parameters that can train, got {pattern!r}, "
-                f"which matches only {said}" + _WHY_UNUSED * ("unused" in reasons)
-            )
-    if not groups["zo"] and not groups["fo"]:
-        raise ValueError("model must have at least one parameter to train, got none")
-    if zo is not None and not groups["zo"]:
+    options = {"zo": options_of("zo", zo), "fo": options_of("fo", fo)}
+    split = split_of(model, mode_of, rules)
+    if zo is not None and not split.zo:
         raise ValueError(
             f"zo must be left out where no parameter is zeroth-order, got {zo!r}; "
-            + _to_do(left_out)
+            + _to_do(split.left_out)
         )
-    if groups["zo"]:
+    return param_groups(model, split, options, "hybrid_param_groups" if verbose else None)
+
+
+class Split(NamedTuple):
+    """The parameters of a model by what becomes of them, in the model's order."""
+
+    zo: dict[str, Tensor]
+    fo: dict[str, Tensor]
+    left_out: dict[str, list[Tensor]]
+    """By reason."""
+
+
+def split_of(
+    model: nn.Module, mode_of: Callable[[Sequence[str], Tensor], str], rules: ZerothOrder
+) -> Split:
+    """What ``mode_of`` says: "fo", "zo" unless the rules leave it out, or why it is neither.
+
+    Args:
+        model: whose parameters.
+        mode_of: told all names of a parameter, and the parameter.
+        rules: what may be zeroth-order.
+
+    Raises:
+        ValueError: no parameter is left, or the rules refuse one, or a pattern.
+    """
+    split = Split({}, {}, {})
+    for names, parameter in parameters_with_all_names(model):
+        mode = mode_of(names, parameter)
+        if mode == "fo":
+            split.fo[names[0]] = parameter
+            continue
+        reason = rules.reason_against(names, parameter) if mode == "zo" else mode
+        if reason:
+            split.left_out.setdefault(reason, []).append(parameter)
+        else:
+            split.zo[names[0]] = parameter
+    rules.check_patterns()
+    if not split.zo and not split.fo:
+        raise ValueError("model must have at least one parameter to train, got none")
+    return split
+
+
+def param_groups(
+    model: nn.Module, split: Split, options: Mapping[str, Mapping[str, Any]], said: str | None
+) -> ParamGroups:
+    """Groups for the optimizer, ZO first; one without parameters is left out.
+
+    Args:
+        model: whose buffers are restored.
+        split: what becomes of its parameters.
+        options: of the groups, by mode.
+        said: how the summary begins that is printed; None: none is.
+
+    Raises:
+        RuntimeError: the model has zeroth-order parameters, and several processes share it.
+    """
+    groups = {"zo": split.zo, "fo": split.fo}
+    if split.zo:
         check_unshared(model)
-    if verbose:
-        print(_summary(groups, left_out))
+    if said is not None:
+        print(_summary(said, split))
     chosen_groups = [
         {
             "params": list(chosen.values()),
@@ -152,7 +148,12 @@ def hybrid_param_groups(
     return ParamGroups(chosen_groups, model)
 
 
-def _options(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def options_of(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     if options is None:
         return {}
     if not isinstance(options, Mapping):
@@ -175,100 +176,6 @@ def _to_do(left_out: Mapping[str, Sequence[Tensor]]) -> str:
     )
 
 
-def _packed(parameter: Tensor, name: str) -> str | None:
-    """What is wrong with a weight that could learn, in a form that cannot be moved.
-
-    Raises:
-        ValueError: it has no memory that can be written.
-    """
-    if hasattr(parameter, "ds_id"):
-        return (
-            "weights that DeepSpeed ZeRO-3 has partitioned: train without DeepSpeed, as zeroth "
-            "order keeps neither gradients nor optimizer state of the base model"
-        )
-    if type(parameter).__name__ in ("Params4bit", "Int8Params"):
-        return (
-            "weights quantised by bitsandbytes in a zeroth-order group: load the base model in "
-            "bfloat16, in which it trains at inference memory, or leave these weights out by "
-            "exclude="
-        )
-    if not _could_learn(parameter):
-        return None
-    advice = "leave these weights out by exclude="
-    if type(parameter).__name__ == "DTensor":
-        return (
-            "sharded weights (DTensor, of FSDP2 or tensor parallelism) in a zeroth-order group: "
-            f"train in one process on one device, without sharding, or {advice}"
-        )
-    try:
-        check_weight(parameter, f"parameter {name!r}")
-    except TypeError as error:
-        return (
-            f"weights that cannot be perturbed in a zeroth-order group ({error}): load the base "
-            f"model unquantised, in bfloat16 for example, or {advice}"
-        )
-    return None
-
-
-def _could_learn(parameter: Tensor) -> bool:
-    """False for integers and booleans, which hold no weight unless a quantised tensor does."""
-    wrapped = is_wrapper_subclass(parameter)
-    return wrapped or parameter.is_floating_point() or parameter.is_complex()
-
-
-def _parameters_with_all_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Each parameter once, with every name under which the model knows it."""
-    found: dict[int, tuple[list[str], Tensor]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), ([], parameter))[0].append(name)
-    return list(found.values())
-
-
-def _unreached(model: nn.Module) -> set[str]:
-    """Names of peft parameters that no forward pass uses, or that are not the base model's.
-
-    Recognised by peft's own attributes, so that peft need not be installed.
-    """
-    names: set[str] = set()
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        own = [
-            *getattr(module, "adapter_layer_names", ()),
-            *getattr(module, "other_param_names", ()),
-            # these are not listed by peft before 0.18
-            *(name for name, _ in module.named_children() if name in _STANDS_IN),
-        ]
-        for child in (*own, *_replaced(module)):
-            start = f"{prefix}.{child}" if prefix else child
-            part: Any = module
-            for attribute in child.split("."):
-                part = getattr(part, attribute, None)
-            if isinstance(part, nn.Parameter):
-                names.add(start)
-            elif isinstance(part, nn.Module | nn.ParameterDict):
-                inside = part.named_parameters(remove_duplicate=False)
-                names.update(f"{start}.{name}" for name, _ in inside)
-    return names
-
-
-def _replaced(module: nn.Module) -> list[str]:
-    """What of the base model a peft module does not use, or not as the tensor that it is now."""
-    found = []
-    for attribute, base in _STANDS_IN.items():
-        adapters = getattr(module, attribute, None)
-        if not isinstance(adapters, nn.ModuleDict | nn.ParameterDict):
-            continue
-        if getattr(module, "disable_adapters", False) or getattr(module, "merged_adapters", ()):
-            continue  # the forward pass is the base layer's
-        active = set(getattr(module, "active_adapters", adapters.keys()))
-        if active & set(adapters.keys()):
-            found.append(base)
-    attention = getattr(module, "base_layer", None)
-    if isinstance(attention, nn.MultiheadAttention) and hasattr(module, "lora_A"):
-        # merged and taken out again in every forward pass, into new tensors
-        found += ["base_layer.in_proj_weight", "base_layer.out_proj.base_layer.weight"]
-    return found
-
-
 def _size(parameters: Sequence[Tensor]) -> str:
     count = sum(p.numel() for p in parameters)
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -277,11 +184,11 @@ def _size(parameters: Sequence[Tensor]) -> str:
     return f"{len(parameters)} tensors, {count}"
 
 
-def _summary(groups: dict[str, dict[str, Tensor]], left_out: dict[str, list[Tensor]]) -> str:
+def _summary(said: str, split: Split) -> str:
     parts = [
-        f"zeroth-order: {_size(list(groups['zo'].values()))} parameters",
-        f"first-order: {_size(list(groups['fo'].values()))}",
+        f"zeroth-order: {_size(list(split.zo.values()))} parameters",
+        f"first-order: {_size(list(split.fo.values()))}",
     ]
-    for reason, parameters in left_out.items():
+    for reason, parameters in split.left_out.items():
         parts.append(f"left out ({reason}): {_size(parameters)}")
-    return "hybrid_param_groups: " + "; ".join(parts)
+    return f"{said}: " + "; ".join(parts)

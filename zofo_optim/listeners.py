@@ -72,6 +72,13 @@ class Listener:
         The optimizer may refuse it still, if the group is not sound.
         """
 
+    def places_changing(self) -> None:
+        """Parameters are about to go from group to group; raise RuntimeError to refuse it.
+
+        Noise follows a parameter's place among the zeroth-order ones, so later directions are
+        others than they would have been.
+        """
+
     def adding(self, optimizer: HybridZOFO) -> None:
         """This listener is about to be added to ``optimizer``; raise RuntimeError to refuse."""
 
@@ -110,3 +117,6 @@ class Listeners(Listener):
 
     def group_adding(self, group: dict[str, Any]) -> None:
         self._tell(lambda listener: listener.group_adding(group))
+
+    def places_changing(self) -> None:
+        self._tell(lambda listener: listener.places_changing())

@@ -128,6 +128,11 @@ class ScoreTrainer(HybridTrainer):
         args = ScoreConfig("tmp_trainer") if args is None else args
         if not isinstance(args, ScoreConfig):
             raise TypeError(f"args must be a ScoreConfig, got {type(args).__name__}")
+        if kwargs.get("partition") is not None:
+            raise ValueError(
+                "partition must be left out, as a score has no gradients by which tensors could "
+                f"train, got {kwargs['partition']!r:.80}"
+            )
         self.rewards = RewardFunctions(reward_funcs, args.reward_weights)
         if isinstance(model, str):
             name, model = model, AutoModelForCausalLM.from_pretrained(model)

@@ -25,6 +25,8 @@ from .counts import Counts
 from .groups import hybrid_param_groups
 from .losses import OF_ELEMENTS, example_losses_of, task_of
 from .optimizer import HybridZOFO
+from .partition import Partition
+from .partition.trainer import Again, TrainerPartition
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -75,8 +77,14 @@ class HybridTrainerMixin(_Base):
         include, exclude: which frozen parameters train, likewise.
         hybrid: options of :class:`HybridZOFO`, such as ``dict(estimator="one_sided")``. Its seed
             is that of the arguments unless given.
+        partition: which tensors train first-order: a :class:`~zofo_optim.partition.Partition`, or
+            options of :func:`~zofo_optim.partition.importance_partition` (``budget``, ``of``,
+            ``policy``, ``seed``), by which one is made when the optimizer is. Then ``batches``
+            (4) of the first training batches are profiled, which training sees again, and with
+            ``every`` the partition is made anew after so many epochs. Checkpoints hold it.
         **kwargs: as for the Trainer. An optimizer given as ``optimizers=(HybridZOFO(...), None)``
-            is taken as it is, without ``zo``, ``include``, ``exclude`` and ``hybrid``.
+            is taken as it is, without ``zo``, ``include``, ``exclude``, ``hybrid`` and
+            ``partition``.
 
     Raises:
         TypeError: ``optimizers`` holds another optimizer; or the trainer takes another batch in
@@ -97,6 +105,7 @@ class HybridTrainerMixin(_Base):
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
         hybrid: Mapping[str, Any] | None = None,
+        partition: Partition | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self._slopes: torch.Tensor | None = None  # of all micro-batches of a step
@@ -105,19 +114,22 @@ class HybridTrainerMixin(_Base):
         self._training = False
         self._hybrid_options = dict(hybrid or {})
         self._group_options: dict[str, Any] = dict(zo=zo, include=include, exclude=exclude)
+        self._partition = None if partition is None else TrainerPartition(partition)
         super().__init__(*args, **kwargs)
         self._check_supported()
         if self.optimizer is not None:
             _check_optimizer(self.optimizer)
-            if any(self._group_options.values()) or hybrid:
+            if any(self._group_options.values()) or hybrid or self._partition is not None:
                 raise ValueError(
-                    "zo, include, exclude and hybrid must be left out where optimizers holds a "
-                    "HybridZOFO, which has its options already"
+                    "zo, include, exclude, hybrid and partition must be left out where optimizers "
+                    "holds a HybridZOFO, which has its options already"
                 )
-            self._check_estimator(self.hybrid_optimizer.settings.estimator)
+            self._check_options(vars(self.hybrid_optimizer.settings))
             if self.hybrid_optimizer.settings.directions == "per_example":
                 self._check_own_loss()
         self.add_callback(_Clearing(self))
+        if self._partition is not None and self._partition.every is not None:
+            self.add_callback(Again(self, self._partition))
 
     def _check_supported(self) -> None:
         if self.is_deepspeed_enabled:
@@ -165,6 +177,11 @@ class HybridTrainerMixin(_Base):
             if theirs is not None:
                 options = {k: v for k, v in options.items() if k != "optimizer_dict"}
             parameters = {"params", "model", "optimizer_dict"} & set(options)
+            if theirs is not None and self._partition is not None:
+                raise ValueError(
+                    f"partition must be left out with {type(self).__name__}, which makes groups of "
+                    "its own for what trains"
+                )
             if parameters:
                 raise ValueError(
                     f"optim must leave the choice of parameters to HybridZOFO, got "
@@ -172,21 +189,26 @@ class HybridTrainerMixin(_Base):
                     f"{sorted(parameters)}: pass optimizers=(HybridZOFO(...), None)"
                 )
             decaying = set(self.get_decay_parameter_names(model))
-            self._check_estimator(self._hybrid_options.get("estimator", "two_sided"))
+            self._check_options(self._hybrid_options)
             directions = self._hybrid_options.get("directions", "shared")
             if directions == "per_example":
                 self._check_own_loss()
-            groups = hybrid_param_groups(
-                model,
-                **self._group_options,
-                directions=directions,
-                verbose=self.is_world_process_zero(),
-            )
+            given = {"fo_optimizer": cls, "seed": self.args.seed, **options, **self._hybrid_options}
+            verbose, empty = self.is_world_process_zero(), False
+            if self._partition is None:
+                groups = hybrid_param_groups(
+                    model, **self._group_options, directions=directions, verbose=verbose
+                )
+            else:
+                empty = self._partition.every is not None
+                groups = self._partition.groups(
+                    self, model, self._group_options, given, decaying, verbose=verbose
+                )
             first_order = [
                 part
                 for group in groups
                 if group["mode"] == "fo"
-                for part in _by_decay(group, decaying, self.args.weight_decay)
+                for part in _by_decay(group, decaying, self.args.weight_decay, empty=empty)
             ]
             if theirs is not None:
                 first_order = _named(theirs, model)
@@ -195,9 +217,8 @@ class HybridTrainerMixin(_Base):
             groups = ParamGroups([*first_order, *zeroth_order], model)
             if len(groups) > len(first_order) and "lr" not in (self._group_options["zo"] or {}):
                 raise ValueError("zo must have the learning rate of the base model, as lr=...")
-            given = {"fo_optimizer": cls, "seed": self.args.seed, **options}
             with self._naming_arguments():
-                self.optimizer = HybridZOFO(groups, **{**given, **self._hybrid_options})
+                self.optimizer = HybridZOFO(groups, **given)
             if not first_order:  # it has no gradients to scale
                 self.accelerator.scaler = None
         return self.optimizer
@@ -302,6 +323,11 @@ class HybridTrainerMixin(_Base):
             label_smoothing=self.args.label_smoothing_factor,
         )
 
+    @property
+    def partition(self) -> Partition | None:
+        """By which the optimizer's groups were made; None without one, or before they are."""
+        return None if self._partition is None else self._partition.partition
+
     def _divisor(self) -> int:
         """By what the Trainer divides a micro-batch's loss: models that count labels do it."""
         return 1 if self.model_accepts_loss_kwargs else self._micro_batches()
@@ -313,6 +339,15 @@ class HybridTrainerMixin(_Base):
 
     def _has_own_losses(self) -> bool:
         return type(self).example_losses is not HybridTrainerMixin.example_losses
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        if options.get("optimizer_in_backward"):
+            raise ValueError(
+                "hybrid must not have optimizer_in_backward=True, as the Trainer calls backward "
+                "and step apart, and clips between; call optimizer.step(closure) in a loop of your "
+                "own"
+            )
+        self._check_estimator(options.get("estimator", "two_sided"))
 
     def _check_estimator(self, estimator: str) -> None:
         if estimator == "antithetic":
@@ -353,11 +388,15 @@ class HybridTrainerMixin(_Base):
             folder = output_dir or self.args.output_dir
             assert folder is not None
             save_base_weights(self.hybrid_optimizer, self._module(), folder)
+        if self.args.should_save and self._partition is not None:
+            self._partition.save(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         if self._saves_adapter_only():
             load_base_weights(self._module(), resume_from_checkpoint)
+        if self._partition is not None:
+            self._partition.load(self, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -413,9 +452,9 @@ def _named(groups: Sequence[dict[str, Any]], model: nn.Module) -> list[dict[str,
 
 
 def _by_decay(
-    group: dict[str, Any], decaying: set[str], weight_decay: float
+    group: dict[str, Any], decaying: set[str], weight_decay: float, empty: bool = False
 ) -> list[dict[str, Any]]:
-    """As the Trainer does: no decay for biases and norms."""
+    """As the Trainer does: no decay for biases and norms; both parts where one may be empty."""
     parts = []
     for names, decay in ((True, weight_decay), (False, 0.0)):
         chosen = [
@@ -423,7 +462,7 @@ def _by_decay(
             for name, p in zip(group["param_names"], group["params"], strict=True)
             if (name in decaying) is names
         ]
-        if chosen:
+        if chosen or empty:
             part = {
                 "params": [p for _, p in chosen],
                 "param_names": [name for name, _ in chosen],

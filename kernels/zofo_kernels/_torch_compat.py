@@ -127,6 +127,27 @@ def making_optimizer_state() -> bool:
     return False
 
 
+def last_sequence_number() -> int:
+    """Number of the autograd node that this thread made last."""
+    return int(torch.autograd._get_sequence_nr()) - 1  # type: ignore[attr-defined]
+
+
+def sequence_number(node: Any) -> int:
+    """An autograd node's own number."""
+    return int(node._sequence_nr())
+
+
+def saving_hook() -> Any:
+    """What packs the tensors that autograd saves now; None where nobody asked to."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def is_custom_function(node: Any) -> bool:
+    """Whether an autograd node is of a function written in Python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 class _Around(threading.local):
     """The mode that this thread's backward passes run in."""
 

@@ -107,6 +107,13 @@ def make_optimizer(model: Any = None) -> Any:
     return HybridZOFO(hybrid_param_groups(model, zo=dict(lr=1e-6), fo=dict(lr=1e-3)))
 
 
+def make_partition() -> Any:
+    from zofo_optim.partition import importance_partition
+
+    model, batch = make_model(), next(iter(make_loader()))
+    return importance_partition(model, lambda: model(**batch).loss, verbose=False)[1]
+
+
 def make_folders() -> None:
     """``tuned``, a fine-tune of the tiny OPT."""
     from zofo_optim import save_hybrid
@@ -122,6 +129,8 @@ def imported(module: str, name: str) -> Callable[[], Any]:
 IN_DOCSTRINGS: dict[str, Callable[[], Any]] = {
     **MAKERS,
     "optimizer": make_optimizer,
+    "partition": make_partition,
+    "importance_partition": imported("zofo_optim.partition", "importance_partition"),
     "hybrid_param_groups": imported("zofo_optim", "hybrid_param_groups"),
     "HybridZOFO": imported("zofo_optim", "HybridZOFO"),
     "AutoModelForCausalLM": imported("transformers", "AutoModelForCausalLM"),

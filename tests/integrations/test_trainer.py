@@ -270,6 +270,13 @@ def test_zeroth_order_alone(tmp_path):
     assert len(logged(done, "projected_grad")) == 4
 
 
+def test_updates_in_the_backward_are_refused(tmp_path):
+    """The Trainer clips between backward and step."""
+    hybrid = dict(optimizer_in_backward=True, nonfinite="raise")
+    with pytest.raises(ValueError, match="hybrid must not have optimizer_in_backward=True"):
+        trainer(tmp_path, hybrid=hybrid).create_optimizer()
+
+
 def test_pairs_are_refused(tmp_path):
     hybrid = dict(PER_EXAMPLE, estimator="antithetic")
     made = trainer(tmp_path, base_model().requires_grad_(False), hybrid=hybrid)

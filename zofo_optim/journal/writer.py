@@ -296,6 +296,12 @@ class Journal(Listener):
             "begin a new one after"
         )
 
+    def places_changing(self) -> None:
+        raise RuntimeError(
+            "parameters cannot go from group to group while a journal is attached, whose noise "
+            "follows their places; close it, and begin a new one after"
+        )
+
     def updated(self, updates: Sequence[Update]) -> None:
         self._end_if_changed()
         paths = [_path(self._moves, position) for position in range(len(updates))]

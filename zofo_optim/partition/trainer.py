@@ -1,0 +1,223 @@
+"""Partitions in transformers' Trainer: profiled on its batches, saved with its checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..buffers import ParamGroups
+from ..counts import Counts
+from ..evaluation import Closure, GlobalRandomState
+from ..optimizer import HybridZOFO
+from .budgets import parse_budget
+from .importance import SHARED
+from .making import make_partition
+from .partition import Partition
+
+if TYPE_CHECKING:
+    from ..trainer import HybridTrainerMixin
+
+FILE = "partition.json"
+"""In a checkpoint."""
+BATCHES = 4
+_OPTIONS = ("budget", "of", "policy", "seed", "batches", "every")
+_OF_HYBRID = ("fo_optimizer", "optimizer_in_backward", "directions")
+"""Arguments of HybridZOFO that a partition is made with too."""
+_HYBRID = frozenset(inspect.signature(HybridZOFO).parameters)
+
+
+class TrainerPartition:
+    """What a trainer's argument ``partition`` says; see :class:`HybridTrainerMixin`.
+
+    Args:
+        given: a :class:`Partition`, or options of :func:`importance_partition`, with ``batches``
+            and ``every``.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: an option that there is not, or without such a value.
+    """
+
+    def __init__(self, given: Partition | Mapping[str, Any]) -> None:
+        self.partition: Partition | None = given if isinstance(given, Partition) else None
+        """The one that the groups are made by, once they are."""
+        if not isinstance(given, Partition | Mapping):
+            raise TypeError(
+                "partition must be a Partition, or a mapping of options of importance_partition, "
+                f"got {type(given).__name__}"
+            )
+        self._options = {} if isinstance(given, Partition) else dict(given)
+        for name in self._options:
+            if name not in _OPTIONS:
+                raise ValueError(f"partition must have options of {_OPTIONS}, got {name!r}")
+        if self._options:
+            parse_budget(self._options.get("budget", 0.6), self._options.get("of", "flops"))
+        self._batches = _count("batches", self._options.pop("batches", BATCHES))
+        every = self._options.pop("every", None)
+        self.every = None if every is None else _count("every", every)
+        """Epochs after which the partition is made anew; None: never."""
+        self._arguments: dict[str, Any] = {}
+        self._decaying: Collection[str] = ()
+
+    def groups(
+        self,
+        trainer: HybridTrainerMixin,
+        model: nn.Module,
+        group_options: Mapping[str, Any],
+        hybrid: Mapping[str, Any],
+        decaying: Collection[str],
+        *,
+        verbose: bool,
+    ) -> ParamGroups:
+        """As of ``hybrid_param_groups``, made by the partition, which is made where there is none.
+
+        Args:
+            trainer: whose data and loss they are.
+            model: what it trains.
+            group_options: ``zo``, ``include`` and ``exclude``.
+            hybrid: the arguments of the HybridZOFO to come.
+            decaying: names of the parameters with weight decay.
+            verbose: print summaries.
+        """
+        zo = group_options["zo"]
+        self._decaying = decaying
+        self._arguments = {
+            **{name: group_options[name] for name in ("include", "exclude")},
+            **{name: hybrid[name] for name in _OF_HYBRID if name in hybrid},
+            "fo": {k: v for k, v in hybrid.items() if k in SHARED or k not in _HYBRID},
+            "verbose": verbose,
+        }
+        if self.partition is None:
+            self.partition = self._made(trainer, model)
+        groups = self.partition.groups(model, zo, verbose=verbose)
+        if self.every is not None:  # later partitions may fill what is empty now
+            for mode, options in (("zo", zo or {}), ("fo", {})):
+                if not any(group["mode"] == mode for group in groups):
+                    groups.append({"params": [], "param_names": [], "mode": mode, **options})
+        return groups
+
+    def place(self, groups: list[dict[str, Any]]) -> Callable[[str, Tensor, str], int]:
+        """Says in which group of the trainer's optimizer a tensor belongs."""
+
+        def found(name: str, p: Tensor, mode: str) -> int:
+            of_mode = [k for k, group in enumerate(groups) if group["mode"] == mode]
+            return of_mode[0 if mode == "zo" or name in self._decaying else -1]
+
+        return found
+
+    def _made(self, trainer: HybridTrainerMixin, model: nn.Module) -> Partition:
+        with _first_batches(trainer, self._batches) as batches, _as_in_training(model):
+            closures = [_closure(trainer, model, batch) for batch in batches]
+            known = None if self.partition is None else [row.name for row in self.partition.rows]
+            return make_partition(
+                model, closures, candidates=known, **self._arguments, **self._options
+            )
+
+    def make_again(self, trainer: HybridTrainerMixin) -> None:
+        """Profile the model as it is now, and move its tensors between the optimizer's groups."""
+        model: Any = trainer.model
+        optimizer = trainer.hybrid_optimizer
+        self.partition = self._made(trainer, model)
+        self.partition.apply(optimizer, model, place=self.place(optimizer.param_groups))
+
+    def save(self, folder: str) -> None:
+        if self.partition is not None:
+            self.partition.save(os.path.join(folder, FILE))
+
+    def load(self, trainer: HybridTrainerMixin, folder: str) -> None:
+        """Go on with a checkpoint's partition, if it has one."""
+        path = os.path.join(folder, FILE)
+        if os.path.isfile(path):
+            self.partition = Partition.load(path)
+            if trainer.optimizer is not None:
+                optimizer, model = trainer.hybrid_optimizer, trainer.model
+                place = self.place(optimizer.param_groups)
+                self.partition.apply(optimizer, model, place=place)  # type: ignore[arg-type]
+
+
+class Again(TrainerCallback):
+    """Makes the partition anew every so many epochs, but after the last one."""
+
+    def __init__(self, trainer: HybridTrainerMixin, partition: TrainerPartition) -> None:
+        self._trainer = trainer
+        self._partition = partition
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done = round(state.epoch or 0)
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        if self._partition.every and done % self._partition.every == 0 and not ends:
+            self._partition.make_again(self._trainer)
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} in partition must be an int >= 1, got {value!r}")
+    return value
+
+
+@contextmanager
+def _first_batches(
+    trainer: HybridTrainerMixin, count: int
+) -> Generator[list[dict[str, Any]], None, None]:
+    """The batches that training would begin with now.
+
+    Generators, accelerate's loaders and what the trainer counts are afterwards as before, so that
+    training is as it would have been.
+    """
+    random = GlobalRandomState({p.device for p in trainer.model.parameters()})  # type: ignore[union-attr]
+    counts = Counts(trainer)
+    loaders = trainer.accelerator._dataloaders
+    kept = list(loaders)
+    try:
+        loader = trainer.get_train_dataloader()
+        iterator = iter(loader)
+        try:
+            found = [dict(batch) for batch in itertools.islice(iterator, count)]
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
+            references = trainer.accelerator.gradient_state.dataloader_references
+            if any(known is not None and known is loader for known in references):
+                loader.end()  # type: ignore[attr-defined]
+        if not found:
+            raise ValueError("train_dataset must have a batch to profile, got none")
+        yield found
+    finally:
+        loaders[:] = kept
+        counts.restore()
+        random.restore()
+
+
+@contextmanager
+def _as_in_training(model: nn.Module) -> Generator[None, None, None]:
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _closure(trainer: HybridTrainerMixin, model: nn.Module, batch: dict[str, Any]) -> Closure:
+    """The loss that training has for this batch alone."""
+
+    def closure() -> torch.Tensor:
+        inputs = trainer._prepare_inputs(dict(batch))
+        trainer._training = trainer._has_own_losses()
+        try:
+            with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
+                loss: torch.Tensor = trainer.compute_loss(model, inputs)
+        finally:
+            trainer._training, trainer._losses = False, None
+        return loss.mean()
+
+    return closure
