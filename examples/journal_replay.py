@@ -37,7 +37,7 @@ again = copy.deepcopy(base)  # as it would be loaded elsewhere
 
 model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
 optimizer = HybridZOFO(
-    hybrid_param_groups(model, zo=dict(lr=args.lr_zo, mu=1e-3), fo=dict(lr=1.0, momentum=0.9))
+    hybrid_param_groups(model, zo=dict(lr=args.lr_zo, mu=1e-3), fo=dict(lr=0.3, momentum=0.9))
 )
 path = Path(tempfile.mkdtemp()) / "run.zofo"
 losses = []

@@ -58,11 +58,12 @@ class Advice:
                 "and do not train, and no group has mode='zo'; pass hybrid_param_groups(model, "
                 "zo=dict(lr=...)) to train what is frozen by zeroth order, or leave it out",
             )
-        if coupling and groups and not first_order:
+        if coupling and not (groups and first_order):
+            missing = "zo" if first_order else "fo"
             self.once(
                 "coupling",
-                f"coupling={coupling!r} does nothing, as there is no group with mode='fo'; leave "
-                "it out",
+                f"coupling={coupling!r} does nothing, as there is no group with mode={missing!r}; "
+                "leave it out",
             )
 
     def about_losses(

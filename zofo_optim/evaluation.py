@@ -21,7 +21,7 @@ from .frameworks import may_skip
 from .freezing import without_graph
 from .gradients import Gradients
 from .in_backward import InBackward, look_at
-from .watch import Answer, ClosureWatch, Look, answering
+from .watch import Answer, ClosureWatch, answering
 
 Closure = Callable[[], Any]
 
@@ -81,7 +81,7 @@ def evaluate(
     first_order: Sequence[Tensor] = (),
     per_example: bool = False,
     answer: Answer | None = None,
-    look: Look | None = None,
+    look: InBackward | None = None,
 ) -> Evaluation:
     """Run the closure once.
 
@@ -96,7 +96,7 @@ def evaluate(
         per_example: the closure returns the losses of B examples, shape (B,); gradients are those
             of their mean.
         answer: makes the results of the closure's torch calls; None: torch does.
-        look: sees the loss before it is back-propagated.
+        look: is told of what is back-propagated, before.
 
     Raises:
         TypeError, ValueError: the closure did not return a real scalar, or such losses.
@@ -137,7 +137,7 @@ def evaluate(
         with torch.enable_grad():
             whole = loss.mean() if per_example else loss
         if look is not None:
-            look(whole, scaled or plain is not loss)
+            look.look(whole, scaled or plain is not loss)
         with answering(answer), interruptible():
             whole.backward()  # type: ignore[no-untyped-call]
         backpropagated = True
@@ -243,7 +243,8 @@ class Runs:
         self._evaluator = evaluator
         self._closure = closure
         self._first_order, self._zeroth_order = first_order, zeroth_order
-        self._gradients, self._in_backward = Gradients(first_order), in_backward
+        self._gradients = Gradients(() if in_backward else first_order)
+        self._in_backward = in_backward
         self._devices = None if devices is None else set(devices)
         self._before: GlobalRandomState | None = None
         self._after: GlobalRandomState | None = None
@@ -271,26 +272,11 @@ class Runs:
                 self._evaluator.buffers.end()
         return isinstance(error, NoLossError) and self._after is None and may_skip(self._closure)
 
-    def try_backward(self) -> None:
-        """Where updates come inside the backward, show that they can, unless that is known.
-
-        Raises:
-            RuntimeError: a gradient comes in several parts, or the loss has another backward in it.
-        """
-        updates = self._in_backward
-        if updates is None or updates.is_tried(self._first_order):
-            return
-        if self(1.0).inner:
-            updates.forget()
-            raise RuntimeError(
-                "closure must call backward for its loss alone where optimizer_in_backward=True, "
-                "which updates in any; compute gradients that the loss depends on by "
-                "torch.autograd.grad"
-            )
-
     def __call__(self, weight: float, answer: Answer | None = None) -> Evaluation:
         """Run the closure once more, with gradients of this weight; see :func:`evaluate`."""
-        gradients, updates = bool(weight), self._in_backward
+        gradients, updates, evaluator = bool(weight), self._in_backward, self._evaluator
+        zeroth_order = self._zeroth_order if gradients or self._inner else ()
+        graphless = without_graph(zeroth_order, check=gradients and not evaluator.graph_is_known)
         self._gradients.before_run(weight)
         try:
             self._evaluator.running = "first" if self._after is None else "repeat"
@@ -301,7 +287,7 @@ class Runs:
             inner = frozenset() if gradients else self._inner
             with (
                 self._evaluator.first_of_all(self._devices is not None),
-                without_graph(self._zeroth_order if gradients else ()),
+                graphless,
                 updates.updating(self._first_order) if gradients and updates else nullcontext(),
             ):
                 result = evaluate(
@@ -311,10 +297,11 @@ class Runs:
                     first_order=self._first_order if gradients else (),
                     per_example=self._evaluator.per_example,
                     answer=answer,
-                    look=look_at if updates else None,
+                    look=updates if gradients else None,
                 )
-            if updates:
+            if updates and not gradients:
                 look_at(result.loss)
+            evaluator.graph_is_known |= gradients
             self._inner = result.inner
             self._gradients.after_run(weight, result.loss)
         finally:
@@ -337,6 +324,8 @@ class Evaluator:
         self.running: str | None = None
         """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
         self.buffers = Buffers()
+        self.graph_is_known = False
+        """Whether an evaluation with gradients did without those of zeroth-order parameters."""
         self._checked = False
 
     @contextmanager

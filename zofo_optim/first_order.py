@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,33 +170,55 @@ class FirstOrder:
         if self._inner is not None:
             unhooked_step(self._inner)(self._inner)
 
-    def step_one(self, parameter: Tensor) -> None:
-        """The same for one parameter alone."""
-        assert self._inner is not None
-        groups = self._inner.param_groups
-        group = next(g for g in groups if any(p is parameter for p in g["params"]))
-        self._inner.param_groups = [{**group, "params": [parameter]}]
-        try:
-            self.step()
-        finally:
-            self._inner.param_groups = groups
+    def steps_of_one(self) -> dict[int, Callable[[Tensor], None]]:
+        """By ``id`` of each parameter, what steps it alone; autograd may call from any thread."""
+        inner, lock = self._inner, threading.Lock()
+        if inner is None:
+            return {}
+
+        def step_in(group: dict[str, Any]) -> Callable[[Tensor], None]:
+            def step(parameter: Tensor) -> None:
+                with lock:
+                    groups = inner.param_groups
+                    inner.param_groups = [{**group, "params": [parameter]}]
+                    try:
+                        self.step()
+                    finally:
+                        inner.param_groups = groups
+
+            return step
+
+        return {
+            id(p): step for g in inner.param_groups for step in [step_in(g)] for p in g["params"]
+        }
 
     def check_steps_one(self) -> None:
         """
         Raises:
-            TypeError: the class's groups have a state, so that parameters must step together.
+            TypeError: the class steps parameters otherwise together than one by one.
         """
-        trial = _trial(self._factory, self.options)
-        (group,) = trial.param_groups
-        (parameter,) = group["params"]
-        parameter.grad = torch.zeros_like(parameter)
-        before = {k: v for k, v in group.items() if k != "params"}
-        unhooked_step(trial)(trial)
-        changed = [k for k, v in before.items() if group[k] is not v and group[k] != v]
-        if changed or group.keys() - before.keys() - {"params"}:
+        results = []
+        for apart in (False, True):
+            generator = torch.Generator().manual_seed(0)
+            parameters = [
+                torch.randn(shape, generator=generator, requires_grad=True)
+                for shape in ((2, 3), (3, 2))
+            ]
+            trial = FirstOrder(self._factory, self.options, self.defaults)
+            groups = [{"params": parameters, "mode": "fo", **self.defaults}]
+            trial.rebuild(groups, defaultdict(dict))
+            steps = trial.steps_of_one()
+            for _ in range(2):
+                gradients = [10 * torch.randn(p.shape, generator=generator) for p in parameters]
+                _step(trial, steps if apart else {}, parameters, gradients)
+            notes = {name: value for name, value in groups[0].items() if name != "params"}
+            results.append(([p.detach() for p in parameters], notes))
+        (together, as_said), (alone, noted) = results
+        same = all(torch.allclose(a, b) for a, b in zip(together, alone, strict=True))
+        if not same or as_said != noted:
             raise TypeError(
-                "fo_optimizer must keep its state by parameter where optimizer_in_backward=True, "
-                f"got {self.name}, which keeps some in its groups: {', '.join(changed)}"
+                "fo_optimizer must step each parameter by itself where optimizer_in_backward=True, "
+                f"got {self.name}, whose steps depend on all gradients or count its calls"
             )
 
     def switch(self, mode: str) -> None:
@@ -202,3 +226,25 @@ class FirstOrder:
         method = getattr(self._inner, mode, None)
         if callable(method):
             method()
+
+
+def _step(
+    first_order: FirstOrder,
+    steps: Mapping[int, Callable[[Tensor], None]],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """One step of a trial, one by one where ``steps`` says how; by sparse gradients if need be."""
+    for sparse in (False, True):
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient.to_sparse(1) if sparse else gradient.clone()
+        try:
+            if not steps:
+                return first_order.step()
+            for p in parameters:
+                steps[id(p)](p)
+            return None
+        except RuntimeError:
+            if sparse:
+                raise
+    return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -35,13 +36,37 @@ def patterns_of_frozen(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def without_graph(parameters: Iterable[Tensor]) -> Generator[None, None, None]:
-    """Autograd computes no gradient for these in here, and keeps nothing for it."""
+def without_graph(parameters: Iterable[Tensor], check: bool = False) -> Generator[None, None, None]:
+    """Autograd computes no gradient for these in here, and keeps nothing for it.
+
+    Args:
+        parameters: leaves.
+        check: whether something needs them to have a graph.
+
+    Raises:
+        RuntimeError: a re-entrant checkpoint does: without, it has no gradients for what is in it.
+    """
     switched = [p for p in parameters if p.requires_grad and p.is_leaf]
     for p in switched:
         p.requires_grad_(False)
     try:
-        yield
+        with _reentrant_checkpoints_refused() if check and switched else nullcontext():
+            yield
     finally:
         for p in switched:
             p.requires_grad_(True)
+
+
+@contextmanager
+def _reentrant_checkpoints_refused() -> Generator[None, None, None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "None of the inputs have requires_grad=True", UserWarning)
+        try:
+            yield
+        except UserWarning as warning:
+            raise RuntimeError(
+                "closure must not checkpoint first-order layers with use_reentrant=True above "
+                "zeroth-order ones, where no input requires a gradient, so that theirs would be "
+                "left out; take use_reentrant=False, or let the input require gradients "
+                "(model.enable_input_require_grads() in transformers)"
+            ) from warning

@@ -59,9 +59,9 @@ class Gradients:
 def _sum(kept: Tensor | None, weight: float, gradient: Tensor, healthy: Tensor) -> Tensor:
     """kept + weight gradient, in place; on a device that is not asked, gradient or 0."""
     gradient = gradient.detach()
-    if healthy.device.type != "cpu" and not gradient.is_sparse:
-        healthy = healthy.to(gradient.device, non_blocking=True)
-        gradient = torch.where(healthy, gradient, torch.zeros_like(gradient))
+    if healthy.device.type != "cpu":
+        values = gradient._values() if gradient.is_sparse else gradient  # type: ignore[no-untyped-call]
+        values.masked_fill_(~healthy.to(values.device, non_blocking=True), 0.0)
     if kept is None:
         return gradient.mul_(weight)
     if kept.is_sparse and not gradient.is_sparse:

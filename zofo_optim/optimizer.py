@@ -5,7 +5,6 @@ A step flows one way: points -> evaluations -> losses -> estimate -> updates -> 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -180,7 +179,7 @@ class HybridZOFO(AskTell):
         Raises:
             RuntimeError: no closure, and no ``backward(closure)`` since the last step.
             TypeError, ValueError, FloatingPointError: as :meth:`backward`; then no weight has
-                changed.
+                changed, but with ``optimizer_in_backward`` first-order ones whose gradients came.
         """
         returned = None
         closure = unless_empty(closure)
@@ -257,18 +256,17 @@ class HybridZOFO(AskTell):
             samples, first_order=bool(first_order), coupling=settings.coupling
         )
         zeroth_order = [p for g in self.param_groups if g["mode"] == "zo" for p in g["params"]]
-        devices = {p.device for p in [*first_order, *zeroth_order]} if groups else None
         updates = self._in_backward if first_order else None
+        trial = updates is not None and not updates.is_tried(first_order)
+        devices = {p.device for p in [*first_order, *zeroth_order]} if groups or trial else None
         evaluations: list[Evaluation] = []
         with self._evaluator.runs(closure, first_order, devices, zeroth_order, updates) as evaluate:
-            if updates:
+            mine = list(self._replicas.mine(points))
+            if updates:  # the clean one last: others must see y as it was
                 self._fo.follow(self.param_groups, self.state)
-                evaluate.try_backward()
-            mine = deque(self._replicas.mine(points))
-            mine.rotate(-1 if updates else 0)  # the clean one last: others see y as it was
-            found = deque(perturbation.visit(mine, evaluate, first_direction=self._directions))
-            found.rotate(1 if updates else 0)
-            evaluations = list(found)
+                mine = [*mine[:1] * trial, *mine[1:], mine[0]]
+            found = perturbation.visit(mine, evaluate, first_direction=self._directions)
+            evaluations = [found[-1], *found[trial:-1]] if updates else found
         return points, evaluations
 
     def _apply(self, perturbation: Perturbation) -> None:

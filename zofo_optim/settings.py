@@ -24,7 +24,7 @@ PERTURBATIONS = ("in_place", "streamed")
 DIRECTIONS = ("shared", "per_example")
 NONFINITE = ("skip", "raise")
 _OF_EXAMPLES = {"structure": "low_rank", "perturbation": "streamed", "num_samples": 1}
-_NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable", "optimizer_in_backward")
+_NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable")
 _IN_BACKWARD = {"nonfinite": "raise", "coupling": 0, "capturable": False}
 """What looks at no gradient before it is applied."""
 
@@ -37,6 +37,7 @@ BEFORE = {
     "examples_per_direction": 1,
     "active": None,
     "coupling": 0.0,
+    "optimizer_in_backward": False,
 }
 """What earlier versions had no choice in, so that what they saved does not say it."""
 

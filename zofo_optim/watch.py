@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zofo_kernels._torch_compat import (
+    READ_GRAD,
     SET_GRAD_ENABLED,
     backward_within,
     in_functorch,
@@ -23,12 +24,13 @@ from zofo_kernels._torch_compat import (
 )
 
 from .capture import capturing, check_replayable
+from .in_backward import InBackward
 
 _NEAR = 50
 """Operations between a loss and what it was computed from: divisions, sums, means."""
 Answer = Callable[[Any, "tuple[Any, ...]", "dict[str, Any]"], Any]
 """Makes a torch call's result, from the function and its arguments."""
-Look = Callable[[Tensor, bool], None]
+_BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 class ClosureWatch(TorchFunctionMode):
@@ -42,7 +44,7 @@ class ClosureWatch(TorchFunctionMode):
         swallow: skip the calls of backward, and keep gradients off.
         inner: positions of the calls that are not skipped; then gradients stay on.
         answer: makes the results of torch calls; None: torch does.
-        look: sees what the closure back-propagates, and whether a GradScaler scaled it, before.
+        look: is told what the closure back-propagates, before, and whose gradients it reads.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class ClosureWatch(TorchFunctionMode):
         swallow: bool,
         inner: Collection[int] = (),
         answer: Answer | None = None,
-        look: Look | None = None,
+        look: InBackward | None = None,
     ) -> None:
         super().__init__()
         show_backward_to_modes()
@@ -108,7 +110,9 @@ class ClosureWatch(TorchFunctionMode):
             look, scaled = self._look, self._scaled[0] is not None
             if look is not None:
                 for root in _tensors(*args, **kwargs):
-                    look(root, scaled)
+                    look.look(root, scaled)
+        if self._look is not None and func == READ_GRAD:
+            self._look.looked_at(args[0])
         if func is SET_GRAD_ENABLED and self.swallow and not self._made and not in_functorch():
             args = (False,)  # Lightning's closures turn them on, and would keep activations
         if self.captured:
@@ -137,7 +141,10 @@ class _Answering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._answer(func, args, kwargs or {})
+        if func not in _BACKWARDS:
+            return self._answer(func, args, kwargs or {})
+        with answering(self._answer):  # a backward in a backward, perhaps in a thread of autograd's
+            return self._answer(func, args, kwargs or {})
 
 
 def _tensors(tensors: Any = (), *unused: Any, **options: Any) -> Sequence[Any]:

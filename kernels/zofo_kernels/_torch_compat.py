@@ -19,11 +19,23 @@ from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import TreeSpec as TreeSpec
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 SET_GRAD_ENABLED: Callable[..., Any] = torch._C._set_grad_enabled
 """What ``torch.set_grad_enabled`` and its like call; a torch-function mode sees this call."""
+READ_GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
+"""What a torch-function mode sees where ``tensor.grad`` is read."""
+READ_NUMBER: Any = torch.ops.aten._local_scalar_dense.default
+"""The operation by which an element becomes a Python number."""
+CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+GROUPED_PRODUCT: Any = getattr(torch.ops.aten, "_grouped_mm", None)
+"""Products of several matrices at once, as of experts; None where torch has no such operation."""
 
 
 def in_functorch() -> bool:

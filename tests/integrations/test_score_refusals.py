@@ -72,6 +72,8 @@ def test_a_prompt_without_tokens_is_refused(tmp_path):
 def test_bad_options(tmp_path):
     with pytest.raises(ValueError, match="hybrid must have estimator='antithetic'"):
         trainer(tmp_path, hybrid=dict(estimator="two_sided")).create_optimizer()
+    with pytest.raises(ValueError, match="partition must be left out"):
+        trainer(tmp_path, partition=dict(budget=0.5))
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(TypeError, match="args must be a ScoreConfig, got TrainingArguments"):
         ScoreTrainer(model_of(), even, arguments, processing_class=word_tokenizer())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from experiments.measure import growth
 from zofo_optim import HybridZOFO
@@ -81,7 +82,7 @@ def test_the_peak_is_that_of_frozen_weights():
 
         step()
         peaks.append(growth(step).most)
-    assert peaks[0] == peaks[1]
+    assert abs(peaks[0] - peaks[1]) < 4 * ROWS * WIDTH  # one activation, of six below
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
@@ -123,3 +124,35 @@ def test_gradients_that_were_there_stay():
     for p, g, value in zip(net[0].parameters(), kept, values, strict=True):
         assert p.grad is g
         assert torch.equal(g, value)
+
+
+def test_a_checkpoint_that_would_leave_gradients_out_is_refused():
+    """A re-entrant one, whose inputs come from zeroth-order weights alone."""
+    table, net = nn.Embedding(5, WIDTH), layers()
+    groups = [
+        dict(params=table.parameters(), mode="zo", lr=1e-4),
+        dict(params=net.parameters(), lr=1e-2),
+    ]
+    optimizer = HybridZOFO(groups)
+
+    def loss(reentrant):
+        h = checkpoint(net, table(torch.tensor([1, 2])), use_reentrant=reentrant)
+        return h.square().mean()
+
+    with pytest.raises(RuntimeError, match="must not checkpoint first-order layers"):
+        optimizer.step(lambda: loss(True))
+    optimizer.step(lambda: loss(False))
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_displaced_evaluations_with_a_backward_inside_have_none_either():
+    net, x = layers(), torch.randn(4, WIDTH)
+    optimizer = optimizer_of(net, 3)
+
+    def penalized():
+        at = x.clone().requires_grad_()
+        net(at).mean().backward(inputs=[at])
+        return net(x).square().mean() + at.grad.square().sum()
+
+    optimizer.step(penalized)
+    assert all(p.grad is None for layer in net[:3] for p in layer.parameters())

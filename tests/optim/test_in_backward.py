@@ -189,7 +189,7 @@ def test_refuses_gradients_in_parts():
         loss.backward()
         return loss
 
-    refused(net, optimizer_of(net), twice, RuntimeError, "in one part")
+    refused(net, optimizer_of(net), twice, RuntimeError, "call backward once")
 
     def reentrant():
         x = batch().requires_grad_()
@@ -197,7 +197,7 @@ def test_refuses_gradients_in_parts():
         h = checkpoint(lambda h: torch.tanh(net.first(h)), h, use_reentrant=True)
         return net.last(h).mean()
 
-    refused(net, optimizer_of(net), reentrant, RuntimeError, "in one part")
+    refused(net, optimizer_of(net), reentrant, RuntimeError, "call backward once")
 
 
 def test_refuses_a_backward_that_the_loss_depends_on():
@@ -208,7 +208,7 @@ def test_refuses_a_backward_that_the_loss_depends_on():
         net(x).backward(inputs=[x])
         return net(x.detach()) + x.grad.square().sum()
 
-    refused(net, optimizer_of(net), penalty, RuntimeError, "for its loss alone")
+    refused(net, optimizer_of(net), penalty, RuntimeError, "call backward once")
 
 
 def test_refuses_gradients_that_are_there():
@@ -309,20 +309,141 @@ def test_refuses_backward_by_itself():
         optimizer_of(net, in_backward=1)
 
 
-def test_refuses_optimizers_whose_groups_have_a_state():
-    class Counts(torch.optim.SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            for group in self.param_groups:
-                group["k"] = group.get("k", 0) + 1
+class Counting(torch.optim.SGD):
+    """Groups have a state."""
 
-    with pytest.raises(TypeError, match=r"keep its state by parameter .*Counts"):
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+
+
+class Clipping(torch.optim.SGD):
+    """As LAMB does: looks at all gradients."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        super().step(closure)
+
+
+class Decaying(torch.optim.SGD):
+    """Counts its calls."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-0.1 / self.calls)
+
+
+@pytest.mark.parametrize("factory", [Counting, Clipping, Decaying])
+def test_refuses_optimizers_that_do_not_step_parameters_by_themselves(factory):
+    with pytest.raises(TypeError, match=r"step each parameter by itself .*" + factory.__name__):
         HybridZOFO(
-            Net().parameters(),
-            fo_optimizer=Counts,
-            optimizer_in_backward=True,
-            nonfinite="raise",
+            Net().parameters(), fo_optimizer=factory, optimizer_in_backward=True, nonfinite="raise"
         )
+
+
+def test_sparse_gradients():
+    tables = [nn.Embedding(5, 3, sparse=True) for _ in range(2)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    optimizer = HybridZOFO(
+        tables[0].parameters(),
+        fo_optimizer=torch.optim.SparseAdam,
+        optimizer_in_backward=True,
+        nonfinite="raise",
+    )
+    plain = torch.optim.SparseAdam(tables[1].parameters())
+    rows = torch.tensor([1, 3])
+    for _ in range(3):
+        optimizer.step(lambda: tables[0](rows).square().sum())
+        plain.zero_grad()
+        tables[1](rows).square().sum().backward()
+        plain.step()
+    assert torch.equal(tables[0].weight, tables[1].weight)
+
+
+def test_refuses_gradients_that_no_backward_left():
+    net = Net()
+    first = [*net.first.parameters(), *net.last.parameters()]
+
+    def closure():
+        loss = net(batch())
+        for p, gradient in zip(first, torch.autograd.grad(loss, first), strict=True):
+            p.grad = gradient
+        return float(loss)
+
+    refused(net, optimizer_of(net), closure, RuntimeError, "by backward alone")
+
+
+def test_refuses_a_closure_that_clips():
+    net = Net()
+
+    def closure():
+        net.zero_grad()  # reading gradients before is no matter
+        loss = net(batch())
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        return loss
+
+    refused(net, optimizer_of(net), closure, RuntimeError, "must not look at gradients")
+
+
+def test_refuses_losses_of_parts():
+    """The second one would see what the first has updated."""
+    net = Net()
+
+    def closure():
+        h = net.first(net.base(batch()))
+        first = h.square().mean()
+        first.backward()
+        second = net.last(h.detach()).square().mean()
+        second.backward()
+        return first.detach() + second.detach()
+
+    refused(net, optimizer_of(net), closure, RuntimeError, "call backward once")
+
+
+def test_the_trial_leaves_no_trace():
+    """Of its own: random draws and buffers are those of one evaluation, without ZO groups too."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+        optimizer = HybridZOFO(
+            net.parameters(),
+            lr=0.1,
+            optimizer_in_backward=fused,
+            nonfinite="raise",
+            restore_buffers=net,
+        )
+        torch.manual_seed(1)
+        for step in range(3):
+            optimizer.zero_grad()
+            optimizer.step(lambda net=net, step=step: net(batch(step)).square().mean())
+        found.append([*weights(net), *net.buffers(), torch.rand(1)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_parameter_that_is_unfrozen_is_tried():
+    net, graphs = Net(), []
+    net.last.requires_grad_(False)
+    optimizer = optimizer_of(net, zeroth_order=False)
+
+    def closure():
+        graphs.append(1)
+        return net(batch())
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert len(graphs) == 3
+    net.last.requires_grad_(True)
+    for _ in range(2):
+        optimizer.step(closure)
+    assert len(graphs) == 6
 
 
 def test_tied_and_unused_parameters():

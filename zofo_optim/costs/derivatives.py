@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
+
+from zofo_kernels._torch_compat import tree_leaves, tree_unflatten
 
 from .flops import FURTHER
 from .recorded import Op, Ref, Trace, Value

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from zofo_kernels._torch_compat import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    GROUPED_PRODUCT,
+)
+
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
@@ -26,10 +32,6 @@ def _of_shapes(formula: Callable[..., int]) -> Callable[..., int]:
     return counted
 
 
-_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
 def _grouped(left: Any, right: Any, *_: Any, **__: Any) -> int:
     groups = left.shape[0] if left.dim() == right.dim() == 3 else 1
     return int(2 * groups * left.shape[-2] * left.shape[-1] * right.shape[-1])
@@ -37,9 +39,9 @@ def _grouped(left: Any, right: Any, *_: Any, **__: Any) -> int:
 
 _grouped._get_raw = True  # type: ignore[attr-defined]
 FURTHER: Mapping[Any, Callable[..., int]] = {
-    _CPU: _of_shapes(_attention),
-    _CPU_BACKWARD: _of_shapes(_attention_backward),
-    torch.ops.aten._grouped_mm: _grouped,
+    CPU_ATTENTION: _of_shapes(_attention),
+    CPU_ATTENTION_BACKWARD: _of_shapes(_attention_backward),
+    GROUPED_PRODUCT: _grouped,
 }
 """What the registry lacks: fused attention on the CPU, counted as it counts the one on a GPU, and
 the grouped products of mixtures of experts.

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from zofo_kernels._torch_compat import TorchDispatchMode
+from zofo_kernels._torch_compat import TorchDispatchMode, tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import TreeSpec
+
+from zofo_kernels._torch_compat import TreeSpec
 
 
 class Ref(int):

@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zofo_kernels._torch_compat import (
+    READ_NUMBER,
     TorchDispatchMode,
     is_custom_function,
     last_sequence_number,
     saving_hook,
     sequence_number,
+    tree_flatten,
+    tree_leaves,
 )
 
 from .flops import flops_of
 from .recorded import Op, Ref, Storage, Trace, Value
 from .watched import LossWatch
-
-_READ = torch.ops.aten._local_scalar_dense.default
 
 
 def trace(closure: Callable[[], Any], candidates: Mapping[str, Tensor]) -> Trace:
@@ -85,7 +85,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _READ and args[0].is_meta:
+        if func is READ_NUMBER and args[0].is_meta:
             raise ValueError(
                 "closure must not read values of tensors on the meta device (item(), bool(), if), "
                 "which has none: leave out what the question is about, such as an attention mask, "

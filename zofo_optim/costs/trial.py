@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+
+from zofo_kernels._torch_compat import tree_leaves
 
 from .memory import LiveBytes
 

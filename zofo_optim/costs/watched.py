@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zofo_kernels._torch_compat import show_backward_to_modes
+from zofo_kernels._torch_compat import CPU_ATTENTION, show_backward_to_modes
 
 _NO_GRAPH = (
     "closure must return a loss that depends on a tensor that may train, got one without a graph: "
@@ -126,7 +126,7 @@ def _fused(
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         nothing = torch.zeros((), dtype=query.dtype, device="meta")
         attn_mask = torch.where(attn_mask, nothing, float("-inf"))
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attend = CPU_ATTENTION
     return attend(  # type: ignore[no-any-return]
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]

@@ -99,7 +99,7 @@ class Perturbation(ABC):
             first_direction: where examples have directions of their own, the number of the
                 batch's first one in the step.
         """
-        found = []
+        found: list[Evaluation] = []
         self._first_direction = first_direction
         self._examples = None
         run = self._guarded(lambda gradient: self._run(evaluate, gradient))
@@ -108,7 +108,10 @@ class Perturbation(ABC):
                 self.move(point.sample, point.sign)
             else:
                 self.restore()
-            found.append(self._evaluate_here(point, run))
+            evaluation = self._evaluate_here(point, run)
+            if point.sign and found:  # no graph that it may hold is needed
+                evaluation = evaluation._replace(returned=None)
+            found.append(evaluation)
         return found
 
     def _evaluate_here(self, point: Point, run: Evaluate) -> Evaluation:

@@ -7,8 +7,8 @@ such as autocast's 16-bit version, is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +54,24 @@ class SavedCopies:
         at = storage.data_ptr()
         self._made[at] = _Copy(memory, copy._version, copy.dtype, int(copy.storage_offset()), make)
 
-    def unkept(self) -> AbstractContextManager[Any]:
-        """What is saved for a backward in here holds no copy."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+    @contextmanager
+    def unkept(self) -> Generator[None, None, None]:
+        """What is saved for a backward in here holds no copy.
+
+        Raises:
+            RuntimeError: ``torch.func`` is used, which knows no such hooks.
+        """
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                yield
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            raise RuntimeError(
+                "closure must not use torch.func where coupling > 0 and perturbation='streamed', "
+                "as it does not let graphs do without perturbed copies; use "
+                "perturbation='in_place' or coupling=0"
+            ) from error
 
     def _pack(self, saved: Tensor) -> Any:
         if type(saved) not in (Tensor, torch.nn.Parameter) or saved.layout != torch.strided:
