@@ -1,6 +1,7 @@
 """Coupling: first-order gradients of f(x, y) + alpha mean f(x +- mu v, y)."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from experiments.measure import growth
-from zofo_kernels import Direction, noise
+from zofo_kernels import Direction, _torch_compat, noise
 from zofo_optim import HybridZOFO
 
 ALPHA, MU = 0.3, 1e-2
@@ -291,6 +292,69 @@ def test_is_part_of_the_path():
     saved = optimizer_of(net).state_dict()
     with pytest.warns(UserWarning, match=r"coupling=0\.3 \(here 0\.0\)"):
         optimizer_of(net, coupling=0.0).load_state_dict(saved)
+
+
+def test_a_backward_in_a_backward_finds_the_perturbed_weights(monkeypatch):
+    """Also where autograd runs it in a thread of its own, as on a GPU, which knows of no mode."""
+    net, x = Net(), batch().requires_grad_()
+
+    def loss(again):
+        h = torch.tanh(net.below(x))
+        h = checkpoint(net.inside, h, use_reentrant=True) if again else net.inside(h)
+        return net.above(h).square().mean()
+
+    def twice(again):
+        return checkpoint(lambda: loss(again), use_reentrant=False) if again else loss(again)
+
+    wanted = by_hand(net, lambda: loss(False), points_of("two_sided", 1), "full")
+    optimizer = optimizer_of(net, perturbation="streamed")
+    optimizer.backward(lambda: loss(True))
+    assert_near([p.grad for p in net.split()[1]], wanted)
+    optimizer.zero_grad()
+    inner = torch.utils.checkpoint.CheckpointFunction.backward
+
+    def elsewhere(*args):
+        around = _torch_compat._AROUND
+        kept, around.mode = around.mode, None
+        try:
+            return inner(*args)
+        finally:
+            around.mode = kept
+
+    monkeypatch.setattr(torch.utils.checkpoint.CheckpointFunction, "backward", elsewhere)
+    optimizer.zero_grad()
+    x.grad = None
+    optimizer.backward(lambda: twice(True))
+    wanted = by_hand(net, lambda: loss(False), points_of("two_sided", 1), "full")
+    assert_near([p.grad for p in net.split()[1]], wanted)
+
+
+def test_torch_func_is_refused_where_copies_would_be_kept():
+    net, x = Net(), batch()
+
+    def loss():
+        slope = torch.func.grad(lambda at: net(at).sum())(x)
+        return net(x).square().mean() + slope.square().sum()
+
+    optimizer = optimizer_of(net, perturbation="streamed")
+    with pytest.raises(RuntimeError, match=r"must not use torch\.func where coupling > 0"):
+        optimizer.backward(loss)
+    optimizer_of(net, perturbation="streamed", coupling=0.0).backward(loss)
+    optimizer_of(net, perturbation="in_place").backward(loss)
+
+
+def test_graphs_of_displaced_points_are_let_go():
+    net, x, graphs = Net(), batch(), []
+
+    def closure():
+        loss = net(x).square().mean()
+        loss.backward(retain_graph=True)
+        graphs.append(weakref.ref(loss))
+        return loss
+
+    returned = optimizer_of(net, num_samples=4).backward(closure)
+    assert [g for g in graphs if g() is not None] == [graphs[0]]
+    assert graphs[0]() is returned
 
 
 @pytest.mark.gpu

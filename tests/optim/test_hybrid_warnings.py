@@ -41,7 +41,9 @@ def test_warns_once_of_coupling_without_first_order_groups():
         for _ in range(3):
             optimizer.step(lambda: x.sum())
     (said,) = told(caught)
-    assert "coupling=0.1 does nothing" in said
+    assert "coupling=0.1 does nothing, as there is no group with mode='fo'" in said
+    with pytest.warns(UserWarning, match="there is no group with mode='zo'"):
+        HybridZOFO([y := Parameter(torch.ones(2))], coupling=0.1).step(lambda: y.sum())
 
 
 def test_warns_once_of_frozen_parameters_in_first_order_groups():

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -426,6 +428,25 @@ def test_the_trial_leaves_no_trace():
             optimizer.step(lambda net=net, step=step: net(batch(step)).square().mean())
         found.append([*weights(net), *net.buffers(), torch.rand(1)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_parameters_step_one_after_the_other_from_any_thread():
+    """Autograd has a thread for each device."""
+    parameters = [nn.Parameter(torch.zeros(3)) for _ in range(40)]
+    groups = [dict(params=parameters[:20], lr=0.5), dict(params=parameters[20:], lr=1.0)]
+    optimizer = HybridZOFO(groups, optimizer_in_backward=True, nonfinite="raise")
+    steps = optimizer._fo.steps_of_one()
+    for p in parameters:
+        p.grad = torch.ones(3)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda p: [steps[id(p)](p) for _ in range(20)], parameters))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(torch.equal(p, torch.full((3,), -10.0)) for p in parameters[:20])
+    assert all(torch.equal(p, torch.full((3,), -20.0)) for p in parameters[20:])
 
 
 def test_a_parameter_that_is_unfrozen_is_tried():
