@@ -91,4 +91,5 @@ def peak_memory(
     present = [*model.parameters(), *model.buffers(), *tensors_in(dict(optimizer.state))]
     present += [p.grad for p in model.parameters() if p.grad is not None]
     before = stored_bytes(present)
+    del present  # or gradients that the call frees would live on
     return before + growth(call).most

@@ -145,6 +145,8 @@ class AskTell(GroupsAndState):
         if self.evaluating:
             raise RuntimeError("a closure must not step the optimizer that is evaluating it")
         groups = self.zo_groups()
+        if not any(group.params for group in groups):  # all became first-order
+            groups = []
         for group in groups:  # now: later, some groups would have moved
             check_step_options(make_plain(group.options))
         check_capture(self._settings.capturable, groups, self._counters)
