@@ -125,6 +125,10 @@ class FirstOrder:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_inner": None}
 
+    def fresh(self) -> FirstOrder:
+        """One of the same class and options, without groups."""
+        return FirstOrder(self._factory, self.options, self.defaults)
+
     def rebuild(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
         """Make the optimizer anew over our own group dictionaries and state."""
         self._inner = None
@@ -204,7 +208,7 @@ class FirstOrder:
                 torch.randn(shape, generator=generator, requires_grad=True)
                 for shape in ((2, 3), (3, 2))
             ]
-            trial = FirstOrder(self._factory, self.options, self.defaults)
+            trial = self.fresh()
             groups = [{"params": parameters, "mode": "fo", **self.defaults}]
             trial.rebuild(groups, defaultdict(dict))
             steps = trial.steps_of_one()

@@ -35,6 +35,13 @@ def patterns_of_frozen(model: nn.Module) -> list[str]:
     return [f"^{re.escape(name)}$" for name in _LEFT_OUT.get(model, ())]
 
 
+def freeze(parameters: Iterable[Tensor]) -> None:
+    """Let these leaves require no gradients, and lose those that they have."""
+    for p in parameters:
+        p.requires_grad_(False)
+        p.grad = None
+
+
 @contextmanager
 def without_graph(parameters: Iterable[Tensor], check: bool = False) -> Generator[None, None, None]:
     """Autograd computes no gradient for these in here, and keeps nothing for it.

@@ -161,6 +161,9 @@ class GroupsAndState(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
 
+        Groups of ``state_dict`` without parameters that are lacking here are made: repartitioning
+        empties some.
+
         Warns where the state was saved by an optimizer with other settings: it then goes on along
         another path, and what another ``zo_rule`` remembers is left.
 
@@ -168,8 +171,18 @@ class GroupsAndState(Optimizer):
             ValueError: the groups' number, sizes or modes differ; or both have names of parameters,
                 and these are in another order.
         """
-        before = rule_states.of(self.param_groups)
-        super().load_state_dict(state_dict)
+        groups = list(self.param_groups)
+        try:
+            for position, group in state.emptied(groups, state_dict.get("param_groups", ())):
+                if group.get("mode") == "zo":
+                    self._listeners.group_adding(group)
+                self.param_groups.insert(position, {**group, "params": []})
+            before = rule_states.of(self.param_groups)
+            super().load_state_dict(state_dict)
+        except BaseException:
+            if len(self.param_groups) != len(groups):
+                self.param_groups[:] = groups
+            raise
         # what was accumulated belongs to the directions of the step that is left
         self._estimate, self._perturbation.moves, saved = state.take(self.param_groups)
         rule, anew = rule_states.load(self._settings.rule, self.param_groups, before)

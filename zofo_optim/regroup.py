@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from .freezing import freeze
 from .groups_and_state import GroupsAndState
 
 Members = list[tuple[str, Tensor]]
 """Of a group: names and parameters."""
 
 
-def regroup(optimizer: GroupsAndState, members: Sequence[Members]) -> None:
+def regroup(
+    optimizer: GroupsAndState, members: Sequence[Members], frozen: Collection[Tensor] = ()
+) -> None:
     """Give the groups of ``optimizer`` these parameters, between two steps.
 
     The groups' dictionaries stay, so that schedulers go on with them. A parameter that stays
     first-order keeps its state; one that becomes zeroth-order, or leaves, loses its state and its
-    gradient; one that becomes first-order starts afresh, and requires gradients. Directions follow
-    the places of the zeroth-order parameters.
+    gradient; one that becomes first-order starts afresh, and requires gradients. Frozen ones are
+    in a first-order group and do not train: what is saved of the optimizer's parameters has them.
+    Directions follow the places of the zeroth-order parameters.
 
     Args:
         optimizer: whose groups have names.
         members: one list a group, in the groups' order; lists may be empty.
+        frozen: those of first-order groups that require no gradient, and lose theirs; they keep
+            their state.
 
     Raises:
         RuntimeError: a closure is running, an estimate waits for its step, or a listener refuses,
             as a journal does.
-        ValueError: another number of groups, or parameters that cannot be zeroth-order; nothing
-            has changed.
+        ValueError: another number of groups, or parameters that cannot be zeroth-order, or that
+            ``fo_optimizer`` does not take; nothing has changed.
     """
     groups = optimizer.param_groups
     if len(members) != len(groups):
@@ -50,6 +58,7 @@ def regroup(optimizer: GroupsAndState, members: Sequence[Members]) -> None:
             group["params"] = [p for _, p in inside]
             group["param_names"] = [name for name, _ in inside]
         optimizer._check_parameters()
+        _try(optimizer)
     except BaseException:
         for group, (params, names) in zip(groups, before, strict=True):
             group["params"] = params
@@ -63,9 +72,23 @@ def regroup(optimizer: GroupsAndState, members: Sequence[Members]) -> None:
         if key not in is_first_order:
             optimizer.state.pop(p, None)
             p.grad = None
-    for p in is_first_order.values():
-        p.requires_grad_(True)
+    still = {id(p) for p in frozen}
+    for key, p in is_first_order.items():
+        if key not in still:
+            p.requires_grad_(True)
+    freeze(frozen)
     optimizer._fo.rebuild(groups, optimizer.state)  # some classes make state at once
+
+
+def _try(optimizer: GroupsAndState) -> None:
+    """Make the first-order optimizer of the groups as they are now, beside the one in use.
+
+    Raises:
+        ValueError: its class takes no parameters such as these.
+    """
+    first_order = optimizer._fo
+    state: defaultdict[Tensor, Any] = defaultdict(dict, optimizer.state)
+    first_order.fresh().rebuild(optimizer.param_groups, state)
 
 
 def _first_order(optimizer: GroupsAndState) -> dict[int, Tensor]:

@@ -88,6 +88,26 @@ def check_same_names(
             theirs["param_names"] = names
 
 
+def emptied(
+    current: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, dict[str, Any]]]:
+    """Groups without parameters of a state dict, which ours has not; with their positions.
+
+    Repartitioning empties groups, and groups that are made anew have none without parameters.
+    """
+    left = list(current)
+    if len(loaded) <= len(left):
+        return []
+    found = []
+    for position, theirs in enumerate(loaded):
+        same = left and left[0]["mode"] == theirs.get("mode", "fo")
+        if not theirs["params"] and not (same and not left[0]["params"]):
+            found.append((position, dict(theirs)))
+        elif left:
+            left.pop(0)
+    return found if len(found) == len(loaded) - len(current) else []
+
+
 def fill_defaults(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
     """Options that a state dict of another optimizer, or of an older version, lacks."""
     for group in groups:

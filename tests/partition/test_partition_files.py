@@ -73,6 +73,9 @@ def test_files(policy, tmp_path):
         (lambda c: c["rows"][0].pop("shape"), "a row has no shape"),
         (lambda c: c["rows"][0].update(importance="high"), "importances are no numbers"),
         (lambda c: c["rows"][0].update(name=c["rows"][1]["name"]), "a name is there twice"),
+        (lambda c: c["rows"][0].update(mode="frozen"), "a frozen row does not say why"),
+        (lambda c: c["rows"][0].update(candidate=1), "candidate of a row is no bool"),
+        (lambda c: c["rows"][0].update(mode="fo", candidate=False), "first-order and no candidate"),
         (lambda c: c["rows"][0].update(name=3), "its names are no strings"),
     ],
 )

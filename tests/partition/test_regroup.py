@@ -1,12 +1,13 @@
 """Moving tensors between groups of an optimizer that is in use."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from partitioned import mlp
 
-from zofo_optim import HybridZOFO, Journal, hybrid_param_groups
+from zofo_optim import HybridZOFO, Journal, hybrid_param_groups, load_hybrid, save_hybrid
 from zofo_optim.partition import importance_partition
 
 ZO, FO = dict(lr=1e-3, mu=1e-3), dict(lr=1e-2)
@@ -19,6 +20,14 @@ def with_modes(partition, first_order):
         for row in partition.rows
     )
     return partition.__class__(**{**vars(partition), "rows": rows})
+
+
+def with_frozen(partition, *names):
+    rows = tuple(
+        dataclasses.replace(row, mode="frozen", why="wanted") if row.name in names else row
+        for row in partition.rows
+    )
+    return dataclasses.replace(partition, rows=rows)
 
 
 def started(first_order=("6.weight", "6.bias", "4.weight"), cls=torch.optim.AdamW, **options):
@@ -183,7 +192,7 @@ def test_tensors_that_were_in_no_group():
     other.apply(optimizer, model)
     assert members(optimizer)["fo"] == ["0.weight", "6.weight"]
     partition.apply(optimizer)
-    assert all(p is not tensors["0.weight"] for g in optimizer.param_groups for p in g["params"])
+    assert not tensors["0.weight"].requires_grad
 
 
 def test_refusals():
@@ -196,3 +205,122 @@ def test_refusals():
     only = HybridZOFO(hybrid_param_groups(model, verbose=False), lr=0.1)
     with pytest.raises(ValueError, match=r"not just one has mode='zo'.* 0 groups have it"):
         partition.apply(only)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_what_becomes_frozen_is_kept_without_a_gradient(in_backward, tmp_path):
+    options = dict(optimizer_in_backward=True, nonfinite="raise") if in_backward else {}
+    model, closure, partition, optimizer = started(estimator="one_sided", **options)
+    steps(optimizer, closure)
+    optimizer.step(closure)
+    tensors = dict(model.named_parameters())
+    frozen = ("6.weight", "0.weight")  # of first, and of zeroth order
+    state = copy.deepcopy(optimizer.state[tensors["6.weight"]])
+    later = with_frozen(with_modes(partition, ["6.bias", "4.weight"]), *frozen)
+    later.apply(optimizer)
+    assert set(members(optimizer)["fo"]) == {"6.bias", "4.weight", *frozen}
+    assert all(not tensors[n].requires_grad and tensors[n].grad is None for n in frozen)
+    before = {name: p.detach().clone() for name, p in tensors.items()}
+    optimizer.zero_grad()
+    steps(optimizer, closure)
+    moved = {name for name, p in tensors.items() if not torch.equal(p, before[name])}
+    assert moved == set(tensors) - set(frozen)
+    assert all(
+        torch.equal(value, state[k]) for k, value in optimizer.state[tensors["6.weight"]].items()
+    )
+
+    save_hybrid(model, optimizer, tmp_path)
+    base, _ = mlp()
+    loaded, saved = load_hybrid(tmp_path, base)
+    assert all(map(torch.equal, model.parameters(), loaded.parameters()))
+    groups = partition.groups(loaded, ZO, FO, verbose=False)
+    again = HybridZOFO(groups, fo_optimizer=torch.optim.AdamW, estimator="one_sided", **options)
+    later.apply(again)
+    again.load_state_dict(saved)
+    assert members(again) == members(optimizer)
+
+    with_modes(partition, ["6.weight"]).apply(optimizer)
+    assert tensors["6.weight"].requires_grad
+    assert members(optimizer)["fo"] == ["6.weight"]
+    assert "0.weight" in members(optimizer)["zo"]
+
+
+def test_a_class_that_does_not_take_a_tensor_changes_nothing():
+    model, closure, partition, optimizer = started(["6.weight"], cls=torch.optim.Muon)
+    optimizer.step(closure)
+    before = members(optimizer)
+    gradient, state = model[6].weight.grad.clone(), dict(optimizer.state[model[6].weight])
+    with pytest.raises(ValueError, match="Muon only supports 2D"):
+        with_modes(partition, ["4.weight", "4.bias"]).apply(optimizer)
+    assert members(optimizer) == before
+    assert torch.equal(model[6].weight.grad, gradient)
+    assert dict(optimizer.state[model[6].weight]) == state
+    steps(optimizer, closure)
+    with_modes(partition, ["4.weight"]).apply(optimizer)
+    steps(optimizer, closure)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    model, closure = mlp()
+    groups = importance_partition(model, closure, ZO, FO, exclude=r"^0\.", verbose=False)[0]
+    optimizer = HybridZOFO(groups)
+    before = members(optimizer)
+    whole = importance_partition(model, closure, budget=0.3, verbose=False)[1]
+    with pytest.raises(ValueError, match=r"model must be given.*in no group.*'0\.\w+' is one"):
+        whole.apply(optimizer)
+    with pytest.raises(ValueError, match=r"model must be the one.*lacks '2.weight'"):
+        whole.apply(optimizer, mlp()[0])
+    wide, wide_closure = mlp(width=9)
+    wider = importance_partition(wide, wide_closure, exclude=r"^0\.", verbose=False)[1]
+    for given in (None, model):
+        with pytest.raises(ValueError, match=r"partition's shapes, got \(6,\) for '6.bias'"):
+            wider.apply(optimizer, given)
+    small, small_closure = mlp(depth=3)
+    less = importance_partition(small, small_closure, exclude=r"^0\.", verbose=False)[1]
+    with pytest.raises(ValueError, match=r"first-order tensors that the partition knows.*'6.wei"):
+        less.apply(optimizer)
+    with pytest.raises(ValueError, match=r"model must have the tensors.*trains .*beside"):
+        less.apply(optimizer, model)
+    assert members(optimizer) == before
+    whole.apply(optimizer, model)
+    assert sum(map(len, members(optimizer).values())) == 8
+
+
+@pytest.mark.parametrize("first_order", [[], "all"])
+def test_the_state_of_emptied_groups_is_loaded(first_order):
+    model, closure, partition, optimizer = started()
+    steps(optimizer, closure)
+    names = [name for name, _ in model.named_parameters()]
+    later = with_modes(partition, names if first_order else [])
+    later.apply(optimizer)
+    steps(optimizer, closure)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other, other_closure = mlp()
+    other.load_state_dict(model.state_dict())
+    groups = later.groups(other, ZO, FO, verbose=False)
+    assert len(groups) == 1
+    fresh = HybridZOFO(groups, fo_optimizer=torch.optim.AdamW)
+    wrong = {
+        **saved,
+        "param_groups": [dict(g, params=g["params"][:-1]) for g in saved["param_groups"]],
+    }
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        fresh.load_state_dict(wrong)
+    assert len(fresh.param_groups) == 1
+    fresh.load_state_dict(saved)
+    assert members(fresh) == members(optimizer)
+    for one, its_closure in ((optimizer, closure), (fresh, other_closure)):
+        steps(one, its_closure)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    partition.apply(fresh)
+    steps(fresh, other_closure)
+
+
+def test_candidates_are_remembered_by_what_was_applied():
+    model, closure = mlp()
+    model.requires_grad_(False)
+    groups, partition = importance_partition(model, closure, ZO, FO, budget=0.3, verbose=False)
+    optimizer = HybridZOFO(groups)
+    with_modes(partition, ["0.weight"]).apply(optimizer)
+    again = importance_partition(model, closure, budget=1.0, verbose=False)[1]
+    assert len(again.first_order) == 8

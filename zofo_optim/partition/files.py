@@ -70,6 +70,11 @@ def _check(partition: Partition) -> None:
         "importances are no numbers": all(type(n) in (int, float) for n in floats),
         "its names are no strings": all(isinstance(text, str) for text in texts),
         f"a mode is not one of {MODES}": all(row.mode in MODES for row in p.rows),
+        "a frozen row does not say why": all(row.why or row.mode != "frozen" for row in p.rows),
+        "candidate of a row is no bool": all(isinstance(row.candidate, bool) for row in p.rows),
+        "a row is first-order and no candidate": not any(
+            row.mode == "fo" and not row.candidate for row in p.rows
+        ),
         "a name is there twice": len(set(map(str, names))) == len(names),
         f"of is not one of {KINDS}": p.of in KINDS,
         f"policy is not one of {tuple(POLICIES)}": p.policy in POLICIES,

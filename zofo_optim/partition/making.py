@@ -17,8 +17,9 @@ from ..evaluation import Closure
 from ..groups import check_module, options_of
 from ..names import patterns_in
 from ..plain import plain
-from ..zeroth_order import ZerothOrder, parameters_with_all_names
+from ..zeroth_order import ZerothOrder
 from .budgets import parse_budget
+from .candidates import adapters, candidates_in, reasons_against
 from .choosing import chosen_within, peak_of
 from .importance import Profile, TrialStep, profile_of
 from .partition import Partition, Row
@@ -50,13 +51,15 @@ def importance_partition(
     importance is the decrease of the loss, to first order, that a tensor's first step brings.
     Candidates are the parameters with ``requires_grad=True``, or all where none has. Candidates
     that are not chosen, and all that is frozen, are zeroth-order by the rules of
-    :func:`zofo_optim.hybrid_param_groups`; candidates that the loss does not depend on are frozen,
-    with a warning.
+    :func:`zofo_optim.hybrid_param_groups`; so are, with a warning, candidates that the first
+    closure's loss does not depend on, such as an expert that its batch does not reach. Frozen are
+    those that ``exclude`` matches or these rules leave out: they take no gradient.
 
     The closure runs once forward for the costs; then, where the policy asks for importances,
     forward and backward once a batch, in the memory of all activations, but of one gradient. Where
     this is too much, take ``policy="last_layers"``, which takes no gradients. Weights, gradients,
-    buffers and random generators are then as before; first-order tensors require gradients.
+    buffers and random generators are then as before; first-order tensors require gradients, and
+    frozen ones do not.
 
     Args:
         model: any module; call this after peft has wrapped it.
@@ -76,9 +79,10 @@ def importance_partition(
         fo_optimizer: what HybridZOFO will be given: a torch optimizer class.
         optimizer_in_backward: HybridZOFO's option: gradients are applied and freed as they come, so
             that the memory of one counts.
-        candidates: names of the parameters that may train first-order. Default: see above. Where
-            none required gradients before a first partition, a second one is given that one's
-            ``[row.name for row in partition.rows]``.
+        candidates: names of the parameters that may train first-order; others that require
+            gradients are zeroth-order like frozen ones. Default: those of the model's last
+            partition, where ``requires_grad`` was not set since; else see above. A copy of a model
+            remembers none: give it ``[row.name for row in partition.rows if row.candidate]``.
         include, exclude: which tensors may move, as in ``hybrid_param_groups``; what ``exclude``
             matches is no candidate either.
         directions: those of the optimizer, likewise.
@@ -173,7 +177,8 @@ def make_partition(
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {tuple(POLICIES)}, got {policy!r}")
     rules = ZerothOrder(model, include, exclude, directions, without_data=True)
-    tensors, excluded = _candidates(model, rules, candidates)
+    tensors, excluded, others = candidates_in(model, rules, candidates)
+    why = reasons_against(model, rules, others)  # raises before anything is profiled
     step = TrialStep(fo_optimizer, options)
     costs = costs_of(model, closures[0], tensors, fo_optimizer=fo_optimizer, fo=step.options)
     used = {t.name: tensors[t.name] for t in costs.tensors}
@@ -192,14 +197,16 @@ def make_partition(
         in_backward=optimizer_in_backward,
         importance=profile.importance,
         gradient_norm=profile.gradient_norm,
-        adapters=_adapters(model),
+        adapters=adapters(model),
         seed=seed,
     )
     chosen = chosen_within(problem, policy, budget)
-    frozen = _frozen(model, rules, used, set(chosen), costs.unused, excluded)
-    rows = [_row(t, tensors, profile, chosen, frozen, costs) for t in costs.tensors]
-    rows += [_bare_row(name, tensors, frozen) for name in costs.unused]
-    rows += [_bare_row(name, excluded, frozen) for name in excluded]
+    why |= reasons_against(model, rules, set(tensors).difference(chosen), used)
+    why |= dict.fromkeys(excluded, "excluded")
+    rows = [_row(t, tensors, profile, chosen, why, costs) for t in costs.tensors]
+    rows += [_bare_row(name, tensors[name], why) for name in costs.unused]
+    rows += [_bare_row(name, p, why) for name, p in excluded.items()]
+    rows += [_bare_row(name, p, why, candidate=False) for name, p in others.items()]
     every = [t.name for t in costs.tensors]
     partition = Partition(
         rows=tuple(rows),
@@ -220,8 +227,8 @@ def make_partition(
     if costs.unused:
         some = ", ".join(map(repr, costs.unused[:3])) + ", ..." * (len(costs.unused) > 3)
         warnings.warn(
-            f"{len(costs.unused)} tensors stay as they are, since the closure's loss does not "
-            f"depend on them: {some}; if other batches use them, let the first closure's use them",
+            f"{len(costs.unused)} tensors cannot be first-order, since the first closure's loss "
+            f"does not depend on them: {some}; if other batches use them, let its batch do so too",
             stacklevel=caller_level(),
         )
     if verbose:
@@ -239,70 +246,6 @@ def _closures(closure: Any) -> list[Closure]:
     if not found:
         raise ValueError("closure must be a function or a sequence of at least one, got none")
     return list(found)
-
-
-def _candidates(
-    model: nn.Module, rules: ZerothOrder, wanted: Collection[str] | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What may train first-order; and what would have been among it, were it not excluded.
-
-    Raises:
-        TypeError: ``wanted`` is a string.
-        ValueError: ``wanted`` has a name that no parameter has that can train.
-    """
-    if isinstance(wanted, str):
-        raise TypeError(f"candidates must be a collection of names, got the string {wanted!r}")
-    every = [(names, p) for names, p in parameters_with_all_names(model) if p.is_floating_point()]
-    if wanted is None:
-        found = [(names, p) for names, p in every if p.requires_grad]
-        found = found or [(names, p) for names, p in every if not rules.is_unreached(names)]
-    else:
-        given = set(wanted)
-        found = [(names, p) for names, p in every if given.intersection(names)]
-        if unknown := given.difference(*(names for names, _ in found)):
-            raise ValueError(
-                "candidates must be names of parameters of floating point, got "
-                f"{sorted(unknown)[0]!r}"
-            )
-    excluded = {names[0]: p for names, p in found if rules.excludes(names)}
-    return {names[0]: p for names, p in found if names[0] not in excluded}, excluded
-
-
-def _adapters(model: nn.Module) -> set[str]:
-    """Names of the tensors that peft added, known by its modules' own attributes."""
-    found: set[str] = set()
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for child in getattr(module, "adapter_layer_names", ()):
-            part = getattr(module, child, None)
-            start = f"{prefix}.{child}" if prefix else child
-            if isinstance(part, nn.Parameter):
-                found.add(start)
-            elif isinstance(part, nn.Module | nn.ParameterDict):
-                inside = part.named_parameters(remove_duplicate=False)
-                found.update(f"{start}.{name}" for name, _ in inside)
-        if "prompt_encoder" in dict(module.named_children()) and hasattr(module, "peft_config"):
-            start = f"{prefix}.prompt_encoder" if prefix else "prompt_encoder"
-            inside = module.prompt_encoder.named_parameters()  # type: ignore[union-attr]
-            found.update(f"{start}.{name}" for name, _ in inside)
-    return found
-
-
-def _frozen(
-    model: nn.Module,
-    rules: ZerothOrder,
-    used: Mapping[str, Tensor],
-    chosen: Collection[str],
-    unused: Collection[str],
-    excluded: Collection[str],
-) -> dict[str, str]:
-    """Why candidates stay as they are, by name."""
-    found = dict.fromkeys(unused, "unused") | dict.fromkeys(excluded, "excluded")
-    for names, p in parameters_with_all_names(model):
-        if names[0] in used and names[0] not in chosen:
-            rules.reach(names)
-            if reason := rules.reason_against(names, p):
-                found[names[0]] = reason
-    return found
 
 
 def _row(
@@ -330,6 +273,7 @@ def _row(
     )
 
 
-def _bare_row(name: str, tensors: Mapping[str, Tensor], frozen: Mapping[str, str]) -> Row:
-    """Of a tensor without costs."""
-    return Row(name, tuple(tensors[name].shape), "frozen", None, None, 0, 0, frozen[name])
+def _bare_row(name: str, tensor: Tensor, why: Mapping[str, str], *, candidate: bool = True) -> Row:
+    """Of a tensor without costs, which is not first-order."""
+    mode, reason = ("frozen", why[name]) if name in why else ("zo", "")
+    return Row(name, tuple(tensor.shape), mode, None, None, 0, 0, reason, candidate)

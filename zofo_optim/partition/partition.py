@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..buffers import ParamGroups
+from ..freezing import freeze
 from ..groups import check_module, options_of, param_groups, split_of
 from ..groups_and_state import GroupsAndState
 from ..regroup import regroup
 from ..zeroth_order import ZerothOrder
 from . import files, places, plots, table
+from .candidates import remember
 
 MODES = ("fo", "zo", "frozen")
 
@@ -26,7 +29,7 @@ class Row:
     name: str
     shape: tuple[int, ...]
     mode: str
-    """"fo", "zo", or "frozen": it stays as it is."""
+    """"fo", "zo", or "frozen": it stays as it is, and takes no gradient."""
     importance: float | None
     """The decrease of the loss that its first step brings, over the largest; None: not asked."""
     gradient_norm: float | None
@@ -36,6 +39,8 @@ class Row:
     """Gradient, optimizer state and activations, likewise."""
     why: str = ""
     """Of frozen ones: why."""
+    candidate: bool = True
+    """False: it required gradients, and is zeroth-order or frozen whatever the budget is."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Partition:
 
     @property
     def zeroth_order(self) -> tuple[str, ...]:
-        """Names, likewise; of candidates alone."""
+        """Names, likewise; not of what required no gradients before, where something did."""
         return tuple(row.name for row in self.rows if row.mode == "zo")
 
     def __str__(self) -> str:
@@ -125,7 +130,10 @@ class Partition:
 
         Frozen parameters that were no candidates are zeroth-order by the rules of
         ``hybrid_param_groups`` and the patterns that the partition was made with. First-order
-        tensors are made to require gradients; else ``requires_grad`` is left alone.
+        tensors are made to require gradients; what is in no group is made not to, and loses its
+        gradient, so that a step takes what was predicted. ``requires_grad`` of zeroth-order tensors
+        is left alone, as HybridZOFO's steps turn it off. The model's next partition has the
+        same candidates, unless ``requires_grad`` is set meanwhile.
 
         Args:
             model: with the partition's tensors.
@@ -154,15 +162,18 @@ class Partition:
             rules.reach(names)
             if row.mode != "zo":
                 rules.know(names)
-            return row.why if row.mode == "frozen" else row.mode
+            return row.why or "frozen" if row.mode == "frozen" else row.mode
 
         split = split_of(model, mode_of, rules)
         split = split._replace(
             zo=places.in_order(self, split.zo), fo=places.in_order(self, split.fo)
         )
+        groups = param_groups(model, split, options, "partition" if verbose else None)
         for p in split.fo.values():
             p.requires_grad_(True)
-        return param_groups(model, split, options, "partition" if verbose else None)
+        freeze(chain.from_iterable(split.left_out.values()))
+        remember(rows, model.parameters())
+        return groups
 
     def apply(
         self,
@@ -177,16 +188,30 @@ class Partition:
         one that becomes so starts afresh. Directions follow the places of the zeroth-order tensors,
         so a journal must be closed before, and another one begun.
 
+        A tensor that becomes frozen is then in a first-order group, where it requires no gradient
+        and has none, but keeps its state: so ``save_hybrid``, state dicts and checkpoints have it.
+        To load such a state, construct the optimizer by the first partition's groups, and apply the
+        later ones.
+
         Args:
             optimizer: made from groups with names.
-            model: needed where a tensor is to train that is in no group yet.
+            model: the one that ``optimizer`` trains; needed where a tensor is to train that is in
+                no group yet.
             place: told a tensor's name, the tensor and its mode; gives the position of the group
                 that it goes to. Needed where several groups have this mode; asked only for
-                tensors that change.
+                tensors that change; of those that become frozen "fo".
 
         Raises:
             TypeError: ``optimizer`` is no HybridZOFO.
-            ValueError: it lacks names, tensors or a group, or several groups have the mode.
+            ValueError: it lacks names, tensors or a group, several groups have the mode, a shape is
+                another, it has first-order tensors that the partition does not know, or
+                ``fo_optimizer`` does not take one; ``model`` is another one, or does not fit, as
+                for :meth:`groups`. Nothing has changed.
             RuntimeError: a closure runs, an estimate waits for its step, or a journal is attached.
         """
-        regroup(optimizer, places.members(self, optimizer, model, place))
+        result = places.moved(self, optimizer, model, place)
+        inside = [p for members in result.members for _, p in members]
+        ids = {id(p) for p in inside}
+        regroup(optimizer, result.members, [p for p in result.frozen if id(p) in ids])
+        freeze(result.frozen)
+        remember(result.rows, inside if model is None else model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -34,13 +34,7 @@ def rows_of(partition: Partition, model: nn.Module) -> dict[int, Row]:
         raise ValueError(
             f"model must have the tensors of the partition, got one that {' and '.join(parts)}"
         )
-    for row in partition.rows:
-        shape = tuple(known[where[row.name]].shape)
-        if shape != row.shape:
-            raise ValueError(
-                f"model must have tensors of the partition's shapes, got {shape} for "
-                f"{row.name!r}, which has {row.shape}"
-            )
+    _check_shapes("model", {row: known[where[row.name]] for row in partition.rows})
     return found
 
 
@@ -61,12 +55,22 @@ def in_order(partition: Partition, parameters: Mapping[str, Tensor]) -> dict[str
     return {name: parameters[name] for name in order}
 
 
-def members(
+class Moved(NamedTuple):
+    """What :meth:`Partition.apply` makes of an optimizer's groups."""
+
+    members: list[Members]
+    frozen: list[Tensor]
+    """Of what is in groups, and of the model."""
+    rows: dict[int, Row]
+    """By identity of the parameters."""
+
+
+def moved(
     partition: Partition,
     optimizer: GroupsAndState,
     model: nn.Module | None,
     place: Callable[[str, Tensor, str], int] | None,
-) -> list[Members]:
+) -> Moved:
     """What the groups of ``optimizer`` hold by this partition; see :meth:`Partition.apply`."""
     if not isinstance(optimizer, GroupsAndState):
         kind = type(optimizer).__name__
@@ -78,32 +82,71 @@ def members(
                 "optimizer must have groups with param_names, as hybrid_param_groups makes them, "
                 f"got none in group {position}"
             )
-    inside: dict[str, tuple[int, Tensor]] = {}
+    inside: dict[int, tuple[int, str, Tensor]] = {}
     for position, group in enumerate(groups):
         named = zip(group.get("param_names", ()), group["params"], strict=True)
-        inside |= {name: (position, p) for name, p in named}
-    outside: dict[str, Tensor] = {} if model is None else dict(model.named_parameters())
-    found: list[dict[str, Tensor]] = [{} for _ in groups]
-    where = match_names([row.name for row in partition.rows], [*inside, *outside])
-    rows = {where[row.name]: row for row in partition.rows if row.name in where}
-    for name, (position, p) in inside.items():
-        if name not in rows:
-            found[position][name] = p
-    for row in partition.rows:
-        name = where.get(row.name, row.name)
-        at, tensor = inside.get(name, (-1, outside.get(name)))
-        if row.mode == "frozen" or (row.mode == "zo" and tensor is None):
-            continue
-        if tensor is None:
+        inside |= {id(p): (position, name, p) for name, p in named}
+    if model is None:
+        every = {key: (name, p) for key, (_, name, p) in inside.items()}
+        rows = _rows_inside(partition, dict(every.values()))
+    else:
+        every = {id(p): (names[0], p) for names, p in parameters_with_all_names(model)}
+        rows = rows_of(partition, model)
+        if foreign := [name for key, (_, name, _) in inside.items() if key not in every]:
             raise ValueError(
-                "model must be given where a tensor becomes first-order that is in no group of the "
-                f"optimizer, got {'None' if model is None else 'one without it'}, and "
-                f"{row.name!r} is one"
+                "model must be the one whose tensors optimizer has, got one that lacks "
+                f"{_some(foreign)}"
             )
-        if at < 0 or groups[at]["mode"] != row.mode:
-            at = _group_for(name, tensor, row.mode, groups, place)
-        found[at][name] = tensor
-    return [list(in_order(partition, one).items()) for one in found]
+    lost = [name for k, (at, name, _) in inside.items() if k not in rows if is_fo(groups[at])]
+    if lost:
+        raise ValueError(
+            "optimizer must have first-order tensors that the partition knows, got one that has "
+            f"{_some(lost)} beside"
+        )
+    found: list[dict[str, Tensor]] = [{} for _ in groups]
+    for key, (first, p) in every.items():
+        at, name, _ = inside.get(key, (-1, first, p))
+        row = rows.get(key)
+        mode = None if row is None else row.mode
+        if mode == "frozen":  # what trained is saved with what trains
+            mode = "fo" if at >= 0 else None
+        if mode is not None and (at < 0 or groups[at]["mode"] != mode):
+            at = _group_for(name, p, mode, groups, place)
+        if at >= 0:
+            found[at][name] = p
+    frozen = [p for key, (_, p) in every.items() if key in rows and rows[key].mode == "frozen"]
+    return Moved([list(in_order(partition, one).items()) for one in found], frozen, rows)
+
+
+def is_fo(group: Mapping[str, Any]) -> bool:
+    return bool(group["mode"] == "fo")
+
+
+def _rows_inside(partition: Partition, known: Mapping[str, Tensor]) -> dict[int, Row]:
+    """The rows of what is in groups; of others they may be frozen only.
+
+    Raises:
+        ValueError: one trains, or has another shape.
+    """
+    where = match_names([row.name for row in partition.rows], known)
+    for row in partition.rows:
+        if row.name not in where and row.mode != "frozen":
+            raise ValueError(
+                "model must be given where a tensor trains that is in no group of the optimizer, "
+                f"got None, and {row.name!r} is one"
+            )
+    found = {row: known[where[row.name]] for row in partition.rows if row.name in where}
+    _check_shapes("optimizer", found)
+    return {id(p): row for row, p in found.items()}
+
+
+def _check_shapes(what: str, tensors: Mapping[Row, Tensor]) -> None:
+    for row, p in tensors.items():
+        if tuple(p.shape) != row.shape:
+            raise ValueError(
+                f"{what} must have tensors of the partition's shapes, got {tuple(p.shape)} for "
+                f"{row.name!r}, which has {row.shape}"
+            )
 
 
 def _group_for(

@@ -116,7 +116,8 @@ class TrainerPartition:
     def _made(self, trainer: HybridTrainerMixin, model: nn.Module) -> Partition:
         with _first_batches(trainer, self._batches) as batches, _as_in_training(model):
             closures = [_closure(trainer, model, batch) for batch in batches]
-            known = None if self.partition is None else [row.name for row in self.partition.rows]
+            rows = () if self.partition is None else self.partition.rows
+            known = [row.name for row in rows if row.candidate] or None
             return make_partition(
                 model, closures, candidates=known, **self._arguments, **self._options
             )
