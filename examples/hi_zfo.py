@@ -32,7 +32,7 @@ TEXTS = [
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a hub id or a folder; default: a small random one")
 parser.add_argument("--budget", default="0.6")
-parser.add_argument("--of", choices=["flops", "memory"], default="flops")
+parser.add_argument("--of", choices=["flops", "memory"], help="default: by the budget's unit")
 parser.add_argument(
     "--lr", type=float, default=1e-3, help="of AdamW; a tenth of it is zeroth order's"
 )
@@ -56,15 +56,11 @@ def loss():
     return model(**batch).loss
 
 
-preset = hi_zfo(lr=args.lr)
+preset = hi_zfo(args.budget, lr=args.lr)
+if args.of:
+    preset.partition["of"] = args.of
 groups, partition = importance_partition(
-    model,
-    loss,
-    zo=preset.zo,
-    fo=preset.fo,
-    budget=args.budget,
-    of=args.of,
-    fo_optimizer=torch.optim.AdamW,
+    model, loss, zo=preset.zo, fo=preset.fo, **preset.partition
 )
 print(partition)
 optimizer = HybridZOFO(groups, **preset.hybrid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -122,8 +123,8 @@ class Buffers:
 
     @contextmanager
     def as_before(self) -> Generator[None, None, None]:
-        """After the block they are as they were before it."""
-        before = self._contents() if self._places else {}
+        """After the block they are as they were before it, however large."""
+        before = self._contents(room=math.inf) if self._places else {}
         try:
             yield
         finally:
@@ -135,14 +136,14 @@ class Buffers:
                 for content in contents.values():
                     content.put_back()
 
-    def _contents(self) -> dict[int, _Content]:
+    def _contents(self, room: float = _ROOM) -> dict[int, _Content]:
         """Of those that change, where they can be copied: not None, sparse, on meta, or packed."""
         tensors = {place: getattr(*self._places[place], None) for place in self._changing}
         here = {k: t for k, t in tensors.items() if t is not None and _can_be_copied(t)}
         found, used = {}, 0
         for place, tensor in sorted(here.items(), key=lambda item: item[1].nbytes):
             used += tensor.nbytes
-            if self._unknown and used > _ROOM:
+            if self._unknown and used > room:
                 break
             found[place] = _Content(*self._places[place], tensor, tensor.detach().clone())
         return found

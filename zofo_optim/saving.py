@@ -53,7 +53,8 @@ def save_hybrid(
         journal: attached to ``optimizer`` from the base model on; then the base model's weights
             are not written. Keep the journal's file where it is, relative to the folder. Where an
             estimate was taken and dropped since the last step, its moves may have rounded the
-            weights, and the journal has no record of them yet: then the weights are written.
+            weights, and the journal has no record of them yet: then the weights are written. So
+            they are where the journal begins after the optimizer's first step.
 
     Returns:
         The folder.
@@ -86,7 +87,7 @@ def save_hybrid(
         write_tensors(path / FIRST_ORDER, first_order)
         written.append(FIRST_ORDER)
     recorded = None
-    if journal is not None and not optimizer.moves:
+    if journal is not None and not optimizer.moves and journal.start == 0:
         recorded = _place_of(journal, path, int(optimizer.zo_groups()[0].options["zo_step"]))
     elif of_base:
         write_tensors(path / FILE, of_base)

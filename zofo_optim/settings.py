@@ -47,6 +47,12 @@ def direction_rank(structure: str, rank: int) -> int:
     return rank if structure == "low_rank" else 0
 
 
+def check_coupling(coupling: Any) -> None:
+    """Raise ValueError where it is no finite number >= 0; a bool is one."""
+    if not isinstance(coupling, (int, float)) or not 0 <= coupling < math.inf:
+        raise ValueError(f"coupling must be a finite number >= 0, got {coupling!r}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """See :class:`zofo_optim.HybridZOFO` for the meaning of each field, and for what is raised."""
@@ -103,10 +109,9 @@ class Settings:
                 "noise_version must be 2 or later where structure='low_rank', got 1, which has "
                 "full directions only"
             )
-        coupling = self.coupling
-        number = isinstance(coupling, (int, float)) and not isinstance(coupling, bool)
-        if not number or not 0 <= coupling < math.inf:
-            raise ValueError(f"coupling must be a finite number >= 0, got {coupling!r}")
+        if isinstance(self.coupling, bool):
+            raise ValueError(f"coupling must be a finite number >= 0, got {self.coupling!r}")
+        check_coupling(self.coupling)
         check_repr(self.rule)
         samples = self.num_samples
         if samples < self.rule.min_samples and self.directions == "shared":

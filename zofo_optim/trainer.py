@@ -26,7 +26,7 @@ from .groups import hybrid_param_groups
 from .losses import OF_ELEMENTS, example_losses_of, task_of
 from .optimizer import HybridZOFO
 from .partition import Partition
-from .partition.trainer import Again, TrainerPartition
+from .partition.trainer import NO_RATE, Again, TrainerPartition
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -81,7 +81,8 @@ class HybridTrainerMixin(_Base):
             options of :func:`~zofo_optim.partition.importance_partition` (``budget``, ``of``,
             ``policy``, ``seed``), by which one is made when the optimizer is. Then ``batches``
             (4) of the first training batches are profiled, which training sees again, and with
-            ``every`` the partition is made anew after so many epochs. Checkpoints hold it.
+            ``every`` the partition is made anew after so many epochs, which excludes a journal.
+            Checkpoints hold it.
         **kwargs: as for the Trainer. An optimizer given as ``optimizers=(HybridZOFO(...), None)``
             is taken as it is, without ``zo``, ``include``, ``exclude``, ``hybrid`` and
             ``partition``.
@@ -94,8 +95,9 @@ class HybridTrainerMixin(_Base):
             itself; or directions are per example, and ``compute_loss_func`` or a method
             ``compute_loss`` makes a loss of its own, and :meth:`example_losses` is not overridden.
             When the optimizer is made: ``zo`` has no
-            ``lr``, or the arguments name an optimizer that chooses its own parameters, other than
-            in groups of all that trains.
+            ``lr`` (with a partition at once), the batches of ``train_dataset`` come only once and
+            are to be profiled, or the arguments name an optimizer that chooses its own parameters,
+            other than in groups of all that trains.
     """
 
     def __init__(
@@ -127,6 +129,8 @@ class HybridTrainerMixin(_Base):
             self._check_options(vars(self.hybrid_optimizer.settings))
             if self.hybrid_optimizer.settings.directions == "per_example":
                 self._check_own_loss()
+        elif self._partition is not None:
+            self._partition.check(zo)
         self.add_callback(_Clearing(self))
         if self._partition is not None and self._partition.every is not None:
             self.add_callback(Again(self, self._partition))
@@ -216,7 +220,7 @@ class HybridTrainerMixin(_Base):
             zeroth_order = [group for group in groups if group["mode"] == "zo"]
             groups = ParamGroups([*first_order, *zeroth_order], model)
             if len(groups) > len(first_order) and "lr" not in (self._group_options["zo"] or {}):
-                raise ValueError("zo must have the learning rate of the base model, as lr=...")
+                raise ValueError(NO_RATE)
             with self._naming_arguments():
                 self.optimizer = HybridZOFO(groups, **given)
             if not first_order:  # it has no gradients to scale

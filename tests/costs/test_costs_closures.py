@@ -162,3 +162,19 @@ def test_sparse_tensors_are_refused(net):
 def test_wrong_models_and_candidates(model, parameters, error, said):
     with pytest.raises(error, match=said):
         costs_of(model, lambda: torch.zeros(()), parameters)
+
+
+def test_hooks_of_modules_are_named(net):
+    handle = net[0].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"BackwardHook.*\(register_full_backward_hook\)"):
+        costs_of(net, lambda: net(X).sum())
+    handle.remove()
+
+
+def test_inference_mode_of_the_caller_does_not_matter(net):
+    names = ["2.weight", "0.bias"]
+    expected = costs_of(net, lambda: net(X).sum())
+    with torch.inference_mode():
+        found = costs_of(net, lambda: net(X).sum())
+        assert found == expected
+        assert found.peak(names) == expected.peak(names)

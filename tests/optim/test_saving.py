@@ -601,3 +601,19 @@ def test_the_base_is_not_downloaded(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="no network"):  # such a request would be seen
         hub.file_exists(name, "config.json")
     assert asked
+
+
+def test_a_journal_that_begins_later_does_not_replace_the_weights(tmp_path):
+    model = wrapped()
+    optimizer = optimizer_of(model)
+    with Journal(tmp_path / "first.zofo").attach(optimizer) as journal:
+        assert journal.start == 0
+        train(model, optimizer, 0, 2)
+    with Journal(tmp_path / "second.zofo").attach(optimizer) as journal:
+        assert journal.start == 2
+        train(model, optimizer, 2, 3)
+        folder = save_hybrid(model, optimizer, tmp_path / "tuned", journal=journal)
+    loaded, _ = load_hybrid(folder, base_model())
+    assert_same(loaded, contents(model))
+    with pytest.raises(RuntimeError, match="has no start before attach"):
+        _ = Journal(tmp_path / "third.zofo").start

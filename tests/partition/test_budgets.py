@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from zofo_optim.partition.budgets import Budget, parse_budget, shown
+from zofo_optim.partition.budgets import Budget, kind_of, parse_budget, shown
+from zofo_optim.partition.presets import hi_zfo
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,34 @@ def test_numbers_for_people():
     assert shown(5, "B") == "5 B"
     assert shown(0) == "0"
     assert shown(2.5e13, "FLOPs") == "25 TFLOPs"
+
+
+@pytest.mark.parametrize(
+    ("budget", "of"),
+    [
+        (0.6, "flops"),
+        ("60%", "flops"),
+        ("0.6", "flops"),
+        (1, "flops"),
+        ("12GB", "memory"),
+        ("800 MiB", "memory"),
+        (10**9, "memory"),
+    ],
+)
+def test_a_unit_tells_what_is_limited(budget, of):
+    assert kind_of(budget) == of
+    preset = hi_zfo(budget)
+    assert preset.partition["of"] == preset.trainer["of"] == of
+
+
+@pytest.mark.parametrize("budget", [1.2, "12 parsecs", 0])
+def test_presets_refuse_at_once(budget):
+    with pytest.raises(ValueError, match="budget must be a share"):
+        hi_zfo(budget)
+
+
+def test_a_preset_tells_the_partition_which_optimizer_trains():
+    preset = hi_zfo()
+    for name in ("fo_optimizer", "coupling"):
+        assert preset.partition[name] == preset.hybrid[name]
+    assert "fo_optimizer" not in preset.trainer

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zofo_optim.partition.importance import TrialStep, profile_of
+from zofo_optim.costs import costs_of
+from zofo_optim.costs.memory import LiveBytes
+from zofo_optim.partition.importance import profile_of
+from zofo_optim.partition.trial_step import TrialStep
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 SGD = TrialStep(torch.optim.SGD, dict(lr=0.1))
@@ -75,7 +78,7 @@ def test_agrees_with_a_real_step(cls, options):
     found = profile_of(model, closures, tensors_of(model), TrialStep(cls, options))
     assert found.importance == pytest.approx(expected(model, closures, cls, options), rel=1e-9)
     assert max(map(abs, found.importance.values())) == 1.0
-    assert found.without_gradient == ("unused.weight", "unused.bias")
+    assert found.gradient_norm["unused.weight"] == 0.0
 
 
 def test_sgd_orders_by_the_gradient_as_the_loss_decreases():
@@ -256,3 +259,79 @@ def test_greentrainers_importance_is_the_same_to_first_order():
         differences.append(max(abs(theirs[n] / largest - ours[n]) for n in theirs))
     assert 0 < differences[1] < 0.2 * differences[0]
     assert differences[0] < 0.05
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_trial_takes_little_memory_beside_the_tensor(cls):
+    w, g = (torch.randn(2000, 2000).bfloat16() for _ in range(2))
+    step = TrialStep(cls, dict(lr=1e-3))
+    with LiveBytes() as watch:
+        step.of(w, g)
+    assert watch.most < 2 * w.nbytes + (1 << 24)
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape"),
+    [
+        (torch.optim.AdamW, (1100, 1000)),
+        (torch.optim.RMSprop, (1100, 1000)),
+        (torch.optim.Adafactor, (1100, 1000)),  # its steps depend on rows and columns
+        (torch.optim.Muon, (600, 500)),
+    ],
+)
+def test_parts_make_the_step_of_the_whole(cls, shape):
+    generator = torch.Generator().manual_seed(0)
+    w, g = (torch.randn(shape, generator=generator).double() for _ in range(2))
+    options = dict(lr=1e-2, weight_decay=0.1)
+    tiny = TrialStep(cls, {**options, "lr": 1e-10})
+    assert tiny._is_elementwise() is (cls in (torch.optim.AdamW, torch.optim.RMSprop))
+    told = TrialStep(cls, options).of(w, g.t().contiguous().t())
+    moved = nn.Parameter(w.clone())
+    moved.grad = g.clone()
+    cls([moved], **options).step()
+    rel = 1e-3 if cls is torch.optim.Muon else 1e-9  # which multiplies in bf16
+    assert told.gain.item() == pytest.approx(-(g * (moved.detach() - w)).sum().item(), rel=rel)
+    assert told.square.item() == pytest.approx(g.square().sum().item())
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
+def test_capturable_optimizers(lr):
+    """Their steps are tried where they cannot be captured."""
+    model = Net().eval()
+    options = dict(lr=lr, capturable=True)
+    step = TrialStep(torch.optim.AdamW, options)
+    plain = TrialStep(torch.optim.AdamW, dict(lr=1e-2))
+    found, expected = (
+        profile_of(model, [loss_of(model)], tensors_of(model), s) for s in (step, plain)
+    )
+    assert found.importance == pytest.approx(expected.importance, rel=1e-5)
+    costs = costs_of(model, loss_of(model), fo_optimizer=torch.optim.AdamW, fo=step.options)
+    same = costs_of(model, loss_of(model), fo_optimizer=torch.optim.AdamW)
+    assert [t.state_bytes for t in costs.tensors] == [t.state_bytes for t in same.tensors]
+
+
+def test_large_buffers_are_put_back(monkeypatch):
+    monkeypatch.setattr("zofo_optim.buffers._ROOM", 8)
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 1)
+            self.register_buffer("seen", torch.zeros(100))
+
+        def forward(self, x):
+            self.seen += 1
+            return self.linear(x).square().mean()
+
+    model = Counting()
+    profile_of(model, [lambda: model(X)], tensors_of(model), SGD)
+    costs_of(model, lambda: model(X))
+    assert not model.seen.any()
+
+
+def test_inference_mode_of_the_caller_does_not_matter():
+    model = Net().eval()
+    expected = profile_of(model, [loss_of(model)], tensors_of(model), SGD)
+    with torch.inference_mode():
+        step = TrialStep(torch.optim.SGD, dict(lr=0.1))
+        assert profile_of(model, [loss_of(model)], tensors_of(model), step) == expected

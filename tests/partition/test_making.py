@@ -134,8 +134,10 @@ def test_memory_in_bytes_is_the_peak_of_a_step():
     assert partition_of(model, closure, budget=stated, of="memory")[1].peak <= stated
 
 
-@pytest.mark.parametrize("in_backward", [False, True])
-def test_a_step_takes_what_the_budget_says(in_backward):
+@pytest.mark.parametrize(
+    "further", [{}, dict(optimizer_in_backward=True), dict(coupling=0.1)], ids=str
+)
+def test_a_step_takes_what_the_budget_says(further):
     """Measured in torch's allocator, with everything that HybridZOFO does in a step."""
     config = transformers.LlamaConfig(
         vocab_size=256,
@@ -146,9 +148,9 @@ def test_a_step_takes_what_the_budget_says(in_backward):
     )
     model, ids = transformers.LlamaForCausalLM(config), torch.zeros(4, 64, dtype=torch.long)
     closure = lambda: model(input_ids=ids, labels=ids).loss  # noqa: E731
-    options = dict(optimizer_in_backward=in_backward, fo_optimizer=torch.optim.AdamW)
+    options = dict(fo_optimizer=torch.optim.AdamW, **further)
     groups, partition = partition_of(model, closure, budget="9MB", of="memory", **options)
-    nonfinite = "raise" if in_backward else "skip"
+    nonfinite = "raise" if "optimizer_in_backward" in further else "skip"
     optimizer = HybridZOFO(groups, estimator="one_sided", nonfinite=nonfinite, **options)
 
     def step():
@@ -274,6 +276,12 @@ def test_the_summary_is_printed_when_wanted(capsys):
     [
         (dict(budget=2.0), ValueError, "budget must be a share"),
         (dict(of="time"), ValueError, "of must be one of"),
+        (dict(coupling=-1), ValueError, "coupling must be a finite number >= 0, got -1"),
+        (
+            dict(coupling=True, optimizer_in_backward=True),
+            ValueError,
+            "coupling must be 0 where optimizer_in_backward=True, got True",
+        ),
         (dict(policy="best"), ValueError, "policy must be one of .*got 'best'"),
         (dict(seed=-1), ValueError, "seed must be in"),
         (dict(fo=dict(lr=0.1, betas=1)), TypeError, "'betas' is no option"),

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,7 +184,6 @@ def test_hi_zfo():
         closure,
         preset.zo,
         preset.fo,
-        fo_optimizer=torch.optim.AdamW,
         verbose=False,
         **preset.partition,
     )
@@ -200,3 +200,25 @@ def test_hi_zfo():
         dict(lr=pytest.approx(2e-6), mu=1e-3),
         0.6,
     )
+
+
+def test_files_are_written_whole_and_their_folder_is_made(tmp_path, monkeypatch):
+    partition = importance_partition(*mlp(), verbose=False)[1]
+    path = tmp_path / "new" / "deep" / "partition.json"
+    partition.save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "write_text", _fails)
+    with pytest.raises(OSError, match="disk full"):
+        partition.save(path)
+    assert path.read_bytes() == before
+
+
+def _fails(self, text, **kwargs):
+    self.write_bytes(text[:10].encode())
+    raise OSError("disk full")
+
+
+def test_other_files_are_named(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"path must be of a saved Partition, got .*weights\.bin"):
+        Partition.load(tmp_path / "weights.bin")

@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 
 from tiny_llama import DATA, arguments, base_model, lora  # noqa: E402
 
-from zofo_optim import HybridZOFO, example_losses_of, hybrid_param_groups  # noqa: E402
+from zofo_optim import HybridZOFO, Journal, example_losses_of, hybrid_param_groups  # noqa: E402
 from zofo_optim.partition import Partition, hi_zfo, importance_partition  # noqa: E402
 from zofo_optim.trainer import HybridTrainer  # noqa: E402
 
@@ -157,7 +157,7 @@ def test_adapters_and_hi_zfo(tmp_path):
     model = lora()
     done = trainer(
         tmp_path,
-        dict(budget=0.7, policy="adapters"),
+        {**preset.trainer, "policy": "adapters"},
         model=model,
         zo=preset.zo,
         hybrid=preset.hybrid,
@@ -192,6 +192,8 @@ def test_own_losses_and_directions_for_each_example(tmp_path):
         (0.6, TypeError, "partition must be a Partition, or a mapping .*got float"),
         (dict(share=0.6), ValueError, "options of .*got 'share'"),
         (dict(budget=7.5), ValueError, "budget must be a share"),
+        (dict(policy="best"), ValueError, "policy in partition must be one of .*got 'best'"),
+        (dict(seed=-1), ValueError, "seed must be in"),
         (dict(every=0), ValueError, "every in partition must be an int >= 1, got 0"),
         (dict(batches=1.5), ValueError, "batches in partition must be an int >= 1, got 1.5"),
     ],
@@ -199,6 +201,101 @@ def test_own_losses_and_directions_for_each_example(tmp_path):
 def test_refusals(tmp_path, partition, error, message):
     with pytest.raises(error, match=message):
         trainer(tmp_path, partition)
+
+
+def test_a_rate_is_asked_for_before_the_profile(tmp_path):
+    for zo in (None, dict(mu=1e-3)):
+        with pytest.raises(ValueError, match="zo must have the learning rate"):
+            trainer(tmp_path, zo=zo)
+    made = trainer(tmp_path)
+    made.create_optimizer()
+    with pytest.raises(ValueError, match="zo must have the learning rate"):
+        trainer(tmp_path, made.partition, zo=None)
+    with pytest.raises(ValueError, match="zo must be left out where no tensor is zeroth-order"):
+        trainer(tmp_path, dict(budget=1.0, policy="last_layers")).create_optimizer()
+    trainer(tmp_path, dict(budget=1.0, policy="last_layers"), zo=None).create_optimizer()
+
+
+def test_gradient_checkpointing_is_off_while_costs_are_counted(tmp_path):
+    plain = trainer(tmp_path)
+    plain.train()
+    checkpointed = trainer(tmp_path, options=dict(gradient_checkpointing=True))
+    seen = []
+
+    class Looks(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(all(m.gradient_checkpointing for m in checkpointed.model.model.layers))
+
+    checkpointed.add_callback(Looks())
+    checkpointed.train()
+    assert checkpointed.partition == plain.partition
+    assert seen == [True] * 4
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_another_model_gets_another_partition(tmp_path):
+    models = []
+
+    def model_init():
+        model = base_model()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + len(models))
+        models.append(model)
+        return model
+
+    done = HybridTrainer(
+        model_init=model_init,
+        args=arguments(tmp_path),
+        train_dataset=DATA,
+        zo=ZO,
+        partition=PARTITION,
+    )
+    done.train()
+    first = done.partition
+    done.train()
+    assert done.model is models[-1]
+    assert len(models) > 1
+    assert done.partition != first
+    assert modes(done.hybrid_optimizer) == {row.name: row.mode for row in done.partition.rows}
+
+
+def test_batches_that_come_once_are_not_taken(tmp_path):
+    class Once(torch.utils.data.IterableDataset):
+        def __init__(self):
+            self.rows = iter(DATA)
+
+        def __iter__(self):
+            return self.rows
+
+    data = Once()
+    done = HybridTrainer(
+        base_model(), arguments(tmp_path), train_dataset=data, zo=ZO, partition=PARTITION
+    )
+    with pytest.raises(ValueError, match=r"must begin anew with each iter.*got Once"):
+        done.create_optimizer()
+    assert len(list(data.rows)) == len(DATA)
+
+
+def test_a_journal_and_new_partitions_exclude_each_other(tmp_path):
+    done = trainer(tmp_path, dict(budget=0.6, every=1), options=dict(num_train_epochs=2))
+    done.create_optimizer()
+    before = contents(done.model)
+    with Journal(tmp_path / "run.zofo").attach(done.hybrid_optimizer):
+        with pytest.raises(ValueError, match=r"every= with a journal.*every=1 and .*run\.zofo"):
+            done.train()
+        assert same(before, contents(done.model))
+
+
+def test_coupling_is_the_optimizers(tmp_path):
+    peaks = []
+    for coupling in (0.0, 0.1):
+        partition = dict(budget="1GB", policy="last_layers")
+        hybrid = dict(estimator="one_sided", coupling=coupling)
+        made = trainer(tmp_path, {**partition, "of": "memory"}, hybrid=hybrid, zo=None)
+        made.create_optimizer()
+        peaks.append(made.partition.peak)
+    assert peaks[1] > peaks[0]
 
 
 def test_an_optimizer_of_ones_own_has_its_groups(tmp_path):

@@ -107,7 +107,12 @@ class Costs:
         return path + own + sum(inputs.values()) + self._stored(wanted, in_backward)
 
     def peak(
-        self, chosen: Collection[str], *, in_backward: bool = False, evaluations: bool = False
+        self,
+        chosen: Collection[str],
+        *,
+        in_backward: bool = False,
+        evaluations: bool = False,
+        coupling: bool = False,
     ) -> int:
         """The most bytes alive in one step (forward, backward, update), weights included.
 
@@ -118,6 +123,8 @@ class Costs:
             in_backward: gradients are applied and freed as they come.
             evaluations: the loss is evaluated without gradients too, while gradients are held, as
                 zeroth-order steps do.
+            coupling: the loss is back-propagated once more while gradients are held, and adds to
+                them, as with :class:`zofo_optim.HybridZOFO`'s ``coupling``.
 
         Raises:
             ValueError: the costs were made without a closure.
@@ -131,6 +138,8 @@ class Costs:
         most = [self.forward_bytes, held + self.step.workspace(names, in_backward)]
         if names:
             most.append(self.step.peaks(names, in_backward).step)
+        if names and coupling:
+            most.append(held + self.step.peaks(names, again=True).step)
         if evaluations:
             most.append(held + self.forward_bytes)
         return self.weights_bytes + state + max(most)

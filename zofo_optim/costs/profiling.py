@@ -22,6 +22,7 @@ from .trace import trace
 from .trial import Trials
 
 
+@torch.inference_mode(False)  # its caller's would leave no graph
 def costs_of(
     model: nn.Module,
     closure: Callable[[], Any],

@@ -41,6 +41,7 @@ class Replay:
         for number, value in enumerate(recorded.values):
             self._of_storage[value.storage].append(number)
 
+    @torch.inference_mode(False)
     def run(self, chosen: int, applied: Mapping[int, int] | None = None) -> Peaks:
         """One step.
 

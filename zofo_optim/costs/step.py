@@ -26,17 +26,24 @@ class Step:
         self._memory = dict(memory)
         self._together = together
         self._replay = Replay(recorded)
-        self._known: dict[tuple[int, bool], Peaks] = {}
+        self._known: dict[tuple[int, bool, bool], Peaks] = {}
 
-    def peaks(self, names: Collection[str], in_backward: bool = False) -> Peaks:
-        """See :class:`Peaks`; without names, of a forward without gradients."""
+    def peaks(
+        self, names: Collection[str], in_backward: bool = False, *, again: bool = False
+    ) -> Peaks:
+        """See :class:`Peaks`; without names, of a forward without gradients.
+
+        Args:
+            again: gradients are added to those that are there, which do not count here.
+        """
         chosen = union(self._trace.bits[name] for name in names)
         if names:
             chosen |= self._trace.always
-        key = chosen, in_backward
+        key = chosen, in_backward, again
         if key not in self._known:
             updates = {self._trace.bits[name]: m.workspace for name, m in self._memory.items()}
-            self._known[key] = self._replay.run(chosen, updates if in_backward else None)
+            applied = {} if again else updates if in_backward else None
+            self._known[key] = self._replay.run(chosen, applied)
         return self._known[key]
 
     def workspace(self, names: Collection[str], in_backward: bool) -> int:

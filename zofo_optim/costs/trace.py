@@ -224,7 +224,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise ValueError(
                 "closure must compute its loss by torch's own operations for costs to be counted, "
                 f"got {', '.join(sorted(custom))}: profile the model uncompiled, without gradient "
-                "checkpointing and without custom autograd functions"
+                "checkpointing, backward hooks of modules (register_full_backward_hook) and custom "
+                "autograd functions"
             )
         recorded.reached = reached
         recorded.loss = self._number(loss, outside=False)

@@ -23,6 +23,21 @@ class OptimizerMemory(NamedTuple):
     """What a step takes beside, and frees."""
 
 
+def trial_optimizer(
+    factory: Callable[..., Optimizer], parameter: Tensor, options: Mapping[str, Any]
+) -> Optimizer:
+    """An optimizer of one tensor, which is no weight.
+
+    ``capturable`` is left out but on CUDA, as classes refuse it elsewhere.
+    """
+    options = dict(options)
+    if options.get("capturable") and parameter.device.type != "cuda":
+        options["capturable"] = False
+        if isinstance(options.get("lr"), Tensor):  # which foreach takes with capturable only
+            options["lr"] = float(options["lr"])
+    return factory([parameter], **options)
+
+
 class Trials:
     """Tries steps of an optimizer on tensors like the ones given; no weight is touched.
 
@@ -54,7 +69,7 @@ class Trials:
 
     def _try(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> OptimizerMemory:
         p = torch.zeros(shape, dtype=dtype, device=device).requires_grad_()
-        optimizer = self._factory([p], **self._options)
+        optimizer = trial_optimizer(self._factory, p, self._options)
         p.grad = torch.zeros_like(p)
         optimizer.step()
         with LiveBytes() as watch:

@@ -109,6 +109,17 @@ class Journal(Listener):
                 f"path must not exist unless resume=True, got {str(self.path)!r}, which does"
             )
 
+    @property
+    def start(self) -> int:
+        """The step of the optimizer at which it begins: 0 where that is the first.
+
+        Raises:
+            RuntimeError: it is attached to no optimizer yet.
+        """
+        if not self._header:
+            raise RuntimeError("the journal has no start before attach(optimizer)")
+        return max(int(group["step"]) for group in self._header["groups"])
+
     # ---- beginning --------------------------------------------------------------------------
 
     def attach(self, optimizer: HybridZOFO, model: nn.Module | None = None) -> Journal:

@@ -51,6 +51,16 @@ def parse_budget(budget: Any, of: str) -> Budget:
     return Budget(_share(float(value), must, budget), None)
 
 
+def kind_of(budget: Any) -> str:
+    """What a budget limits where nobody says it: memory if it has a unit or is an int above 1."""
+    value = plain(budget)
+    if isinstance(value, str):
+        found = _NUMBER.fullmatch(value)
+        return "memory" if found is not None and found[2].upper() in _UNITS else "flops"
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return "memory" if is_number and value > 1 else "flops"
+
+
 def _of_text(text: str, of: str, must: str) -> Budget:
     found = _NUMBER.fullmatch(text)
     if found is None:

@@ -18,16 +18,20 @@ VERSION = 1
 def save(partition: Partition, path: str | os.PathLike[str]) -> None:
     """Write ``partition``; see :meth:`Partition.save`."""
     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(partition)}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)  # so that it is there whole, or not at all
 
 
 def load(path: str | os.PathLike[str]) -> Partition:
     """Read one; see :meth:`Partition.load`."""
     from .partition import Partition, Row
 
-    text = Path(path).read_text(encoding="utf-8")
+    data = Path(path).read_bytes()
     try:
-        content = json.loads(text)
+        content = json.loads(data.decode())
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         if (version := content.pop("version", None)) != VERSION:
@@ -39,7 +43,7 @@ def load(path: str | os.PathLike[str]) -> Partition:
         patterns: dict[str, Any] = {n: tuple(content.pop(n)) for n in ("include", "exclude")}
         made = Partition(rows=rows, **patterns, **content)
         _check(made)
-    except (TypeError, ValueError) as error:  # a JSONDecodeError is a ValueError
+    except (TypeError, ValueError) as error:  # as are JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"path must be of a saved Partition, got {str(path)!r}: {error}") from None
     return made
 

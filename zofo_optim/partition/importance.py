@@ -13,34 +13,18 @@ first order in the learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-
-from zofo_kernels._torch_compat import unhooked_step
 
 from ..buffers import Buffers
-from ..checks import NOTES
 from ..costs.candidates import requiring
-from ..defaults import default
 from ..evaluation import Closure, GlobalRandomState, evaluate
-from ..first_order import first_order_options
 from ..modes import undisturbed
-
-SHARED: dict[str, Any] = dict(
-    lr=1e-3,
-    momentum=0,
-    dampening=0,
-    weight_decay=0,
-    nesterov=False,
-    maximize=False,
-    capturable=False,
-)
-"""Arguments of HybridZOFO's own that it passes on, and what they are by default."""
+from .trial_step import Told, TrialStep
 
 
 class Profile(NamedTuple):
@@ -50,47 +34,6 @@ class Profile(NamedTuple):
     """-sum(g dw), its mean over the batches, divided by the largest absolute value."""
     gradient_norm: dict[str, float]
     """Norm of the gradient, its root mean square over the batches."""
-    without_gradient: tuple[str, ...]
-    """Tensors that got none in any batch; 0 in the others."""
-
-
-class TrialStep:
-    """The step that a first-order optimizer would make first, for one tensor at a time.
-
-    Args:
-        fo_optimizer: a torch optimizer class.
-        options: of it, as :class:`zofo_optim.HybridZOFO` or a first-order group is given them.
-
-    Raises:
-        TypeError, ValueError: options that the class does not take.
-    """
-
-    def __init__(self, fo_optimizer: Callable[..., Optimizer], options: Mapping[str, Any]) -> None:
-        own = {name: value for name, value in options.items() if name not in NOTES}
-        shared = {name: own.pop(name, default(value)) for name, value in SHARED.items()}
-        self._factory = fo_optimizer
-        self.options, self._defaults = first_order_options(fo_optimizer, shared, own)
-        self._sign = 1.0 if self._defaults.get("maximize") else -1.0
-
-    @property
-    def lr(self) -> Any:
-        """The learning rate; None where the class has none."""
-        return self._defaults.get("lr")
-
-    def gain(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """-sum(g dw), a 0-dim tensor; with ``maximize`` sum(g dw). Neither tensor is written.
-
-        In double precision, where the device has it: a step may be smaller than the spacing of
-        the weights in their own.
-        """
-        kind = torch.float32 if weight.device.type == "mps" else torch.float64
-        before = weight.detach().to(kind)
-        trial = nn.Parameter(before.clone())
-        trial.grad = gradient.detach().to(kind, copy=True)
-        optimizer = self._factory([trial], **self.options)
-        unhooked_step(optimizer)(optimizer)
-        # the optimizer may have written to .grad
-        return self._sign * (gradient.detach().to(kind) * (trial.detach() - before)).sum()
 
 
 def profile_of(
@@ -102,9 +45,9 @@ def profile_of(
     """Run each closure with one backward, and see what it says of the tensors.
 
     Gradients are used and freed as the backward makes them, so that the memory is that of the
-    activations, and of some copies of one tensor in double precision. A tensor whose gradient comes
-    in parts, as with re-entrant checkpointing or several calls of backward, makes a batch run
-    again, in which its parts are summed in ``.grad``.
+    activations and of one gradient, with little beside it (see :meth:`TrialStep.of`). A tensor
+    whose gradient comes in parts, as with re-entrant checkpointing or several calls of backward,
+    makes a batch run again, in which its parts are summed in ``.grad``.
 
     Weights are not written. ``.grad``, ``requires_grad``, buffers and the global random state are
     then as before.
@@ -125,14 +68,13 @@ def profile_of(
     names = {id(p): name for name, p in tensors.items()}
     gains = dict.fromkeys(tensors, 0.0)
     squares = dict.fromkeys(tensors, 0.0)
-    reached: set[str] = set()
+    reached = False
     devices = {p.device for p in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(undisturbed())
         stack.callback(GlobalRandomState(devices).restore)
         stack.enter_context(Buffers(model).as_before())
         stack.enter_context(requiring(model, tensors))
-        stack.enter_context(_gradients_aside(model, tensors.values()))
         parts: set[int] = set()
         for closure in closures:
             found = _batch(model, closure, list(tensors.values()), step, parts, devices)
@@ -145,7 +87,7 @@ def profile_of(
                     )
                 gains[name] += gain.item() / len(closures)
                 squares[name] += square.item() / len(closures)
-                reached.add(name)
+                reached = True
     largest = max(map(abs, gains.values()), default=0.0)
     if reached and not largest:
         raise ValueError(
@@ -155,21 +97,7 @@ def profile_of(
     return Profile(
         {name: gain / (largest or 1.0) for name, gain in gains.items()},
         {name: square**0.5 for name, square in squares.items()},
-        tuple(name for name in tensors if name not in reached),
     )
-
-
-@contextmanager
-def _gradients_aside(model: nn.Module, tensors: Iterable[Tensor]) -> Generator[None, None, None]:
-    """In the block ``.grad`` is None; afterwards it is what it was."""
-    before = {id(p): (p, p.grad) for p in (*model.parameters(), *tensors)}
-    try:
-        for p, _ in before.values():
-            p.grad = None
-        yield
-    finally:
-        for p, grad in before.values():
-            p.grad = grad
 
 
 def _batch(
@@ -179,8 +107,8 @@ def _batch(
     step: TrialStep,
     parts: set[int],
     devices: Collection[torch.device],
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """By tensor: gain and squared norm. ``parts`` gets those whose gradient comes in parts."""
+) -> dict[int, Told]:
+    """By tensor. ``parts`` gets those whose gradient comes in parts."""
     while True:
         before = GlobalRandomState(devices)
         known = len(parts)
@@ -193,8 +121,8 @@ def _batch(
 
 def _run(
     closure: Closure, tensors: Sequence[Tensor], step: TrialStep, parts: set[int]
-) -> dict[int, tuple[Tensor, Tensor]]:
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+) -> dict[int, Told]:
+    found: dict[int, Told] = {}
 
     def use(p: Tensor) -> None:
         if p.grad is None:
@@ -202,8 +130,7 @@ def _run(
         gradient, p.grad = p.grad, None
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        square = gradient.detach().double() if gradient.device.type != "mps" else gradient
-        found[id(p)] = step.gain(p, gradient), square.square().sum()
+        found[id(p)] = step.of(p, gradient)
 
     def come(p: Tensor) -> None:
         if id(p) in found:

@@ -17,13 +17,15 @@ from ..evaluation import Closure
 from ..groups import check_module, options_of
 from ..names import patterns_in
 from ..plain import plain
+from ..settings import check_coupling
 from ..zeroth_order import ZerothOrder
 from .budgets import parse_budget
 from .candidates import adapters, candidates_in, reasons_against
 from .choosing import chosen_within, peak_of
-from .importance import Profile, TrialStep, profile_of
+from .importance import Profile, profile_of
 from .partition import Partition, Row
 from .policies import POLICIES, Problem
+from .trial_step import TrialStep
 
 
 def importance_partition(
@@ -37,6 +39,7 @@ def importance_partition(
     policy: str = "importance",
     fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
     optimizer_in_backward: bool = False,
+    coupling: float | bool = 0.0,
     candidates: Collection[str] | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
@@ -63,8 +66,9 @@ def importance_partition(
 
     Args:
         model: any module; call this after peft has wrapped it.
-        closure: returns the loss of a batch; or several closures, one a batch, whose importances
-            are averaged. Costs are those of the first.
+        closure: returns the loss of a batch, the same one each time, as it runs more than once; or
+            several closures, one a batch, whose importances are averaged. Costs are those of the
+            first.
         zo: options of the ZO group, such as ``dict(lr=2e-6, mu=1e-3)``.
         fo: options of the FO group, such as ``dict(lr=2e-5)``; the trial steps have them.
         budget: with ``of="flops"`` a share of the FLOPs of full back-propagation, forward not
@@ -79,6 +83,7 @@ def importance_partition(
         fo_optimizer: what HybridZOFO will be given: a torch optimizer class.
         optimizer_in_backward: HybridZOFO's option: gradients are applied and freed as they come, so
             that the memory of one counts.
+        coupling: HybridZOFO's option: where it is not 0, the peak has the second backward in it.
         candidates: names of the parameters that may train first-order; others that require
             gradients are zeroth-order like frozen ones. Default: those of the model's last
             partition, where ``requires_grad`` was not set since; else see above. A copy of a model
@@ -122,6 +127,7 @@ def importance_partition(
         policy=policy,
         fo_optimizer=fo_optimizer,
         optimizer_in_backward=optimizer_in_backward,
+        coupling=coupling,
         candidates=candidates,
         include=include,
         exclude=exclude,
@@ -142,6 +148,7 @@ def make_partition(
     policy: str = "importance",
     fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
     optimizer_in_backward: bool = False,
+    coupling: float | bool = 0.0,
     candidates: Collection[str] | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
@@ -156,9 +163,9 @@ def make_partition(
     gradients ("last_layers", "random" or "adapters").
 
     Args:
-        model, closure, fo, budget, of, policy, fo_optimizer, optimizer_in_backward, candidates:
+        model, closure, fo, budget, of, policy, fo_optimizer, optimizer_in_backward, coupling:
             see :func:`importance_partition`.
-        include, exclude, directions, seed, verbose: likewise.
+        candidates, include, exclude, directions, seed, verbose: likewise.
 
     Raises:
         TypeError, ValueError, FloatingPointError: likewise.
@@ -173,6 +180,12 @@ def make_partition(
     closures = _closures(closure)
     options = options_of("fo", fo)
     parse_budget(budget, of)
+    check_coupling(coupling)
+    if coupling and optimizer_in_backward:
+        raise ValueError(
+            f"coupling must be 0 where optimizer_in_backward=True, got {coupling!r}: gradients are "
+            "freed before others could be added to them"
+        )
     check_seed(seed)
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {tuple(POLICIES)}, got {policy!r}")
@@ -182,7 +195,7 @@ def make_partition(
     step = TrialStep(fo_optimizer, options)
     costs = costs_of(model, closures[0], tensors, fo_optimizer=fo_optimizer, fo=step.options)
     used = {t.name: tensors[t.name] for t in costs.tensors}
-    profile = Profile({}, {}, ())
+    profile = Profile({}, {})
     if POLICIES[policy].needs_profile:
         if any(p.is_meta for p in model.parameters()):
             raise ValueError(
@@ -199,6 +212,7 @@ def make_partition(
         gradient_norm=profile.gradient_norm,
         adapters=adapters(model),
         seed=seed,
+        coupling=coupling != 0,
     )
     chosen = chosen_within(problem, policy, budget)
     why |= reasons_against(model, rules, set(tensors).difference(chosen), used)

@@ -12,6 +12,29 @@ from ..costs import Costs
 from .knapsack import BINS, Item, best_set
 
 
+def filled(
+    names: Sequence[str],
+    parts: Iterable[Collection[str]],
+    chosen: Collection[str],
+    fits: Callable[[Collection[str]], bool],
+    *,
+    stop: bool,
+) -> list[str]:
+    """Those chosen, and in turn each part that still fits; to stop, none after one that fails.
+
+    In the order of ``names``.
+    """
+    found = set(chosen)
+    for part in parts:
+        if found.issuperset(part):
+            continue
+        if fits(found | set(part)):
+            found |= set(part)
+        elif stop:
+            break
+    return [name for name in names if name in found]
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a policy chooses by."""
@@ -28,6 +51,8 @@ class Problem:
     """Names of tensors that adapters added."""
     seed: int
     bins: int = BINS
+    coupling: bool = False
+    """Whether a second backward adds to gradients that are held."""
 
     @property
     def names(self) -> list[str]:
@@ -46,17 +71,8 @@ class Problem:
     def filled(
         self, parts: Iterable[Collection[str]], chosen: Collection[str] = (), *, stop: bool = False
     ) -> list[str]:
-        """Those chosen, and in turn each part that still fits; to stop, none after one that fails.
-
-        In order of depth.
-        """
-        found = set(chosen)
-        for part in parts:
-            if self.fits(found | set(part)):
-                found |= set(part)
-            elif stop:
-                break
-        return [name for name in self.names if name in found]
+        """See :func:`filled`, within the limit."""
+        return filled(self.names, parts, chosen, self.fits, stop=stop)
 
     def best(self, values: Mapping[str, float]) -> list[str]:
         """The set of most value by the dynamic programme, and what else fits, by value.
@@ -101,18 +117,10 @@ class Policy(NamedTuple):
     """Whether importances or gradients are needed, so a backward of real batches."""
     begins: Callable[[Problem], Sequence[Collection[str]]]
     """The least sets that it may choose."""
-
-
-def _importance(problem: Problem) -> list[str]:
-    return problem.best(problem.importance)
-
-
-def _gradient_norm(problem: Problem) -> list[str]:
-    return problem.best(problem.gradient_norm)
-
-
-def _top_k(problem: Problem) -> list[str]:
-    return problem.filled([[name] for name in _by_value(problem, problem.importance)])
+    order: Callable[[Problem], tuple[Sequence[Collection[str]], bool]]
+    """Parts in the order in which they fill what is left; whether none follows one that fails."""
+    values: Callable[[Problem], Mapping[str, float]]
+    """By which one of two sets is preferred."""
 
 
 def _by_value(problem: Problem, values: Mapping[str, float]) -> list[str]:
@@ -120,18 +128,65 @@ def _by_value(problem: Problem, values: Mapping[str, float]) -> list[str]:
     return sorted((n for n in problem.names if values[n] >= 0), key=lambda name: -values[name])
 
 
-def _last_layers(problem: Problem) -> list[str]:
-    return problem.filled([[name] for name in problem.names], stop=True)
+def _in_turn(
+    parts: Callable[[Problem], Sequence[Collection[str]]],
+    values: Callable[[Problem], Mapping[str, float]],
+    *,
+    needs_profile: bool = False,
+    stop: bool = False,
+    begins: Callable[[Problem], Sequence[Collection[str]]] | None = None,
+) -> Policy:
+    """A policy that takes parts in turn while they fit."""
+    return Policy(
+        lambda problem: problem.filled(parts(problem), stop=stop),
+        needs_profile,
+        begins or (lambda problem: parts(problem)[:1]),
+        lambda problem: (parts(problem), stop),
+        values,
+    )
 
 
-def _random(problem: Problem) -> list[str]:
+def _of_most(values: Callable[[Problem], Mapping[str, float]]) -> Policy:
+    """The policy of the dynamic programme."""
+    return Policy(
+        lambda problem: problem.best(values(problem)),
+        True,
+        _valued(values),
+        lambda problem: ([[name] for name in _by_value(problem, values(problem))], False),
+        values,
+    )
+
+
+def _valued(
+    values: Callable[[Problem], Mapping[str, float]],
+) -> Callable[[Problem], list[list[str]]]:
+    return lambda problem: [[n] for n in problem.names if values(problem)[n] > 0]
+
+
+def _importances(problem: Problem) -> Mapping[str, float]:
+    return problem.importance
+
+
+def _norms(problem: Problem) -> Mapping[str, float]:
+    return problem.gradient_norm
+
+
+def _alike(problem: Problem) -> Mapping[str, float]:
+    return dict.fromkeys(problem.names, 1.0)
+
+
+def _any(problem: Problem) -> list[list[str]]:
+    return [[name] for name in problem.names]
+
+
+def _most_important(problem: Problem) -> list[list[str]]:
+    return [[name] for name in _by_value(problem, problem.importance)]
+
+
+def _drawn(problem: Problem) -> list[list[str]]:
     names = problem.names
     random.Random(problem.seed).shuffle(names)
-    return problem.filled([[name] for name in names])
-
-
-def _adapters(problem: Problem) -> list[str]:
-    return problem.filled(_adapter_layers(problem), stop=True)
+    return [[name] for name in names]
 
 
 def _adapter_layers(problem: Problem) -> list[list[str]]:
@@ -154,25 +209,14 @@ def layer_of(name: str) -> str:
     return found[0] if found else name.rpartition(".")[0]
 
 
-def _any(problem: Problem) -> list[list[str]]:
-    return [[name] for name in problem.names]
-
-
-def _valued(
-    values: Callable[[Problem], Mapping[str, float]],
-) -> Callable[[Problem], list[list[str]]]:
-    return lambda problem: [[n] for n in problem.names if values(problem)[n] > 0]
-
-
-_BY_IMPORTANCE = _valued(lambda problem: problem.importance)
-_BY_NORM = _valued(lambda problem: problem.gradient_norm)
-
 POLICIES: Mapping[str, Policy] = {
-    "importance": Policy(_importance, True, _BY_IMPORTANCE),
-    "top_k": Policy(_top_k, True, _BY_IMPORTANCE),
-    "gradient_norm": Policy(_gradient_norm, True, _BY_NORM),
-    "last_layers": Policy(_last_layers, False, lambda problem: _any(problem)[:1]),
-    "random": Policy(_random, False, _any),
-    "adapters": Policy(_adapters, False, lambda problem: _adapter_layers(problem)[:1]),
+    "importance": _of_most(_importances),
+    "top_k": _in_turn(
+        _most_important, _importances, needs_profile=True, begins=_valued(_importances)
+    ),
+    "gradient_norm": _of_most(_norms),
+    "last_layers": _in_turn(_any, _alike, stop=True),
+    "random": _in_turn(_drawn, _alike, begins=_any),
+    "adapters": _in_turn(_adapter_layers, _alike, stop=True),
 }
 """By name: what ``policy=`` of :func:`importance_partition` may be."""

@@ -11,25 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from ..buffers import ParamGroups
+from ..checks import check_seed
 from ..counts import Counts
 from ..evaluation import Closure, GlobalRandomState
+from ..journal import Journal
 from ..optimizer import HybridZOFO
 from .budgets import parse_budget
-from .importance import SHARED
 from .making import make_partition
 from .partition import Partition
+from .policies import POLICIES
+from .trial_step import SHARED
 
 if TYPE_CHECKING:
     from ..trainer import HybridTrainerMixin
 
 FILE = "partition.json"
 """In a checkpoint."""
+NO_RATE = "zo must have the learning rate of the base model, as lr=..."
 BATCHES = 4
 _OPTIONS = ("budget", "of", "policy", "seed", "batches", "every")
-_OF_HYBRID = ("fo_optimizer", "optimizer_in_backward", "directions")
+_OF_HYBRID = ("fo_optimizer", "coupling", "directions")
 """Arguments of HybridZOFO that a partition is made with too."""
 _HYBRID = frozenset(inspect.signature(HybridZOFO).parameters)
 
@@ -54,18 +59,37 @@ class TrainerPartition:
                 "partition must be a Partition, or a mapping of options of importance_partition, "
                 f"got {type(given).__name__}"
             )
+        self._given = self.partition is not None
+        self._loaded = False  # for the next optimizer
         self._options = {} if isinstance(given, Partition) else dict(given)
         for name in self._options:
             if name not in _OPTIONS:
                 raise ValueError(f"partition must have options of {_OPTIONS}, got {name!r}")
-        if self._options:
-            parse_budget(self._options.get("budget", 0.6), self._options.get("of", "flops"))
+        parse_budget(self._options.get("budget", 0.6), self._options.get("of", "flops"))
+        check_seed(self._options.get("seed", 0))
+        if (policy := self._options.get("policy", "importance")) not in POLICIES:
+            raise ValueError(
+                f"policy in partition must be one of {tuple(POLICIES)}, got {policy!r}"
+            )
         self._batches = _count("batches", self._options.pop("batches", BATCHES))
         every = self._options.pop("every", None)
         self.every = None if every is None else _count("every", every)
         """Epochs after which the partition is made anew; None: never."""
         self._arguments: dict[str, Any] = {}
         self._decaying: Collection[str] = ()
+
+    def check(self, zo: Mapping[str, Any] | None) -> None:
+        """Before anything is profiled.
+
+        Raises:
+            ValueError: ``zo`` has no learning rate, and tensors will be zeroth-order.
+        """
+        whole = parse_budget(self._options.get("budget", 0.6), self._options.get("of", "flops"))
+        leaves: Any = whole.share is not None and whole.share < 1
+        if self.partition is not None:
+            leaves = self.partition.zeroth_order
+        if leaves and "lr" not in (zo or {}):
+            raise ValueError(NO_RATE)
 
     def groups(
         self,
@@ -95,9 +119,17 @@ class TrainerPartition:
             "fo": {k: v for k, v in hybrid.items() if k in SHARED or k not in _HYBRID},
             "verbose": verbose,
         }
-        if self.partition is None:
+        if not (self._given or self._loaded):
+            self.partition = None  # an earlier optimizer's, perhaps of another model
             self.partition = self._made(trainer, model)
+        assert self.partition is not None
+        self._loaded = False
         groups = self.partition.groups(model, zo, verbose=verbose)
+        if zo and self.every is None and not any(group["mode"] == "zo" for group in groups):
+            raise ValueError(
+                f"zo must be left out where no tensor is zeroth-order, got {dict(zo)}: the budget "
+                f"{self.partition.budget!r} lets all train first-order; take a smaller one"
+            )
         if self.every is not None:  # later partitions may fill what is empty now
             for mode, options in (("zo", zo or {}), ("fo", {})):
                 if not any(group["mode"] == mode for group in groups):
@@ -138,6 +170,7 @@ class TrainerPartition:
         path = os.path.join(folder, FILE)
         if os.path.isfile(path):
             self.partition = Partition.load(path)
+            self._loaded = trainer.optimizer is None
             if trainer.optimizer is not None:
                 optimizer, model = trainer.hybrid_optimizer, trainer.model
                 place = self.place(optimizer.param_groups)
@@ -150,6 +183,17 @@ class Again(TrainerCallback):
     def __init__(self, trainer: HybridTrainerMixin, partition: TrainerPartition) -> None:
         self._trainer = trainer
         self._partition = partition
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what the first change would break off, before anything is trained."""
+        listeners = self._trainer.hybrid_optimizer.listeners
+        journals = [known for known in listeners if isinstance(known, Journal)]
+        if journals:
+            raise ValueError(
+                "partition must not have every= with a journal, whose tensors stay in their "
+                f"groups, got every={self._partition.every} and {journals[0].path}; leave out one "
+                "of them"
+            )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = round(state.epoch or 0)
@@ -177,6 +221,13 @@ def _first_batches(
     counts = Counts(trainer)
     loaders = trainer.accelerator._dataloaders
     kept = list(loaders)
+    dataset: Any = trainer.train_dataset
+    if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+        raise ValueError(
+            "train_dataset must begin anew with each iter() for its first batches to be profiled, "
+            f"got {type(dataset).__name__}, whose iterator is one and the same; make the partition "
+            "before, and pass it as partition=partition"
+        )
     try:
         loader = trainer.get_train_dataloader()
         iterator = iter(loader)
@@ -199,13 +250,19 @@ def _first_batches(
 
 @contextmanager
 def _as_in_training(model: nn.Module) -> Generator[None, None, None]:
+    """In training mode, but without gradient checkpointing, through which nothing is counted."""
     before = [(module, module.training) for module in model.modules()]
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     try:
+        for module in checkpointed:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
         model.train()
         yield
     finally:
         for module, training in before:
             module.training = training
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def _closure(trainer: HybridTrainerMixin, model: nn.Module, batch: dict[str, Any]) -> Closure:
