@@ -303,3 +303,27 @@ def test_an_optimizer_of_ones_own_has_its_groups(tmp_path):
     optimizer = HybridZOFO(hybrid_param_groups(model, ZO, verbose=False), lr=0.1)
     with pytest.raises(ValueError, match="hybrid and partition must be left out"):
         trainer(tmp_path, model=model, zo=None, optimizers=(optimizer, None))
+
+
+def test_resuming_says_that_another_partition_was_asked_for(tmp_path):
+    options = dict(max_steps=2, save_steps=1, save_strategy="steps")
+    trainer(tmp_path, dict(budget=0.6), options=options).train()
+    other = trainer(tmp_path, dict(budget=0.9, of="flops"), options=options)
+    with pytest.warns(UserWarning, match=r"which has budget=0\.6, not 0\.9; begin a training"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_costs_are_those_of_the_largest_batch(tmp_path):
+    def forward(lengths):
+        rows = [[*range(3, 3 + n)] for n in lengths]
+        done = HybridTrainer(
+            base_model(),
+            arguments(tmp_path, per_device_train_batch_size=1),
+            train_dataset=[dict(input_ids=row, labels=row) for row in rows],
+            zo=ZO,
+            partition=dict(budget=0.6, batches=3),
+        )
+        done.create_optimizer()
+        return done.partition.forward_flops
+
+    assert forward([4, 16, 4]) == forward([16, 16, 16]) > 3 * forward([4, 4, 4])

@@ -33,8 +33,8 @@ def chosen_within(problem: Problem, policy: str, budget: Any) -> list[str]:
     least = min(_begins(problem, policy), key=problem.spent)
     limit, unit = problem.limit, "FLOPs" if problem.of == "flops" else "B"
     raise ValueError(
-        f"budget must leave room for one tensor at least, got {budget!r}, which is "
-        f"{shown(limit, unit)} of {shown(whole, unit)}; the least is "
+        f"budget must leave room for the least that policy {policy!r} takes, got {budget!r}, "
+        f"which is {shown(limit, unit)} of {shown(whole, unit)}; the least is "
         f"{shown(problem.spent(least), unit)} ({problem.spent(least) / whole:.2%}), for "
         f"{least[0]!r}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from ..buffers import ParamGroups
-from ..checks import check_seed
+from ..checks import caller_level, check_seed
 from ..counts import Counts
 from ..evaluation import Closure, GlobalRandomState
 from ..journal import Journal
 from ..optimizer import HybridZOFO
+from ..plain import plain
 from .budgets import parse_budget
 from .making import make_partition
 from .partition import Partition
@@ -147,6 +149,8 @@ class TrainerPartition:
 
     def _made(self, trainer: HybridTrainerMixin, model: nn.Module) -> Partition:
         with _first_batches(trainer, self._batches) as batches, _as_in_training(model):
+            # costs are those of the first one: of padded batches take the largest
+            batches.sort(key=_elements, reverse=True)
             closures = [_closure(trainer, model, batch) for batch in batches]
             rows = () if self.partition is None else self.partition.rows
             known = [row.name for row in rows if row.candidate] or None
@@ -169,12 +173,31 @@ class TrainerPartition:
         """Go on with a checkpoint's partition, if it has one."""
         path = os.path.join(folder, FILE)
         if os.path.isfile(path):
-            self.partition = Partition.load(path)
+            loaded = Partition.load(path)
+            self._warn_of_another(loaded)
+            self.partition = loaded
             self._loaded = trainer.optimizer is None
             if trainer.optimizer is not None:
                 optimizer, model = trainer.hybrid_optimizer, trainer.model
                 place = self.place(optimizer.param_groups)
                 self.partition.apply(optimizer, model, place=place)  # type: ignore[arg-type]
+
+    def _warn_of_another(self, loaded: Partition) -> None:
+        """A checkpoint's partition is gone on with, whatever was asked for this time."""
+        asked = {k: v for k, v in self._options.items() if k in ("budget", "of", "policy")}
+        others = [
+            f"{name}={getattr(loaded, name)!r}, not {value!r}"
+            for name, value in asked.items()
+            if getattr(loaded, name) != plain(value)
+        ]
+        if self._given and self.partition is not None and self.partition != loaded:
+            others = ["another Partition than the one given"]
+        if others:
+            warnings.warn(
+                f"the checkpoint's partition is gone on with, which has {' and '.join(others)}; "
+                "begin a training without resuming to have another one",
+                stacklevel=caller_level(),
+            )
 
 
 class Again(TrainerCallback):
@@ -200,6 +223,10 @@ class Again(TrainerCallback):
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if self._partition.every and done % self._partition.every == 0 and not ends:
             self._partition.make_again(self._trainer)
+
+
+def _elements(batch: Mapping[str, Any]) -> int:
+    return sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
 
 
 def _count(name: str, value: Any) -> int:
