@@ -96,7 +96,8 @@ class TrialStep:
             w, g = draw[0].double(), 10 * draw[1].double()
             halves = zip(w.view(-1).chunk(2), g.view(-1).chunk(2), strict=True)
             try:
-                apart = torch.cat([self._moved(*half) for half in halves]).view_as(w) - w
+                moved = [self._moved(*half) for half in halves]
+                apart = torch.cat(moved).view_as(w) - w
                 whole = self._moved(w, g) - w
             except (RuntimeError, TypeError, ValueError, NotImplementedError):
                 self._elementwise = False  # such as Muon, which takes matrices only
