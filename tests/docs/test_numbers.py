@@ -228,6 +228,33 @@ def test_scores_of_generated_text():
     assert found > 60
 
 
+@pytest.mark.skipif(not (RESULTS / "partition").is_dir(), reason="the study's results are not here")
+def test_where_hybrid_training_pays():
+    """Lines of tables of a model are those of the committed table, in the columns named."""
+    source = (RESULTS / "partition" / "table.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = page.split("\n## Where hybrid training pays\n")[1].split("\n## ")[0]
+    found = 0
+    for head, *lines in tables(shown):
+        if f"\n## {head[0]}, " not in source:
+            continue
+        part = source.split(f"\n## {head[0]}, ")[1].split("\n## ")[0]
+        own = {}
+        for names, *others in tables(part):
+            if names[0] == "recipe":
+                own.update({line[0]: dict(zip(names, line, strict=True)) for line in others})
+        for recipe, *cells in lines:
+            for name, cell in zip(head[1:], cells, strict=True):
+                assert cell == own[recipe][name], (head[0], recipe, name)
+                found += 1
+    assert found > 40
+    costs = (RESULTS / "partition" / "costs.md").read_text(encoding="utf-8")
+    (head, *lines) = next(one for one in tables(shown) if one[0][0] == "budget")
+    names, *others = tables(costs.split("\nBudgets of memory:\n")[1].strip())[0]
+    own = [dict(zip(names, line, strict=True)) for line in others]
+    assert lines == [[line[name] for name in head] for line in own]
+
+
 def test_there_are_no_columns_without_numbers():
     """What nothing was measured for is left out."""
     for path in (ROOT / "docs").glob("*.md"):

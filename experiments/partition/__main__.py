@@ -1,0 +1,203 @@
+"""Where hybrid first- and zeroth-order training pays: a grid of runs, and what steps cost.
+
+    ZOFO_DATA=path/with/all python -m experiments.partition --out runs/partition
+    python -m experiments.partition --plan              how long the runs will take
+    python -m experiments.partition runs --minutes 50   what has begun by then
+    python -m experiments.partition costs               steps at budgets from 0.1 to 0.9
+    python -m experiments.partition report
+
+Hi-ZFO's comparison (Jin, Tan, ACL Findings 2026): full fine-tuning; the tensors that are worth most
+within a budget of FLOPs by first order, with the rest frozen or by zeroth order; zeroth order
+alone; LoRA. And what else saves memory: LoRA in a few layers, a head, SGD inside the backward,
+checkpointing. At equal steps, and at the seconds of full fine-tuning. The grid is in grid.py:
+MiniLM on SST-2, stories260k on its sentences.
+
+`OUT/MODEL/TASK/RECIPE/RATES/seed-N.json` is a run; one that is there is not made again, so an
+interrupted command goes on where it was, but for the run that it was in. `OUT/MODEL/steps.json`:
+seconds and memory of steps. `OUT/costs.json`: those of `costs`. The report, `OUT/table.md`,
+`OUT/costs.md`, `runs.json` and plots, leaves out recipes that are not finished.
+
+Needs, in a checkout: pip install -e ".[experiments]"
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from ..files import DataError
+from ..models import ModelError
+from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
+from ..training import RunError
+from . import costs, plan, report
+from .comparisons import Found
+from .grid import Cell, cells, study_of
+from .problems import Sizes, default_models
+from .runs import Searches, Unfinished
+
+PARTS = ("steps", "runs", "costs", "report")
+ABOUT = "Compare hybrid first- and zeroth-order training with what else saves memory."
+RANGES = {
+    **{"seeds": INDEX, "tiers": INDEX, "steps": COUNT, "minutes": POSITIVE},
+    **dict.fromkeys(("train_size", "dev_size", "test_size"), COUNT),
+}
+
+
+@dataclass
+class PartitionOptions:
+    """The command line of `partition`."""
+
+    do: list[str] = option(
+        list(PARTS),
+        f"some of {', '.join(PARTS)}; also as first words of the command line",
+        choices=PARTS,
+        metavar="PART",
+    )
+    plan: bool = option(False, "say how long the runs will take, by measured steps, and stop")
+    models: list[str] = option(
+        [], "hub ids or folders; default: MiniLM, and models/stories260k in ZOFO_DATA"
+    )
+    data: str | None = option(None, "folder with the tasks' data; default: ZOFO_DATA")
+    seeds: list[int] = option([0, 1, 2], "of the best rate; rates are searched on 0")
+    steps: int | None = option(None, "of a run; default: as in grid.py")
+    tiers: list[int] = option([], "of the grid, see grid.py; default: all")
+    minutes: float | None = option(None, "no run begins after so many; default: all do")
+    train_size: int = option(Sizes.train, "training examples, at most")
+    dev_size: int = option(Sizes.dev, "examples to choose rates and weights by, at most")
+    test_size: int = option(Sizes.test, "examples of the final scores, at most")
+    out: Path = option(Path("runs/partition"), OUT)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, RANGES)
+
+
+class Command:
+    """The parts of one command line."""
+
+    def __init__(self, options: PartitionOptions, console: Console) -> None:
+        self._options, self._console = options, console
+        self._models = options.models or default_models()
+
+    def _searches(self, made: bool) -> list[Searches]:
+        given = self._options
+        data = given.data or os.environ.get("ZOFO_DATA")
+        if made and not data:
+            raise DataError("--data must be given, or ZOFO_DATA be set, got neither")
+        sizes = Sizes(given.train_size, given.dev_size, given.test_size)
+        return [
+            Searches(
+                study_of(model),
+                model,
+                given.out,
+                given.seeds,
+                data=data if made else None,
+                sizes=sizes,
+                steps=given.steps,
+                console=self._console,
+            )
+            for model in self._models
+        ]
+
+    def steps(self) -> None:
+        """Seconds and memory of each recipe's steps, before any run."""
+        for searches in self._searches(made=True):
+            searches.measure([cell for cell in cells(searches.study) if self._is_asked(cell)])
+
+    def _is_asked(self, cell: Cell) -> bool:
+        tiers = self._options.tiers
+        return not tiers or cell.tier in tiers
+
+    def plan(self) -> None:
+        """How long all runs will take."""
+        self.steps()
+        plan.show(
+            [
+                (one, [cell for cell in cells(one.study) if self._is_asked(cell)])
+                for one in self._searches(made=True)
+            ],
+            self._console,
+        )
+
+    def runs(self) -> None:
+        """All that are not there, those that tell most first."""
+        minutes = self._options.minutes
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        for searches, cell in in_order(self._searches(made=True)):
+            if not self._is_asked(cell):
+                continue
+            if deadline is not None and time.monotonic() > deadline:
+                self._console.print(f"{minutes:g} minutes are over: {cell.name} and what follows")
+                return
+            searches.results(cell)
+
+    def costs(self) -> None:
+        """Steps at all budgets."""
+        out = self._options.out
+        for name, make in costs.MODELS.items():
+            costs.measure(name, make(), out, self._console)
+
+    def report(self) -> None:
+        """Tables and plots of all that is finished."""
+        out, found = self._options.out, []
+        if not out.is_dir():
+            raise DataError(f"--out must be a folder with runs, got {str(out)!r}, which is none")
+        for searches in self._searches(made=False):
+            finished = {}
+            for cell in cells(searches.study):
+                try:
+                    finished[cell] = searches.results(cell)
+                except Unfinished:
+                    continue
+            searched = {cell: searches.searched(cell) for cell in finished}
+            if finished:
+                found.append(
+                    Found(searches.study, searches.name, finished, searched, searches.costs())
+                )
+        if found:
+            report.render(out, found)
+        if measured := costs.read(out):
+            costs.render(out, measured)
+
+
+def in_order(some: Sequence[Searches]) -> list[tuple[Searches, Cell]]:
+    """Cells of all models by tier."""
+    pairs = [(searches, cell) for searches in some for cell in cells(searches.study)]
+    return sorted(pairs, key=lambda pair: pair[1].tier)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in PARTS:
+        given = ["--do", *given]
+    options, parser = parse(PartitionOptions, "experiments.partition", ABOUT, given, epilog="")
+    console = Console()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        command = Command(options, console)
+        if options.plan:
+            command.plan()
+            return 0
+        for part in PARTS:
+            if part in options.do:
+                getattr(command, part)()
+    except (DataError, ModelError, RunError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command makes what is not there.")
+        return 130
+    console.print(f"Runs and tables: {options.out}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
