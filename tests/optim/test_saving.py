@@ -194,7 +194,10 @@ def test_saving_again_replaces_all(tmp_path):
         train(model, optimizer, 0, 1)
         save_hybrid(model, optimizer, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    model = wrapped()  # another run, with a journal from its first step on
+    optimizer = optimizer_of(model)
     with Journal(tmp_path / "run.zofo").attach(optimizer) as journal:
+        train(model, optimizer, 0, 1)
         save_hybrid(model, optimizer, tmp_path, journal=journal)
     assert not (tmp_path / "zo_weights.safetensors").exists()  # of the earlier save
     assert (tmp_path / "notes.txt").read_text() == "mine"
