@@ -88,8 +88,8 @@ def importance_partition(
             gradients are zeroth-order like frozen ones. Default: those of the model's last
             partition, where ``requires_grad`` was not set since; else see above. A copy of a model
             remembers none: give it ``[row.name for row in partition.rows if row.candidate]``.
-        include, exclude: what may train by zeroth order, as in ``hybrid_param_groups``; what ``exclude``
-            matches is no candidate either.
+        include, exclude: what may train by zeroth order, as in ``hybrid_param_groups``; what
+            ``exclude`` matches is no candidate either.
         directions: those of the optimizer, likewise.
         seed: of "random".
         verbose: print the totals.
