@@ -33,17 +33,16 @@ from typing import Any
 from rich.console import Console
 
 from . import report
-from .files import DataError
+from .commands import RESUMES, Ending
 from .finetune import Runs, machine, model_name, there, versions
 from .methods import ADAPTERS
-from .models import ModelError
 from .options import OUT, Options, check_task, option, parse
 from .own_data import OWN
 from .plots import plot_curves, plot_rates
 from .report import Result, as_csv, cells, markdown
 from .summary import start_name
 from .tasks import TASKS
-from .training import RunError, write
+from .training import write
 
 QUANTITIES = {
     "accuracy": "Test accuracy, %",
@@ -143,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(CompareOptions, "experiments.compare", about, argv)
     console = Console()
     out = options.out
-    try:
+    with Ending(parser, console, RESUMES) as ending:
         runs = Runs(options, console)
         for task in dict.fromkeys(options.tasks):
             runs.task(task)
@@ -158,11 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             plot_rates(out / f"figure2-{task}.png", panels, title)
             text = as_csv(rates_table(panels))
             (out / f"figure2-{task}.csv").write_text(text, encoding="utf-8")
-    except (DataError, ModelError, RunError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on from the last checkpoint.")
-        return 130
+    if ending.code:
+        return ending.code
     write(
         out / "results.json",
         {

@@ -52,11 +52,12 @@ from rich.console import Console
 
 from . import own_data
 from .classification import LAYOUTS
+from .commands import RESUMES, Ending
 from .files import DataError
 from .forms import FORMS, Form, own_form
 from .heads import set_head
 from .methods import METHODS
-from .models import DEFAULT_MODEL_PACKAGE, ModelError, Problem, load_problem, on
+from .models import DEFAULT_MODEL_PACKAGE, Problem, load_problem, on
 from .options import DTYPES, OUT, Options, check_task, option, parse
 from .own_data import OWN
 from .plots import plot_curves
@@ -236,13 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(FinetuneOptions, "experiments.finetune", about, argv)
     assert options.task is not None
     console = Console()
-    try:
+    with Ending(parser, console, RESUMES) as ending:
         Runs(options, console).task(options.task)
-    except (DataError, ModelError, RunError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on from the last checkpoint.")
-        return 130
+    if ending.code:
+        return ending.code
     what = "Results and curves" if options.no_save else "Results, curves and weights"
     console.print(f"{what}: {options.out / options.task}", highlight=False)
     return 0

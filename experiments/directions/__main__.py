@@ -27,12 +27,13 @@ from typing import Any
 
 from rich.console import Console
 
+from ..commands import RESUMES, Ending, run_parts
 from ..files import DataError
 from ..finetune import Runs, machine, model_name, versions
-from ..models import DEFAULT_MODEL_PACKAGE, ModelError
+from ..models import DEFAULT_MODEL_PACKAGE
 from ..options import OUT, OptionError, Options, option, parse
 from ..settings import OF_ZEROTH_ORDER
-from ..training import RunError, write
+from ..training import write
 from . import report
 from .grid import STUDIES, Cell, cells, study_of
 from .runs import Searches, Unfinished
@@ -145,16 +146,10 @@ def _found(out: Path, seeds: list[int]) -> dict[str, list[report.Found]]:
 def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(DirectionsOptions, "experiments.directions", ABOUT, argv, fixed=FIXED)
     console = Console()
-    try:
-        command = Command(options, console)
-        for part in PARTS:
-            if part in options.do:
-                getattr(command, part)()
-    except (DataError, ModelError, RunError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on from the last checkpoint.")
-        return 130
+    with Ending(parser, console, RESUMES) as ending:
+        run_parts(Command(options, console), PARTS, options.do)
+    if ending.code:
+        return ending.code
     console.print(f"Runs, times and tables: {options.out}", highlight=False)
     return 0
 

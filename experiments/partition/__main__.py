@@ -29,14 +29,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
+from ..commands import Ending, quiet_on_one_thread, run_parts
 from ..files import DataError
-from ..models import ModelError
 from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
-from ..training import RunError
 from . import costs, plan, report
 from .comparisons import Found
 from .grid import Cell, cells, study_of
@@ -179,22 +176,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = ["--do", *given]
     options, parser = parse(PartitionOptions, "experiments.partition", ABOUT, given, epilog="")
     console = Console()
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
+    quiet_on_one_thread()
+    with Ending(parser, console) as ending:
         command = Command(options, console)
         if options.plan:
             command.plan()
             return 0
-        for part in PARTS:
-            if part in options.do:
-                getattr(command, part)()
-    except (DataError, ModelError, RunError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command makes what is not there.")
-        return 130
+        run_parts(command, PARTS, options.do)
+    if ending.code:
+        return ending.code
     console.print(f"Runs and tables: {options.out}", highlight=False)
     return 0
 

@@ -28,14 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
+from ..commands import Ending, quiet_on_one_thread, run_parts
 from ..files import DataError
-from ..models import ModelError
 from ..options import COUNT, INDEX, OUT, check_ranges, option, parse
-from ..training import RunError, write
+from ..training import write
 from . import grid, report
 from .grid import GRPO, REWARDS, Cell, cells
 from .runs import Runs, Unfinished
@@ -149,19 +147,11 @@ def _default_model() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(RewardsOptions, "experiments.rewards", ABOUT, argv, epilog="")
     console = Console()
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        command = Command(options, console)
-        for part in PARTS:
-            if part in options.do:
-                getattr(command, part)()
-    except (DataError, ModelError, RunError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command makes what is not there.")
-        return 130
+    quiet_on_one_thread()
+    with Ending(parser, console) as ending:
+        run_parts(Command(options, console), PARTS, options.do)
+    if ending.code:
+        return ending.code
     console.print(f"Runs and tables: {options.out}", highlight=False)
     return 0
 

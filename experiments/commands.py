@@ -1,0 +1,63 @@
+"""How commands of several parts run and end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Sequence
+
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from .files import DataError
+from .models import ModelError
+from .training import RunError
+
+MAKES_THE_REST = "Interrupted; the same command makes what is not there."
+RESUMES = "Interrupted; the same command goes on from the last checkpoint."
+
+
+def quiet_on_one_thread() -> None:
+    """For commands that time what they run, without the Trainer's lines."""
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def run_parts(
+    command: object,
+    parts: Sequence[str],
+    wanted: Collection[str],
+) -> None:
+    """Call the command's methods of these names, those that are wanted, in order."""
+    for part in parts:
+        if part in wanted:
+            getattr(command, part)()
+
+
+class Ending:
+    """A block whose errors of data, model and run end the command, and whose Ctrl-C is told.
+
+    Args:
+        parser: ends the command with a message.
+        console: to print to.
+        interrupted: what is said of a Ctrl-C.
+    """
+
+    def __init__(
+        self, parser: argparse.ArgumentParser, console: Console, interrupted: str = MAKES_THE_REST
+    ) -> None:
+        self._parser, self._console, self._interrupted = parser, console, interrupted
+        self.code = 0
+        """130 after a Ctrl-C."""
+
+    def __enter__(self) -> Ending:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, (DataError, ModelError, RunError)):
+            self._parser.error(str(error))
+        if isinstance(error, KeyboardInterrupt):
+            self._console.print(self._interrupted)
+            self.code = 130
+        return self.code == 130
