@@ -18,6 +18,7 @@ from .active import Active
 from .defaults import value_of
 from .first_order import FirstOrder
 from .settings import Settings
+from .sharding import local_of
 from .zo_groups import ZOGroup
 
 MODES = ("zo", "fo")
@@ -188,12 +189,12 @@ def check_group(
 
 def check_zo_parameters(groups: Sequence[ZOGroup], first_order: Iterable[Tensor]) -> None:
     """Every ZO parameter can be perturbed, and none shares memory with a parameter of any mode."""
-    parameters = [p for group in groups for p in group.params]
+    parameters = [p for group in groups for p in group.placed.locals]
     names = [name for group in groups for name in group.names]
     for parameter, name in zip(parameters, names, strict=True):
         check_weight(parameter, f"zeroth-order parameter {name!r}")
-    # of a wrapper, such as a DTensor, the memory is not known
-    others = [p for p in first_order if has_memory(p)] if groups else []
+    # of other wrappers the memory is not known
+    others = [p for p in map(local_of, first_order) if has_memory(p)] if groups else []
     shared = first_shared(parameters, others)
     if shared is None:
         return

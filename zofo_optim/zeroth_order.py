@@ -13,6 +13,7 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 from .names import matching, patterns_in
 from .ownership import without_examples
 from .settings import DIRECTIONS
+from .sharding import pieces_of
 
 _STANDS_IN = {
     "modules_to_save": "original_module",
@@ -145,13 +146,9 @@ def _packed(parameter: Tensor, name: str) -> str | None:
     if not could_learn(parameter):
         return None
     advice = "leave these weights out by exclude="
-    if type(parameter).__name__ == "DTensor":
-        return (
-            "sharded weights (DTensor, of FSDP2 or tensor parallelism) in a zeroth-order group: "
-            f"train in one process on one device, without sharding, or {advice}"
-        )
     try:
-        check_weight(parameter, f"parameter {name!r}")
+        for piece in pieces_of(parameter, f"parameter {name!r}"):
+            check_weight(piece.tensor, f"parameter {name!r}")
     except TypeError as error:
         return (
             f"weights that cannot be perturbed in a zeroth-order group ({error}): load the base "

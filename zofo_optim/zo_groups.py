@@ -12,6 +12,7 @@ from torch import Tensor
 from zofo_kernels import NOISE_VERSION, Direction, Weights
 
 from .active import Active
+from .sharding import Placed
 
 
 class Noise(NamedTuple):
@@ -30,12 +31,12 @@ _KEPT_PARTS = 64
 class ZOGroup:
     """A zeroth-order parameter group, ready for one step.
 
-    ``weights`` are its parameters, with their places among all zeroth-order parameters, which
+    ``placed`` are its parameters, with their places among all zeroth-order parameters, which
     select their noise; ``options`` is the optimizer's own dictionary. Where some of them move,
-    ``weights`` are these, and ``active`` their positions among all.
+    ``placed`` are these, and ``active`` their positions among all.
     """
 
-    weights: Weights
+    placed: Placed
     options: dict[str, Any]
     noise: Noise = _NOISE
     active: tuple[int, ...] | None = None
@@ -43,12 +44,18 @@ class ZOGroup:
     """Of slopes, see :class:`zofo_optim.active.Chosen`."""
 
     @property
+    def weights(self) -> Weights:
+        """What this process holds of them."""
+        return self.placed.weights
+
+    @property
     def params(self) -> list[Tensor]:
-        return self.weights.tensors
+        """As the user gave them; sharded ones are DTensors."""
+        return self.placed.params
 
     @property
     def indices(self) -> list[int]:
-        return self.weights.indices
+        return self.placed.indices
 
     @property
     def names(self) -> list[str]:
@@ -72,12 +79,12 @@ class ZOGroup:
 
 
 class Tables:
-    """The groups' :class:`zofo_kernels.Weights`, kept from step to step with their addresses."""
+    """The groups' parameters as :class:`Placed`, kept from step to step with their addresses."""
 
     def __init__(self, noise: Noise) -> None:
         self._noise = noise
-        self._kept: list[Weights] = []
-        self._parts: dict[int, tuple[Weights, dict[tuple[int, ...], Weights]]] = {}
+        self._kept: list[Placed] = []
+        self._parts: dict[int, tuple[Placed, dict[tuple[int, ...], Placed]]] = {}
 
     def groups(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
         """The zeroth-order ones with their noise indices; a parameter counts once in a group."""
@@ -86,19 +93,19 @@ class Tables:
         for options in param_groups:
             if options.get("mode") == "zo":
                 params = list(dict.fromkeys(options["params"]))
-                weights = self._weights(len(found), params, index)
-                found.append(ZOGroup(weights, options, self._noise))
+                placed = self._placed(len(found), params, index)
+                found.append(ZOGroup(placed, options, self._noise))
                 index += len(params)
         return found
 
-    def _weights(self, position: int, params: list[Tensor], index: int) -> Weights:
+    def _placed(self, position: int, params: list[Tensor], index: int) -> Placed:
         """Of the group at ``position``, whose first parameter has noise index ``index``."""
         indices = list(range(index, index + len(params)))
         if position < len(self._kept):
             kept = self._kept[position]
-            if kept.indices == indices and is_same(kept.tensors, params):
+            if kept.indices == indices and is_same(kept.params, params) and kept.is_current():
                 return kept
-        self._kept[position : position + 1] = [Weights(params, indices)]
+        self._kept[position : position + 1] = [Placed(params, indices)]
         return self._kept[position]
 
     def active(self, groups: Sequence[ZOGroup], activity: Active | None) -> list[ZOGroup]:
@@ -114,8 +121,8 @@ class Tables:
             step = group.options["zo_step"] if activity.changes else 0
             seed = group.options["seed"]
             positions, scale = activity.choose(group.names, seed, step, position)
-            part = self._part(position, group.weights, positions)
-            found.append(replace(group, weights=part, active=positions, scale=scale))
+            part = self._part(position, group.placed, positions)
+            found.append(replace(group, placed=part, active=positions, scale=scale))
         if groups and not any(group.params for group in found):
             raise ValueError(
                 f"active must leave each step a zeroth-order parameter, got {activity}, by which "
@@ -128,11 +135,11 @@ class Tables:
         if activity is None:
             return list(groups)
         return [
-            replace(group, weights=self._part(position, group.weights, activity.ever(group.names)))
+            replace(group, placed=self._part(position, group.placed, activity.ever(group.names)))
             for position, group in enumerate(groups)
         ]
 
-    def _part(self, position: int, whole: Weights, chosen: tuple[int, ...]) -> Weights:
+    def _part(self, position: int, whole: Placed, chosen: tuple[int, ...]) -> Placed:
         """Of a group's weights; the last few are kept, as cycles come back to them."""
         of, parts = self._parts.get(position, (None, {}))
         if of is not whole:
@@ -141,8 +148,8 @@ class Tables:
         if chosen not in parts:
             if len(parts) >= _KEPT_PARTS:
                 del parts[next(iter(parts))]
-            tensors = [whole.tensors[i] for i in chosen]
-            parts[chosen] = Weights(tensors, [whole.indices[i] for i in chosen])
+            params = [whole.params[i] for i in chosen]
+            parts[chosen] = Placed(params, [whole.indices[i] for i in chosen])
         return parts[chosen]
 
 

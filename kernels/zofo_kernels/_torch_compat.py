@@ -85,6 +85,37 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
+def local_tensor(dtensor: Any) -> Tensor:
+    """A DTensor's part in this process: one object, where ``to_local()`` may make new ones."""
+    return dtensor._local_tensor  # type: ignore[no-any-return]
+
+
+def box_of(dtensor: Any) -> list[tuple[int, int]] | None:
+    """What of each dimension of a DTensor is local, from and up to; None: not one block.
+
+    A dimension may be sharded over several dimensions of the mesh. FSDP2 over tensor parallelism
+    gives strided shards, whose parts are blocks where the factor says just what comes after.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = dtensor.device_mesh, dtensor.placements
+    for position, placement in enumerate(placements):
+        factor = getattr(placement, "split_factor", None)
+        if factor is not None:
+            inner = 1
+            for size, other in zip(
+                mesh.shape[position + 1 :], placements[position + 1 :], strict=True
+            ):
+                inner *= size if getattr(other, "dim", None) == placement.dim else 1
+            if inner != factor:
+                return None
+        elif not isinstance(placement, (Replicate, Shard)):
+            return None
+    shape, offset = compute_local_shape_and_global_offset(dtensor.shape, mesh, placements)
+    return [(first, first + size) for first, size in zip(offset, shape, strict=True)]
+
+
 def increment_versions(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that the tensors were written, as torch's in-place operations do."""
     try:

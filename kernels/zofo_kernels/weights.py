@@ -158,6 +158,19 @@ class Weights:
         self._seen: list[tuple[object, ...]] | None = None
         self._layout = Layout([])
 
+    def singly(self) -> list[Weights]:
+        """One of each tensor."""
+        return [
+            Weights(
+                [tensor],
+                [self.indices[k]],
+                [self.offsets[k]],
+                [self._rectangles[k]],
+                self._shapes[k : k + 1],
+            )
+            for k, tensor in enumerate(self.tensors)
+        ]
+
     def layout(self) -> Layout:
         """The regions, checked; those of the pass before where no tensor's memory has changed."""
         if self._seen is None or self._signature() != self._seen:

@@ -127,7 +127,7 @@ class Perturbation(ABC):
     def _guarded(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate``; raises where the closure writes to a weight, which no move takes back."""
         # inference tensors count no versions
-        watched = [p for group in self.groups for p in group.params if not p.is_inference()]
+        watched = [p for g in self.groups for p in g.placed.locals if not p.is_inference()]
 
         def guarded(gradient: float) -> Evaluation:
             before = [p._version for p in watched]
@@ -138,7 +138,7 @@ class Perturbation(ABC):
                 names = [
                     name
                     for group in self.groups
-                    for p, name in zip(group.params, group.names, strict=True)
+                    for p, name in zip(group.placed.locals, group.names, strict=True)
                     if id(p) in changed
                 ]
                 raise RuntimeError(

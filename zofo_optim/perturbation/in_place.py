@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
-
-from zofo_kernels import Shift, perturb_, uninterrupted
+from zofo_kernels import Shift, Weights, perturb_, uninterrupted
 
 from ..advice import Advice
 from ..listeners import Listener, Move
@@ -85,31 +83,26 @@ class InPlacePerturbation(Perturbation):
                 left = self._left[-1]
                 if left.is_untouched():
                     perturb_(
-                        [left.tensor],
+                        left.weights,
                         None,
                         0.0,
                         recover=left.shift,
-                        indices=[left.noise_index],
                         backend=self._settings.backend,
                     )
                 self._left.pop()
 
 
 class _Left(NamedTuple):
-    """A parameter that a failed pass left displaced, as it was then."""
+    """A weight that a failed pass left displaced, as it was then."""
 
-    tensor: Tensor
-    noise_index: int
+    weights: Weights
     shift: Shift
     address: int
     version: int
 
     @classmethod
     def of(cls, group: ZOGroup, shift: Shift) -> list[_Left]:
-        return [
-            cls(p, index, shift, *written(p))
-            for p, index in zip(group.params, group.indices, strict=True)
-        ]
+        return [cls(one, shift, *written(*one.tensors)) for one in group.weights.singly()]
 
     def is_untouched(self) -> bool:
-        return written(self.tensor) == (self.address, self.version)
+        return written(*self.weights.tensors) == (self.address, self.version)
