@@ -45,6 +45,8 @@ class AskTell(GroupsAndState):
     def ask(self, examples: int) -> list[Displaced]:
         """Where to evaluate the examples of a population, by whatever evaluates them.
 
+        Of several processes, each asks for its part of it, and tells the scores of that.
+
         For scores that no closure can give: from a serving engine, a simulator, a person. Ask,
         evaluate each example at its place, :meth:`tell`, ``step()``. Directions must be
         ``"per_example"``, the estimator ``"antithetic"``. The weights here stay as they are.
@@ -92,14 +94,15 @@ class AskTell(GroupsAndState):
 
     def _places(self, examples: int, groups: Sequence[ZOGroup]) -> list[Displaced]:
         first, settings = self._directions, self._settings
-        last = first + examples // settings.examples_of_a_direction
+        count = examples // settings.examples_of_a_direction
+        numbers = [first + self.replicas.direction(place, count) for place in range(count)]
         return [
             Displaced(
                 direction,
                 side,
                 tuple(Shift(group.direction(direction), side * group.mu) for group in groups),
             )
-            for direction in range(first, last)
+            for direction in numbers
             for side in (1, -1)
             for _ in range(settings.examples_per_direction)
         ]
@@ -136,9 +139,14 @@ class AskTell(GroupsAndState):
                     "scores must be told before the optimizer goes on: it has made a step, taken "
                     "another estimate or loaded a state since ask()"
                 )
+            self._check_agreement()
             points = ESTIMATORS[self._settings.estimator].points(1, first_order=False)
             self._take(points, losses.unsqueeze(0), groups)
         self._asked = None
+
+    def _check_agreement(self) -> None:
+        """That the processes train alike, before they evaluate."""
+        self._agreement.check(self.replicas, self.param_groups, self.zo_groups())
 
     def _at_rest(self) -> Perturbation:
         """The perturbation over the present groups, which no step is displacing yet."""
@@ -150,15 +158,20 @@ class AskTell(GroupsAndState):
         for group in groups:  # now: later, some groups would have moved
             check_step_options(make_plain(group.options))
         check_capture(self._settings.capturable, groups, self._counters)
+        self._perturbation.replicas = self.replicas
+        self._evaluator.processes = self.replicas.size
         return self._perturbation.over(self._perturbation.active(groups))
 
     def _take(
-        self, points: Sequence[Point], losses: Tensor, groups: Sequence[ZOGroup]
+        self,
+        points: Sequence[Point],
+        losses: Tensor,
+        groups: Sequence[ZOGroup],
+        share: float | None = None,
     ) -> Estimated:
-        """Add what the losses at all points say to the estimate of the step."""
+        """Add what the losses of all processes say to the estimate of the step."""
         settings = self._settings
-        estimator = ESTIMATORS[settings.estimator]
-        differences = estimator.differences(points, losses, settings.examples_per_direction)
+        points, losses, differences = self.replicas.gather(points, losses, share)
         estimate, estimated = Estimate.of(
             losses,
             differences,

@@ -82,6 +82,7 @@ def evaluate(
     per_example: bool = False,
     answer: Answer | None = None,
     look: InBackward | None = None,
+    share: float = 1.0,
 ) -> Evaluation:
     """Run the closure once.
 
@@ -97,9 +98,11 @@ def evaluate(
             of their mean.
         answer: makes the results of the closure's torch calls; None: torch does.
         look: is told of what is back-propagated, before.
+        share: factor of the gradients, for their mean over processes to be weighted.
 
     Raises:
-        TypeError, ValueError: the closure did not return a real scalar, or such losses.
+        TypeError, ValueError: the closure did not return a real scalar, or such losses; or it
+            called backward itself, and ``share`` is not 1.
     """
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
@@ -133,9 +136,15 @@ def evaluate(
         )
     left = calls > 0 and not backpropagated and after != before
     left = left and any(p.grad is not None for p in first_order)
+    if backpropagated and gradients and share != 1.0:
+        raise ValueError(
+            "closure must return the loss and leave backward to the optimizer where weight differs "
+            "between processes: the gradients of its own backward are not weighted"
+        )
     if gradients and not backpropagated and loss.requires_grad:
         with torch.enable_grad():
             whole = loss.mean() if per_example else loss
+            whole = whole if share == 1.0 else whole * share
         if look is not None:
             look.look(whole, scaled or plain is not loss)
         with answering(answer), interruptible():
@@ -229,6 +238,7 @@ class Runs:
         devices: whose generators the closure may draw from; None where it runs once.
         zeroth_order: parameters for which no gradients are computed.
         in_backward: applies the gradients as they come; None: they are left in ``.grad``.
+        share: see :func:`evaluate`.
     """
 
     def __init__(
@@ -239,7 +249,9 @@ class Runs:
         devices: Iterable[torch.device] | None,
         zeroth_order: Sequence[Tensor] = (),
         in_backward: InBackward | None = None,
+        share: float | None = None,
     ) -> None:
+        self._share = 1.0 if share is None else share
         self._evaluator = evaluator
         self._closure = closure
         self._first_order, self._zeroth_order = first_order, zeroth_order
@@ -286,7 +298,7 @@ class Runs:
             self._began = True
             inner = frozenset() if gradients else self._inner
             with (
-                self._evaluator.first_of_all(self._devices is not None),
+                self._evaluator.first_of_all(zeroth_order, self._devices is not None),
                 graphless,
                 updates.updating(self._first_order) if gradients and updates else nullcontext(),
             ):
@@ -298,6 +310,7 @@ class Runs:
                     per_example=self._evaluator.per_example,
                     answer=answer,
                     look=updates if gradients else None,
+                    share=self._share,
                 )
             if updates and not gradients:
                 look_at(result.loss)
@@ -321,6 +334,8 @@ class Evaluator:
 
     def __init__(self, per_example: bool = False) -> None:
         self.per_example = per_example
+        self.processes = 1
+        """That evaluate along with this one."""
         self.running: str | None = None
         """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
         self.buffers = Buffers()
@@ -329,12 +344,14 @@ class Evaluator:
         self._checked = False
 
     @contextmanager
-    def first_of_all(self, zeroth_order: bool) -> Generator[None, None, None]:
-        """Around each run; the first with ZO groups must not call a model of several processes."""
-        if self._checked or not zeroth_order:
+    def first_of_all(
+        self, zeroth_order: Sequence[Tensor], has_groups: bool
+    ) -> Generator[None, None, None]:
+        """Around each run; the first with ZO groups checks how the model is wrapped."""
+        if self._checked or not has_groups:
             yield
             return
-        with parallel.refused():
+        with parallel.checked(self.processes, {id(p) for p in zeroth_order if p.requires_grad}):
             yield
         self._checked = True
 
@@ -345,6 +362,7 @@ class Evaluator:
         devices: Iterable[torch.device] | None,
         zeroth_order: Sequence[Tensor] = (),
         in_backward: InBackward | None = None,
+        share: float | None = None,
     ) -> Runs:
         """What evaluates ``closure`` for one estimate; see :class:`Runs`.
 
@@ -353,4 +371,4 @@ class Evaluator:
         """
         if not callable(closure):
             raise TypeError(f"closure must be callable, got {type(closure).__name__}")
-        return Runs(self, closure, first_order, devices, zeroth_order, in_backward)
+        return Runs(self, closure, first_order, devices, zeroth_order, in_backward, share)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .buffers import ParamGroups
-from .parallel import check_unshared
+from .parallel import check_wrappers
 from .plain import plain
 from .zeroth_order import ZerothOrder, parameters_with_all_names
 
@@ -59,7 +59,8 @@ def hybrid_param_groups(
         ValueError: an option may not be set here, a pattern matches no frozen parameter, no
             parameter is left, ``zo`` is given and there is no zeroth-order parameter, or base
             weights are quantised, sharded, partitioned, sparse or complex and not excluded.
-        RuntimeError: the model has zeroth-order parameters, and several processes share it.
+        RuntimeError: the model has zeroth-order parameters, and several processes share it by a
+            wrapper other than DistributedDataParallel.
     """
     check_module(model)
     rules = ZerothOrder(model, include, exclude, directions)
@@ -128,11 +129,12 @@ def param_groups(
         said: how the summary begins that is printed; None: none is.
 
     Raises:
-        RuntimeError: the model has zeroth-order parameters, and several processes share it.
+        RuntimeError: the model has zeroth-order parameters, and a wrapper that they cannot train
+            under.
     """
     groups = {"zo": split.zo, "fo": split.fo}
     if split.zo:
-        check_unshared(model)
+        check_wrappers(model)
     if said is not None:
         print(_summary(said, split))
     chosen_groups = [

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from . import advice, rule_states, state
+from .agreement import Agreement
 from .buffers import Buffers
 from .capture import StepCounters
 from .checks import check_active, check_group, check_zo_parameters
@@ -20,12 +21,12 @@ from .defaults import value_of
 from .estimate import Accumulation, Estimate
 from .evaluation import Evaluator
 from .first_order import FirstOrder
-from .in_backward import InBackward
+from .in_backward import OF_SEVERAL, InBackward
 from .listeners import Listener, Listeners, Move
 from .monitor import Monitor
 from .perturbation import PERTURBATIONS
 from .plain import make_plain
-from .replicas import OneProcess
+from .replicas import Replicas, replicas_of
 from .settings import Settings
 from .zo_groups import ZOGroup
 
@@ -66,17 +67,28 @@ class GroupsAndState(Optimizer):
 
     def _start(self) -> None:
         """What a fresh or unpickled optimizer makes anew; none of it is state."""
-        self._replicas = OneProcess()
+        self._replicas: Replicas | None = None  # known in the first step
+        self._agreement = Agreement(self._settings)
         self._evaluator = Evaluator(self._settings.directions == "per_example")
         self._counters = StepCounters()
         in_backward = self._settings.optimizer_in_backward
         self._in_backward = InBackward(self._fo) if in_backward else None
-        self._listeners = Listeners(self._monitor)
+        self._listeners = Listeners(self._monitor, self._agreement)
         self._perturbation = PERTURBATIONS[self._settings.perturbation](
             self._settings, self._listeners, self._advice
         )
 
     _constructing = False  # also in optimizers that were unpickled
+    _process_group: Any = None
+
+    @property
+    def replicas(self) -> Replicas:
+        """The processes that train the model together, as ``process_group`` says."""
+        if self._replicas is None:
+            self._replicas = replicas_of(self._settings, self._process_group)
+            if self._replicas.size > 1 and self._in_backward is not None:
+                raise RuntimeError(OF_SEVERAL)
+        return self._replicas
 
     @property
     def _estimate(self) -> Estimate | None:
@@ -312,7 +324,8 @@ class GroupsAndState(Optimizer):
     @property
     def listeners(self) -> tuple[Listener, ...]:
         """Those that were added, in order. They are neither pickled nor copied."""
-        return tuple(m for m in self._listeners.members if m is not self._monitor)
+        own = self._monitor, self._agreement
+        return tuple(m for m in self._listeners.members if m not in own)
 
     def add_listener(self, listener: AnyListener) -> AnyListener:
         """Tell ``listener`` of moves, estimates, updates and loaded states from now on.

@@ -21,6 +21,11 @@ REFUSED = (
     "gradients for a later step() to accumulate, clip or look at; call step(closure)"
 )
 
+OF_SEVERAL = (
+    "optimizer_in_backward must be False where several processes train together: gradients come in "
+    "the backward before they are averaged over processes"
+)
+
 
 class InBackward:
     """Applies first-order gradients while one evaluation is back-propagated.

@@ -5,7 +5,7 @@ A step flows one way: points -> evaluations -> losses -> estimate -> updates -> 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +16,12 @@ from zofo_kernels import NOISE_VERSION
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from .advice import NO_ESTIMATE
-from .ask_tell import AskTell
 from .buffers import Buffers, module_of
 from .checks import check_kinds, check_zo_defaults
 from .defaults import default, value_of
 from .estimate import Estimate
-from .estimators import ESTIMATORS, Point
-from .evaluation import Closure, Evaluation
+from .evaluating import Evaluating
+from .evaluation import Closure
 from .first_order import FirstOrder, first_order_options
 from .frameworks import unless_empty
 from .in_backward import REFUSED
@@ -31,10 +30,10 @@ from .perturbation import Perturbation
 from .plain import plain
 from .rule_states import keep
 from .rules import Rule
-from .settings import Settings
+from .settings import SETTINGS, Settings
 
 
-class HybridZOFO(AskTell):
+class HybridZOFO(Evaluating):
     """Hybrid zeroth- and first-order optimisation (Ma, Yu, Huang, ICLR 2026, Algorithm 1).
 
     Groups with ``mode="fo"`` are stepped by ``fo_optimizer``, ``torch.optim.SGD`` by default.
@@ -99,6 +98,14 @@ class HybridZOFO(AskTell):
             such a step has no FO gradients to accumulate, clip, couple or skip: call
             ``step(closure)``, with ``nonfinite="raise"``. The first step takes an evaluation with
             gradients more; a backward that raises leaves what it has updated by then.
+        process_group: the processes that train the model together: all of ``torch.distributed``
+            where it is initialised at the first step (None), or those of a group.
+        parallel: "data": they evaluate the same directions, each on its own batch, and losses are
+            averaged; "samples": each evaluates its part of ``num_samples`` (streamed only). Those
+            of examples (``directions="per_example"``) are each process's own.
+        example_order: of those, in the step: "interleaved", example j of process r of k is number
+            j k + r, as ``DistributedSampler`` deals; "contiguous", one process's after another's.
+        check_ranks_every: steps between comparisons of the processes' weights; 0: never.
         fo_optimizer: a torch optimizer class (or a callable like one) for the FO groups.
         **fo_options: further options of ``fo_optimizer``, such as ``betas``.
 
@@ -144,19 +151,18 @@ class HybridZOFO(AskTell):
         restore_buffers: bool | torch.nn.Module = True,
         capturable: bool = default(False),
         optimizer_in_backward: bool = False,
+        process_group: Any = None,
+        parallel: str = "data",
+        example_order: str = "interleaved",
+        check_ranks_every: int = 100,
         fo_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         **fo_options: Any,
     ) -> None:
+        chosen = {name: value for name, value in locals().items() if name in SETTINGS}
         shared = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
         shared.update(nesterov=nesterov, maximize=maximize, capturable=capturable)
         check_kinds(shared := plain(shared))
-        chosen = dict(estimator=estimator, num_samples=num_samples, distribution=distribution)
-        chosen.update(structure=structure, rank=rank, perturbation=perturbation, zo_rule=zo_rule)
-        chosen.update(rounding=rounding, nonfinite=nonfinite, backend=backend)
-        chosen.update(noise_version=noise_version, directions=directions, active=active)
-        chosen.update(examples_per_direction=examples_per_direction, coupling=coupling)
-        chosen["optimizer_in_backward"] = optimizer_in_backward
-        settings = Settings(**plain(chosen), capturable=value_of(shared["capturable"]))
+        settings = Settings(**{**plain(chosen), "capturable": value_of(shared["capturable"])})
         options = first_order_options(fo_optimizer, shared, plain(fo_options))
         first_order = FirstOrder(fo_optimizer, *options)
         if settings.optimizer_in_backward:
@@ -165,13 +171,14 @@ class HybridZOFO(AskTell):
         check_zo_defaults(zo_defaults)
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         super().__init__(params, settings, first_order, zo_shared, zo_defaults)
+        self._process_group = process_group
         self._evaluator.buffers = Buffers(module_of(params, plain(restore_buffers)))
 
     # ---- a step: read from here down ----------------------------------------------------------
 
     @uncompiled
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
-        """``backward(closure)``, then update all groups; without closure, only the update.
+    def step(self, closure: Closure | None = None, weight: float | None = None) -> Any:  # type: ignore[override]
+        """``backward(closure, weight)``, then update all; without closure, only the update.
 
         Returns:
             As :meth:`backward`; None without closure, or where Lightning skips the batch.
@@ -185,17 +192,22 @@ class HybridZOFO(AskTell):
         closure = unless_empty(closure)
         with undisturbed(), self._at_rest() as perturbation:
             if closure is not None:
-                returned = self._add_estimate(closure, perturbation)
+                returned = self._add_estimate(closure, perturbation, weight)
             if self._estimate is not None or closure is None:
                 self._apply(perturbation)
         return returned
 
     @uncompiled
-    def backward(self, closure: Closure) -> Any:
+    def backward(self, closure: Closure, weight: float | None = None) -> Any:
         """Evaluate the closure, leave gradients in ``.grad`` and coefficients in the optimizer.
 
         Repeated calls accumulate, along the same directions; ``step()`` then applies the sum
         and ``zero_grad()`` clears it. Weights are as before when this returns or raises.
+
+        Args:
+            closure: returns the loss; see the class.
+            weight: of this process's mean loss among those of all, such as its number of examples
+                or tokens; None: all count alike. Given, it is given in every process.
 
         Returns:
             What the closure returned in its first, unperturbed evaluation (``last_loss`` where
@@ -209,29 +221,17 @@ class HybridZOFO(AskTell):
         if self._settings.optimizer_in_backward:
             raise RuntimeError(REFUSED)
         with undisturbed(), self._at_rest() as perturbation:
-            return self._add_estimate(closure, perturbation)
+            return self._add_estimate(closure, perturbation, weight)
 
-    @uncompiled
-    def verify(self, closure: Closure) -> None:
-        """Make the first step's checks now, by a closure that is cheaper than the steps' own.
-
-        They evaluate it for every few weights, which takes long where it generates texts. Let it
-        use the model as the steps' closure does, and return a number that any displacement changes,
-        such as a logit: scores of texts may not tell.
-
-        Raises:
-            TypeError, ValueError: the closure's result is no real scalar.
-            RuntimeError: it does not use the weights as the perturbation takes it to.
-        """
-        with undisturbed(), self._at_rest() as perturbation:
-            self._evaluated(closure, perturbation, [])
-
-    def _add_estimate(self, closure: Closure, perturbation: Perturbation) -> Any:
+    def _add_estimate(
+        self, closure: Closure, perturbation: Perturbation, weight: float | None
+    ) -> Any:
         """Evaluate at all points and add to the estimate; leaves the weights displaced."""
         groups = perturbation.groups
         first_order = [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
         self._advice.about_groups(groups, first_order, self._fo.options, self._settings.coupling)
-        points, evaluations = self._evaluated(closure, perturbation, first_order)
+        share = self._share(weight)
+        points, evaluations = self._evaluated(closure, perturbation, first_order, share)
         if not evaluations:  # the closure skips the batch
             return None
         self._advice.about_losses(evaluations, groups, first_order)
@@ -239,35 +239,12 @@ class HybridZOFO(AskTell):
             self._monitor.add(evaluations[0].loss.mean(), None, self._estimate is not None)
             self._estimate = self._estimate or Estimate()
             return evaluations[0].returned
-        losses = self._replicas.gather(torch.stack([e.loss for e in evaluations]))
-        estimated = self._take(points, losses, groups)
+        losses = torch.stack([e.loss for e in evaluations])
+        estimated = self._take(points, losses, groups, share)
         if points[0].sign == 0:
             return evaluations[0].returned
         number = not isinstance(evaluations[0].returned, Tensor)
         return estimated.loss.item() if number else estimated.loss
-
-    def _evaluated(
-        self, closure: Closure, perturbation: Perturbation, first_order: Sequence[Tensor]
-    ) -> tuple[list[Point], list[Evaluation]]:
-        """The points of an estimate, and what the closure gives at those of this process."""
-        groups, settings = perturbation.groups, self._settings
-        samples = settings.num_samples if groups else 0
-        points = ESTIMATORS[settings.estimator].points(
-            samples, first_order=bool(first_order), coupling=settings.coupling
-        )
-        zeroth_order = [p for g in self.param_groups if g["mode"] == "zo" for p in g["params"]]
-        updates = self._in_backward if first_order else None
-        trial = updates is not None and not updates.is_tried(first_order)
-        devices = {p.device for p in [*first_order, *zeroth_order]} if groups or trial else None
-        evaluations: list[Evaluation] = []
-        with self._evaluator.runs(closure, first_order, devices, zeroth_order, updates) as evaluate:
-            mine = list(self._replicas.mine(points))
-            if updates:  # the clean one last: others must see y as it was
-                self._fo.follow(self.param_groups, self.state)
-                mine = [*mine[:1] * trial, *mine[1:], mine[0]]
-            found = perturbation.visit(mine, evaluate, first_direction=self._directions)
-            evaluations = [found[-1], *found[trial:-1]] if updates else found
-        return points, evaluations
 
     def _apply(self, perturbation: Perturbation) -> None:
         """The FO step first: if it raises, the perturbation still restores the ZO weights."""

@@ -1,8 +1,8 @@
-"""Models that several processes share; only one process is supported where base weights train."""
+"""Wrappers by which several processes share a model: those that zeroth order can train under."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,34 +10,50 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+_INSTEAD = {
+    "FullyShardedDataParallel": "shard it by torch.distributed.fsdp.fully_shard",
+    "DeepSpeedEngine": "wrap it in DistributedDataParallel, or shard it by fully_shard",
+}
 """Names of the classes, as importing them takes seconds."""
+_DDP = "DistributedDataParallel"
 
 
 def processes() -> int:
-    """How many train together."""
+    """How many ``torch.distributed`` has."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         return 1
     return distributed.get_world_size()
 
 
-def check_unshared(model: nn.Module) -> None:
-    """Refuse a model with a part that is wrapped for several processes."""
+def check_wrappers(model: nn.Module) -> None:
+    """Refuse a model with a part that is wrapped in a way that zeroth order cannot train under.
+
+    Raises:
+        RuntimeError: names the wrapper, and what to take instead.
+    """
     if processes() > 1:
         for module in model.modules():
-            _check(module)
+            _refuse(module)
 
 
 @contextmanager
-def refused() -> Generator[None, None, None]:
-    """Refuse to call such a model inside the block."""
+def checked(size: int, trainable: Collection[int] = ()) -> Generator[None, None, None]:
+    """Refuse to call such a model inside the block, or one of more processes than an optimizer's.
+
+    Args:
+        size: number of processes of the optimizer.
+        trainable: ids of zeroth-order parameters that required gradients before the step.
+    """
     if processes() == 1:
         yield
         return
 
     def before(module: nn.Module, args: Any) -> None:
-        _check(getattr(module, "_orig_mod", module))  # also within torch.compile
+        module = getattr(module, "_orig_mod", module)  # also within torch.compile
+        _refuse(module)
+        if _DDP in _names(module):
+            _check_ddp(module, size, trainable)
 
     hook = register_module_forward_pre_hook(before)
     try:
@@ -46,19 +62,34 @@ def refused() -> Generator[None, None, None]:
         hook.remove()
 
 
-def _check(module: nn.Module) -> None:
-    """Raise RuntimeError for a wrapper with more than one process."""
-    names = {cls.__name__ for cls in type(module).__mro__}
-    found = next((name for name in _WRAPPERS if name in names), None)
-    if found is None:
-        return
+def _names(module: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(module).__mro__}
+
+
+def _size(module: nn.Module) -> int:
     group = getattr(module, "process_group", None)
-    size = processes() if group is None else group.size()
-    if size > 1:
+    return processes() if group is None else int(group.size())
+
+
+def _refuse(module: nn.Module) -> None:
+    for name in _names(module) & _INSTEAD.keys():
+        if _size(module) > 1:
+            raise RuntimeError(
+                f"model must not be wrapped in {name} over several processes where zeroth-order "
+                f"parameters train, got {_size(module)} processes: {_INSTEAD[name]}"
+            )
+
+
+def _check_ddp(module: nn.Module, size: int, trainable: Collection[int]) -> None:
+    if _size(module) > size:
         raise RuntimeError(
-            f"model must not be wrapped in {found} over several processes where zeroth-order "
-            f"parameters train, got {size} processes: each would estimate from its own batch, and "
-            "end at a base model of its own. Train in one process on one device, and accumulate "
-            "micro-batches by optimizer.backward(closure) where the batch is too large; or give "
-            "HybridZOFO first-order groups only"
+            f"process_group must be that of {_DDP} or a larger one, got {size} processes and "
+            f"{_size(module)} of the wrapped model: each would estimate from its own batch, and "
+            "end at a base model of its own"
+        )
+    if _size(module) > 1 and any(id(p) in trainable for p in module.parameters()):
+        raise RuntimeError(
+            f"zeroth-order parameters must have requires_grad=False before {_DDP} wraps their "
+            "model, or it waits for gradients that they never get: call model.requires_grad_(False)"
+            " on them first"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from zofo_kernels import (
@@ -22,9 +22,12 @@ from .rules import Rule, check_repr, described, rule_of
 
 PERTURBATIONS = ("in_place", "streamed")
 DIRECTIONS = ("shared", "per_example")
+PARALLEL = ("data", "samples")
+EXAMPLE_ORDERS = ("interleaved", "contiguous")
 NONFINITE = ("skip", "raise")
 _OF_EXAMPLES = {"structure": "low_rank", "perturbation": "streamed", "num_samples": 1}
-_NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable")
+_OF_PROCESSES = ("parallel", "example_order", "check_ranks_every")
+_NOT_OF_THE_PATH = ("nonfinite", "backend", "capturable", *_OF_PROCESSES)
 _IN_BACKWARD = {"nonfinite": "raise", "coupling": 0, "capturable": False}
 """What looks at no gradient before it is applied."""
 
@@ -74,6 +77,9 @@ class Settings:
     active: Any = None
     coupling: float = 0.0
     optimizer_in_backward: bool = False
+    parallel: str = "data"
+    example_order: str = "interleaved"
+    check_ranks_every: int = 100
 
     def __post_init__(self) -> None:
         choices = {
@@ -84,6 +90,8 @@ class Settings:
             "perturbation": PERTURBATIONS,
             "rounding": ROUNDINGS,
             "nonfinite": NONFINITE,
+            "parallel": PARALLEL,
+            "example_order": EXAMPLE_ORDERS,
             "backend": BACKENDS,
         }
         for name, allowed in choices.items():
@@ -97,6 +105,15 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        every = self.check_ranks_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+            raise ValueError(f"check_ranks_every must be an int >= 0, got {every!r}")
+        if self.parallel == "samples" and self.perturbation == "in_place":
+            raise ValueError(
+                "perturbation must be 'streamed' where parallel='samples', got 'in_place', which "
+                "moves the weights: processes that move along different directions round "
+                "differently, and drift apart"
+            )
         if self.rank > LARGEST_RANK:
             raise ValueError(f"rank must be at most {LARGEST_RANK}, got {self.rank}")
         if self.structure == "full" and self.rank != 1:
@@ -194,3 +211,6 @@ class Settings:
         activity = self.activity
         active = None if activity is None else activity.described()
         return {**found, "zo_rule": described(self.rule), "active": active}
+
+
+SETTINGS = tuple(field.name for field in fields(Settings))

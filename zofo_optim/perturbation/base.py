@@ -17,6 +17,7 @@ from ..estimators import Point
 from ..evaluation import Evaluation
 from ..listeners import Listener
 from ..moves import Moves
+from ..replicas import OneProcess, Replicas
 from ..settings import Settings
 from ..update import Update
 from ..watch import Answer
@@ -56,6 +57,8 @@ class Perturbation(ABC):
         self._verified: dict[int, tuple[Tensor, int]] = {}  # by id: and the level
         self._first_direction = 0
         self._examples: int | None = None  # of this batch, once known
+        self.replicas: Replicas = OneProcess(settings)
+        """The processes that evaluate along with this one."""
 
     def groups_of(self, param_groups: Iterable[dict[str, Any]]) -> list[ZOGroup]:
         """The zeroth-order ones, with their tables of addresses kept from step to step."""

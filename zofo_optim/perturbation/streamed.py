@@ -173,9 +173,10 @@ class StreamedPerturbation(Perturbation):
 
     # ---- examples with directions of their own ----------------------------------------------
 
-    def place(self, displacement: int) -> tuple[int, int]:
-        """The direction of a displacement of the batch, and its side of it."""
+    def place(self, displacement: int, count: int) -> tuple[int, int]:
+        """The direction of one of ``count`` displacements of the batch, and its side of it."""
         sample, second = divmod(displacement, self.sides)
+        sample = self.replicas.direction(sample, count // self.sides)
         return self._first_direction + sample, -1 if second else 1
 
     @property
@@ -229,7 +230,7 @@ class StreamedPerturbation(Perturbation):
         assert low_rank is not None
 
         def displaced(count: int) -> Displacement:
-            at = [self.shifts_of(*self.place(number)) for number in range(count)]
+            at = [self.shifts_of(*self.place(number, count)) for number in range(count)]
             alone = self._at.alone
             if alone is not None:
                 at = [

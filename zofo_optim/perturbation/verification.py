@@ -113,7 +113,7 @@ class Verification:
         at_rest, each = self._at(alone=()), self._perturbation.examples_per_direction
         self._advise_of_pairs(at_rest)
         last = int(at_rest.isfinite().nonzero()[-1])
-        sample, side = self._perturbation.place(last // each)
+        sample, side = self._perturbation.place(last // each, len(at_rest) // each)
         there = self._far_enough(sample, at_rest, lambda losses: losses[last], side)
         factor = abs(there.place["factor"])
         for some, others in _halves(len(at_rest) // each):

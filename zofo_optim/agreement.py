@@ -1,0 +1,197 @@
+"""Whether the processes that train one model still do: the same settings, step and weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .listeners import Listener
+from .replicas import Replicas
+from .sharding import is_sharded, local_of, pieces_of
+from .update import Update
+from .zo_groups import ZOGroup
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PRIME = 1_000_003
+
+
+class Agreement(Listener):
+    """Compares the processes before their first estimate, and their weights now and then.
+
+    Args:
+        settings: the optimizer's.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._compared = False
+        self._steps = 0  # since
+        self._checked = -1  # the last of them whose weights were compared
+
+    def state_loaded(self) -> None:
+        self._compared = False
+
+    def updated(self, updates: Sequence[Update]) -> None:
+        self._steps += 1
+
+    def check(
+        self, replicas: Replicas, param_groups: Sequence[dict[str, Any]], groups: list[ZOGroup]
+    ) -> None:
+        """Before an estimate.
+
+        Args:
+            replicas: the processes.
+            param_groups: of the optimizer.
+            groups: the zeroth-order ones of them, with all that ever moves.
+
+        Raises:
+            RuntimeError: names what differs, and between which ranks.
+        """
+        if replicas.size == 1:
+            return
+        if not self._compared:
+            self._compare(replicas, param_groups, groups)
+            self._compared, self._steps, self._checked = True, 0, -1
+        every = self._settings.check_ranks_every
+        # after the first step, too: what is not synchronised differs then
+        due = self._steps in (0, 1) or (every and self._steps % every == 0)
+        if every and due and self._checked != self._steps:  # once for all micro-batches
+            self._checked = self._steps
+            self._check_weights(replicas, param_groups, groups)
+
+    def _compare(
+        self, replicas: Replicas, param_groups: Sequence[dict[str, Any]], groups: list[ZOGroup]
+    ) -> None:
+        ours = {name: repr(value) for name, value in vars(self._settings).items()}
+        for position, group in enumerate(groups):
+            ours |= {f"{k} of zeroth-order group {position}": v for k, v in _layout(group).items()}
+        first_order = [g for g in param_groups if g.get("mode") != "zo"]
+        for position, options in enumerate(first_order):
+            shapes = [tuple(p.shape) for p in options["params"]]
+            ours[f"parameters of first-order group {position}"] = repr(shapes)
+            ours[f"lr of first-order group {position}"] = _number(options.get("lr"))
+        marks = replicas.all_of({name: _mark(value) for name, value in ours.items()})
+        for rank, theirs in enumerate(marks):
+            wrong = [n for n in {**marks[0], **theirs} if marks[0].get(n) != theirs.get(n)]
+            if wrong:
+                values = replicas.all_of(ours.get(wrong[0], "nothing"))
+                raise RuntimeError(
+                    f"processes must train alike, but rank {rank} has another {wrong[0]} than "
+                    f"rank 0: {values[rank]:.200} and {values[0]:.200}"
+                    + f" ({len(wrong)} differences in all)"
+                    * (len(wrong) > 1)
+                )
+
+    def _check_weights(
+        self, replicas: Replicas, param_groups: Sequence[dict[str, Any]], groups: list[ZOGroup]
+    ) -> None:
+        zeroth_order = {
+            name: p for group in groups for name, p in zip(group.names, group.params, strict=True)
+        }
+        first_order = {
+            _name(group, position, place): p
+            for position, group in enumerate(param_groups)
+            if group.get("mode") != "zo"
+            for place, p in enumerate(group["params"])
+        }
+        every = {**zeroth_order, **first_order}
+        sums = _checksums(every.values())
+        parts = [_part(p) for p in every.values()]
+        ours: dict[str, int] = {}
+        # one number for each set of processes that hold the same
+        for part, number in zip(parts, sums, strict=True):
+            ours[part] = (ours.get(part, 0) * _PRIME + number) & (1 << 63) - 1
+        if not _different(replicas.all_of(ours)):
+            return
+        detailed = {(name, part): n for name, part, n in zip(every, parts, sums, strict=True)}
+        wrong = _different(replicas.all_of(detailed))
+        names = [name for name, _ in wrong]
+        raise RuntimeError(_of_weights(names, *next(iter(wrong.values())), first_order))
+
+
+def _different(numbers: Sequence[dict[Any, int]]) -> dict[Any, tuple[int, int]]:
+    """What has two numbers, with two ranks that have them."""
+    known: dict[Any, tuple[int, int]] = {}
+    found: dict[Any, tuple[int, int]] = {}
+    for rank, ours in enumerate(numbers):
+        for key, number in ours.items():
+            first, other = known.setdefault(key, (rank, number))
+            if other != number:
+                found.setdefault(key, (first, rank))
+    return found
+
+
+def _of_weights(wrong: list[str], before: int, rank: int, first_order: dict[str, Tensor]) -> str:
+    said = (
+        f"parameters must be the same in all processes, but rank {rank} has others than rank "
+        f"{before}: {', '.join(wrong[:5])}" + f" and {len(wrong) - 5} more" * (len(wrong) > 5)
+    )
+    if wrong[0] in first_order:
+        return (
+            f"{said}. First-order gradients are averaged by DistributedDataParallel or "
+            "fully_shard: wrap the model, and begin with the same weights (one seed before they "
+            "are made)"
+        )
+    return (
+        f"{said}. Begin with the same weights, let nothing else write to them, and make shards "
+        "DTensors (fully_shard, parallelize_module); processes that train models of their own each "
+        "pass process_group=torch.distributed.new_group([rank], use_local_synchronization=True)"
+    )
+
+
+def _layout(group: ZOGroup) -> dict[str, str]:
+    options = group.options
+    return {
+        "names": repr(group.names),
+        "shapes": repr([tuple(p.shape) for p in group.params]),
+        "dtypes": repr([p.dtype for p in group.params]),
+        "seed": repr(options["seed"]),
+        "step": _number(options["zo_step"]),
+        **{name: _number(options[name]) for name in ("lr", "mu", "weight_decay", "maximize")},
+    }
+
+
+def _number(value: Any) -> str:
+    return repr(value.tolist() if isinstance(value, Tensor) else value)
+
+
+def _mark(value: str) -> str:
+    return hashlib.sha256(value.encode()).hexdigest()[:16]
+
+
+def _name(group: dict[str, Any], position: int, place: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {place} of group {position}" if names is None else str(names[place])
+
+
+def _part(parameter: Tensor) -> str:
+    """Which elements this process holds: processes that say the same must hold the same."""
+    if not is_sharded(parameter):
+        return "all"
+    return _mark(repr([(piece.offset, piece.tensor.shape) for piece in pieces_of(parameter)]))
+
+
+def _checksums(parameters: Iterable[Tensor]) -> list[int]:
+    """Sums of the elements' bits, exact on every device. Waits for the devices once each."""
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    count = 0
+    for p in parameters:
+        local = local_of(p).detach().resolve_neg()
+        bits = torch.view_as_real(local.resolve_conj()) if local.is_complex() else local
+        kind = _INTEGERS[bits.element_size()]
+        total = bits.contiguous().view(-1).view(kind).sum(dtype=torch.int64)
+        by_device.setdefault(total.device, []).append((count, total))
+        count += 1
+    found = [0] * count
+    for some in by_device.values():
+        values = torch.stack([total for _, total in some]).tolist()
+        for (place, _), value in zip(some, values, strict=True):
+            found[place] = value
+    return found
