@@ -26,7 +26,7 @@ from .listeners import Listener, Listeners, Move
 from .monitor import Monitor
 from .perturbation import PERTURBATIONS
 from .plain import make_plain
-from .replicas import Replicas, replicas_of
+from .replicas import Replicas, group_now, replicas_of
 from .settings import Settings
 from .zo_groups import ZOGroup
 
@@ -84,8 +84,9 @@ class GroupsAndState(Optimizer):
     @property
     def replicas(self) -> Replicas:
         """The processes that train the model together, as ``process_group`` says."""
-        if self._replicas is None:
-            self._replicas = replicas_of(self._settings, self._process_group)
+        group = group_now(self._process_group)
+        if self._replicas is None or self._replicas.group is not group:
+            self._replicas = replicas_of(self._settings, group)
             if self._replicas.size > 1 and self._in_backward is not None:
                 raise RuntimeError(OF_SEVERAL)
         return self._replicas

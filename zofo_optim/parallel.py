@@ -72,8 +72,8 @@ def _size(module: nn.Module) -> int:
 
 
 def _refuse(module: nn.Module) -> None:
-    for name in _names(module) & _INSTEAD.keys():
-        if _size(module) > 1:
+    for name in _INSTEAD:
+        if name in _names(module) and _size(module) > 1:
             raise RuntimeError(
                 f"model must not be wrapped in {name} over several processes where zeroth-order "
                 f"parameters train, got {_size(module)} processes: {_INSTEAD[name]}"

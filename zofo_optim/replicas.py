@@ -33,6 +33,8 @@ class Replicas(Protocol):
     rank: int
     """Of this process, in [0, size)."""
     size: int
+    group: Any
+    """Of ``torch.distributed``; None for one process alone."""
 
     def mine(self, points: Sequence[Point]) -> Sequence[Point]:
         """Those of a step's points that this process evaluates, in order; at least one.
@@ -80,8 +82,8 @@ class OneProcess:
 
     rank, size = 0, 1
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, group: Any = None) -> None:
+        self._settings, self.group = settings, group
 
     def mine(self, points: Sequence[Point]) -> Sequence[Point]:
         return points
@@ -115,7 +117,7 @@ class Processes:
     """
 
     def __init__(self, settings: Settings, group: Any) -> None:
-        self._settings, self._group = settings, group
+        self._settings, self.group = settings, group
         self.rank, self.size = int(group.rank()), int(group.size())
         estimator = ESTIMATORS[settings.estimator]
         self._per_example = settings.directions == "per_example"
@@ -158,7 +160,7 @@ class Processes:
         if self._per_example:
             return self._of_examples(points, losses, share is not None)
         own = torch.cat([losses.new_full((1,), 1.0 if share is None else share), losses])
-        every = torch.stack(self._all_gather(own)).to(losses.device)
+        every = self._all_gather(own).to(losses.device)
         shares, each = every[:, :1], every[:, 1:]
         # a process without a batch has no loss that counts, whatever its closure returned
         weighted = torch.where(shares > 0, each * shares, 0.0)
@@ -180,7 +182,7 @@ class Processes:
     def _of_examples(self, points: Sequence[Point], losses: Tensor, weighted: bool) -> Gathered:
         """Put side by side, in the order of their directions."""
         each = self._settings.examples_of_a_direction
-        counts = torch.cat(self._all_gather(torch.tensor([losses.shape[1]]))).tolist()
+        counts = self._all_gather(torch.tensor([losses.shape[1]])).flatten().tolist()
         self._check([count // each for count in counts], counts)
         if len(set(counts)) > 1 and not weighted and any(point.gradient for point in points):
             raise ValueError(
@@ -190,7 +192,7 @@ class Processes:
             )
         room = max(counts)
         own = torch.nn.functional.pad(losses, (0, room - losses.shape[1]))
-        every = torch.stack(self._all_gather(own)).to(losses.device)
+        every = self._all_gather(own).to(losses.device)
         of_process = every.view(self.size, len(losses), -1, each)
         if self._settings.example_order == "contiguous":
             joined = of_process.permute(1, 0, 2, 3)
@@ -221,18 +223,19 @@ class Processes:
 
     def all_of(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, value, group=self._group)
+        torch.distributed.all_gather_object(found, value, group=self.group)
         return found
 
-    def _all_gather(self, own: Tensor) -> list[Tensor]:
+    def _all_gather(self, own: Tensor) -> Tensor:
+        """Of all processes, shape (size, own shape)."""
         own = own.to(self._device(own.device)).contiguous()
         found = [torch.empty_like(own) for _ in range(self.size)]
-        torch.distributed.all_gather(found, own, group=self._group)
-        return found
+        torch.distributed.all_gather(found, own, group=self.group)
+        return torch.stack(found)
 
     def _device(self, device: torch.device) -> torch.device:
         """One that the group's backend can send from: the loss's, or the process's accelerator."""
-        kinds = _kinds(torch.distributed.get_backend_config(self._group))
+        kinds = _kinds(torch.distributed.get_backend_config(self.group))
         if device.type in kinds or not kinds:
             return device
         kind = next((kind for kind in kinds if kind != "cpu"), "cpu")
@@ -257,21 +260,29 @@ def _wide(losses: Tensor) -> torch.dtype:
     return losses.dtype if losses.device.type == "mps" else torch.float64
 
 
-def replicas_of(settings: Settings, group: Any) -> Replicas:
-    """The processes of a group; of all, where it is None and ``torch.distributed`` is initialised.
+def group_now(group: Any) -> Any:
+    """The group that a ``process_group`` speaks of; None: this process is alone.
 
     Raises:
-        ValueError: the group is none of this process's, or too large for ``num_samples``.
+        ValueError: it is no group that has this process.
     """
     distributed = torch.distributed
     if group is None:
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return OneProcess(settings)
-        group = distributed.group.WORLD
-    elif not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        initialised = distributed.is_available() and distributed.is_initialized()
+        return distributed.group.WORLD if initialised else None
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         raise ValueError(
             "process_group must be None or a group of torch.distributed that has this process, got "
             f"{group!r}"
         )
-    assert group is not None
-    return Processes(settings, group) if group.size() > 1 else OneProcess(settings)
+    return group
+
+
+def replicas_of(settings: Settings, group: Any) -> Replicas:
+    """The processes of what :func:`group_now` gave.
+
+    Raises:
+        ValueError: they are too many for ``num_samples``.
+    """
+    alone = group is None or group.size() == 1
+    return OneProcess(settings, group) if alone else Processes(settings, group)

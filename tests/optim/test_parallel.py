@@ -5,7 +5,6 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,52 +41,6 @@ def ordinary_step(model, wrapped, x):
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def in_two_processes(rank, address):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    match = r"model must not be wrapped in DistributedDataParallel.* got 2 processes.*backward\("
-    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(rank))
-
-    model = network()
-    parallel = DistributedDataParallel(model)
-    with pytest.raises(RuntimeError, match=match):
-        hybrid_param_groups(parallel, **RATES)
-    with pytest.raises(RuntimeError, match=match):
-        hybrid_param_groups(nn.ModuleList([parallel]), **RATES)
-
-    # where the groups were made before the model was wrapped, or beneath it
-    optimizer = HybridZOFO(hybrid_param_groups(model, **RATES))
-    before = [p.clone() for p in model.parameters()]
-    for called in (parallel, torch.compile(parallel, backend="eager")):
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=match):
-                optimizer.step(lambda called=called: called(x).square().mean())
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-
-    # first-order groups alone are as in torch
-    model = network()[2:]
-    parallel = DistributedDataParallel(model)
-    inside = x[:, :1].expand(-1, 8)
-    for _ in range(2):
-        HybridZOFO(parallel.parameters(), lr=1e-2).step(lambda: parallel(inside).square().mean())
-    gathered = [torch.empty_like(model[0].weight) for _ in range(2)]
-    dist.all_gather(gathered, model[0].weight.detach())
-    assert torch.equal(*gathered)
-
-    # as is a model that each process has for itself
-    model = network()
-    ordinary_step(model, model, x)
-    # or that a process shares with none
-    alone = [dist.new_group([r]) for r in range(2)][rank]
-    model = network()
-    ordinary_step(model, DistributedDataParallel(model, process_group=alone), x)
-    dist.destroy_process_group()
-
-
-def test_two_processes():
-    mp.spawn(in_two_processes, args=(free_address(),), nprocs=2)
-
-
 @pytest.mark.usefixtures("one_process")
 def test_one_process_is_served():
     model = network()
@@ -98,17 +51,19 @@ def test_one_process_is_served():
 
 
 @pytest.mark.usefixtures("one_process")
-def test_sharded_weights():
+def test_weights_sharded_over_one_process():
     from torch.distributed.fsdp import fully_shard
 
-    model = network()
-    fully_shard(model)
-    with pytest.raises(ValueError, match=r"sharded weights \(DTensor.*one device.*'0.weight'"):
-        hybrid_param_groups(model, **RATES)
-    with pytest.raises(TypeError, match=r"is a DTensor, not a dense tensor.*unsharded"):
-        HybridZOFO([{"params": [model[0].weight], "mode": "zo", "lr": 1e-2}])
-    (group,) = hybrid_param_groups(model, exclude=r"^0\.", verbose=False)
-    assert group["mode"] == "fo"
+    x = torch.ones(2, 4)
+    plain, sharded = network(), network()
+    fully_shard(sharded)
+    for model in (plain, sharded):
+        optimizer = HybridZOFO(hybrid_param_groups(model, **RATES))
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.step(lambda model=model: model(x).square().mean())
+    for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(p, q.full_tensor())
 
 
 def quantised(weight):

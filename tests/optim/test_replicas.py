@@ -7,7 +7,7 @@ from torch.nn import Parameter
 
 from zofo_optim import HybridZOFO
 from zofo_optim.estimators import ESTIMATORS
-from zofo_optim.replicas import OneProcess
+from zofo_optim.replicas import Gathered, OneProcess
 
 
 def problem():
@@ -18,29 +18,37 @@ def problem():
 
 
 def test_one_process_evaluates_everything():
+    optimizer, _ = problem()
+    replicas = optimizer.replicas
+    assert isinstance(replicas, OneProcess)
     points = ESTIMATORS["two_sided"].points(2, first_order=True)
     losses = torch.arange(5.0)
-    assert OneProcess().mine(points) == points
-    assert OneProcess().gather(losses) is losses
+    assert replicas.mine(points) == points
+    found = replicas.gather(points, losses)
+    assert found.points is points
+    assert found.losses is losses
+    assert found.differences.tolist() == [-0.5, -0.5]
+    assert replicas.agree(True)
+    assert not replicas.agree(False)
 
 
-class Half:
+class Half(OneProcess):
     """One of two threads that each evaluate one sample."""
 
-    def __init__(self, rank, found, barrier):
-        self.rank, self.found, self.barrier = rank, found, barrier
+    def __init__(self, settings, rank, found, barrier):
+        super().__init__(settings)
+        self.part, self.found, self.barrier = rank, found, barrier
 
     def mine(self, points):
-        self.own = [place for place, point in enumerate(points) if point.sample == self.rank]
-        self.count = len(points)
+        self.own = [place for place, point in enumerate(points) if point.sample == self.part]
         return [points[place] for place in self.own]
 
-    def gather(self, losses):
-        self.found[self.rank] = dict(zip(self.own, losses, strict=True))
+    def gather(self, points, losses, share=None):
+        self.found[self.part] = dict(zip(self.own, losses, strict=True))
         self.barrier.wait(60)
         every = {**self.found[0], **self.found[1]}
         self.barrier.wait(60)
-        return torch.stack([every[place] for place in range(self.count)])
+        return super().gather(points, torch.stack([every[place] for place in range(len(points))]))
 
 
 def test_two_that_share_the_samples_do_the_step_of_one():
@@ -48,7 +56,7 @@ def test_two_that_share_the_samples_do_the_step_of_one():
 
     def train(rank):
         optimizer, w = problem()
-        optimizer._replicas = Half(rank, found, barrier)
+        optimizer._replicas = Half(optimizer.settings, rank, found, barrier)
 
         def closure():
             calls[rank] += 1
@@ -72,15 +80,16 @@ def test_two_that_share_the_samples_do_the_step_of_one():
     assert calls == [3 * 2 + 2] * 2  # two points a step each, and the first step's verification
 
 
-class LaterPoints:
+class LaterPoints(OneProcess):
     """Evaluates the unperturbed point and the last one; the others' losses come from elsewhere."""
 
     def mine(self, points):
-        self.count = len(points)
         return [points[0], points[-1]]
 
-    def gather(self, losses):
-        return torch.cat([losses[:1], losses[-1:].expand(self.count - 1)])
+    def gather(self, points, losses, share=None):
+        losses = torch.cat([losses[:1], losses[-1:].expand(len(points) - 1)])
+        found = super().gather(points, losses)
+        return Gathered(points, losses, found.differences)
 
 
 def test_a_process_returns_its_own_unperturbed_loss():
@@ -88,7 +97,7 @@ def test_a_process_returns_its_own_unperturbed_loss():
     y = Parameter(torch.ones(()))
     groups = [dict(params=[w], mode="zo", lr=1e-2, mu=1e-1), dict(params=[y], lr=1e-2)]
     optimizer = HybridZOFO(groups, num_samples=3, seed=3)
-    optimizer._replicas = LaterPoints()
+    optimizer._replicas = LaterPoints(optimizer.settings)
     clean = float((w**3).sum())
     returned = optimizer.backward(lambda: (w**3).sum() * y)
     assert abs(float(returned) - clean) < 1e-5
