@@ -11,6 +11,7 @@ from torch import Tensor
 from zofo_kernels._torch_compat import uncompiled
 
 from .ask_tell import AskTell
+from .capture import capturing
 from .estimators import ESTIMATORS, Point
 from .evaluation import Closure, Evaluation
 from .modes import undisturbed
@@ -60,7 +61,7 @@ class Evaluating(AskTell):
     ) -> tuple[list[Point], list[Evaluation]]:
         """The points of an estimate, and what the closure gives at those of this process."""
         groups, settings = perturbation.groups, self._settings
-        if groups:
+        if groups and not capturing():
             self._check_agreement()
         samples = settings.num_samples if groups else 0
         points = ESTIMATORS[settings.estimator].points(
