@@ -197,10 +197,11 @@ def _checksums(parameters: Iterable[Tensor]) -> list[int]:
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     """0-dim int64, the same for the same elements, wherever they lie."""
-    tensor = tensor.resolve_neg().resolve_conj().contiguous()
-    if tensor.storage_offset() * tensor.element_size() % _WORD:
-        tensor = tensor.clone()
-    bytes_ = tensor.view(-1).view(torch.uint8)
+    flat = tensor.resolve_neg().resolve_conj().reshape(-1)
+    # a single element is contiguous whatever its stride
+    if flat.storage_offset() * flat.element_size() % _WORD or flat.stride() != (1,):
+        flat = flat.new_empty(flat.shape).copy_(flat)
+    bytes_ = flat.view(torch.uint8)
     whole = bytes_.numel() // _WORD * _WORD
     rest = bytes_[whole:].sum(dtype=torch.int64)
     return bytes_[:whole].view(torch.int64).sum() + rest
