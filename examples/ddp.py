@@ -53,7 +53,7 @@ for epoch in range(EPOCHS):
         optimizer.step(lambda: parallel(input_ids=ids, labels=ids).loss)
         losses.append(optimizer.last_loss.item())  # the mean over all processes
 
-norm = sum(p.detach().double().square().sum() for p in model.parameters()).sqrt()
+norm = torch.stack([p.detach().double().square().sum() for p in model.parameters()]).sum()
 norms = [torch.empty_like(norm) for _ in range(processes)]
 dist.all_gather(norms, norm)
 if rank == 0:

@@ -28,7 +28,7 @@ results = launched(__file__, 2, 4)
 STREAMED = {"perturbation": "streamed"}
 LOW_RANK = {**STREAMED, "structure": "low_rank", "rank": 2}
 OF_EXAMPLES = {**LOW_RANK, "directions": "per_example"}
-DATA = {
+DATA: dict[str, dict] = {
     "in place": {},
     "one-sided": {"estimator": "one_sided"},
     "signs": {"distribution": "rademacher", "num_samples": 3},
@@ -39,13 +39,13 @@ DATA = {
     "normalized": {"zo_rule": "normalized", "num_samples": 2},
     "active": {"active": 0.5},
 }
-EXAMPLES = {
+EXAMPLES: dict[str, dict] = {
     "one-sided": {**OF_EXAMPLES, "estimator": "one_sided"},
     "two-sided": OF_EXAMPLES,
     "contiguous": {**OF_EXAMPLES, "example_order": "contiguous"},
     "zscore": {**OF_EXAMPLES, "zo_rule": "zscore"},
 }
-SAMPLES = {
+SAMPLES: dict[str, dict] = {
     "streamed": STREAMED,
     "one-sided": {**STREAMED, "estimator": "one_sided"},
     "low rank": LOW_RANK,

@@ -5,7 +5,8 @@ hand:
 
 - ``make``: its targets take minutes, install packages, or need a GPU;
 - ``pip install``: it would change the environment of the tests;
-- ``examples``, ``experiments`` and ``benchmarks`` have tests of their own.
+- ``examples``, ``experiments`` and ``benchmarks`` have tests of their own;
+- ``torchrun`` is run by test_distributed_page.py.
 
 So these are checked: the target, the extra, the program and its options exist.
 """
@@ -91,7 +92,25 @@ def check_pre_commit(*arguments):
     assert (ROOT / ".pre-commit-config.yaml").is_file()
 
 
+def check_torchrun(*arguments):
+    """Its options take values; then comes a script, and nothing after it."""
+    *options, script = arguments
+    assert script == OWN or (ROOT / script).is_file()
+    assert set(options[::2]) <= {"--nproc-per-node", "--max-restarts"}
+    assert all(value.isdigit() for value in options[1::2])
+
+
+def check_accelerate(action, *arguments):
+    option, number, script = arguments
+    assert (action, option, script) == ("launch", "--num_processes", OWN)
+    assert number.isdigit()
+
+
+OWN = "my_training.py"
+"""A script of the reader's."""
 CHECKS = {
+    "torchrun": check_torchrun,
+    "accelerate": check_accelerate,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,
@@ -126,6 +145,8 @@ def test_options_are_read_from_the_help():
         "python examples/no_such_file.py",
         "python benchmarks/sass.py --no-such-option",
         "rm -r somewhere",
+        "torchrun --nproc-per-node 2 examples/no_such_file.py",
+        "torchrun --no-such-option 2 examples/ddp.py",
     ],
 )
 def test_wrong_commands_are_found(command):

@@ -24,7 +24,7 @@ def has_code(path):
     return any(b.language == "python" for section in sections(path) for b in section.blocks)
 
 
-ELSEWHERE = {"recipes.md", "engines.md"}  # run by tests of their own
+ELSEWHERE = {"recipes.md", "engines.md", "distributed.md"}  # run by tests of their own
 CODE = [path for path in pages() if path.name not in ELSEWHERE and has_code(path)]
 
 

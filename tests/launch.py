@@ -41,8 +41,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
-PATH = [ROOT, ROOT / "kernels", ROOT / "tests", Path(__file__).parent]
+ROOT = Path(__file__).parents[1]
+PATH = [ROOT, ROOT / "kernels", ROOT / "tests"]
 LONGEST = 300
 """Seconds of a launch, before it is stopped."""
 PATIENCE = 60

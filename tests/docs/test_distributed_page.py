@@ -1,0 +1,79 @@
+"""The page of several processes runs in several, and its scripts print what it shows."""
+
+import os
+import re
+
+import pytest
+from doc_blocks import ROOT, sections
+from doc_names import ROWS, make_base, make_model
+from doc_run import fresh_names, run_section
+from launch import end, torchrun
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+PAGE = ROOT / "docs" / "distributed.md"
+RESTART = "Journal, and a process that dies"
+
+
+def shown():
+    """Commands of the page, and what it says that they print."""
+    for section in sections(PAGE):
+        for block, after in zip(section.blocks, section.blocks[1:], strict=False):
+            if block.language == "sh" and after.language == "text":
+                yield block.code.strip(), after.code
+
+
+def without_fractions(text):
+    """Machines round differently."""
+    return re.sub(r"\d+\.\d{2,}", "#", text)
+
+
+@pytest.mark.parametrize(("command", "printed"), [*shown()], ids=lambda value: value.split()[-1])
+def test_scripts_print_what_is_shown(command, printed, tmp_path):
+    program, option, ranks, script = command.split()
+    assert (program, option) == ("torchrun", "--nproc-per-node")
+    done = torchrun(ROOT / script, ranks, env={"TMPDIR": str(tmp_path)})
+    lines = without_fractions(done.stdout).splitlines()
+    for line in without_fractions(printed).splitlines():
+        assert line in lines, done.stdout
+    assert re.search(r"loss \d", printed)
+
+
+def test_both_scripts_are_shown():
+    assert {command.split()[-1] for command, _ in shown()} == {
+        "examples/ddp.py",
+        "examples/fsdp2.py",
+    }
+
+
+def test_page_runs_in_two_processes(tmp_path):
+    here = [str(ROOT / "tests" / "docs"), os.environ.get("PYTHONPATH", "")]
+    done = torchrun(__file__, 2, tmp_path, env={"PYTHONPATH": os.pathsep.join(here)})
+    assert done.stdout.count("the page has run") == 2, done.stdout
+    assert (tmp_path / "run.zofo").exists()
+
+
+def main(folder):
+    os.chdir(folder)
+    made = {"model": make_model(), "sharded_model": make_model(), "base_model": make_base()}
+    names = fresh_names({**made, "dataset": ROWS})
+    page = sections(PAGE)
+    for section in page:
+        run_section(section, names)
+    (restart,) = [section for section in page if section.title == RESTART]
+    fresh = make_model()  # as a script that starts again has it
+    names["model"] = fresh
+    names["parallel"] = names["DistributedDataParallel"](fresh)
+    run_section(restart, names)
+    assert names["state"]["step"] == names["start"] == 2
+    assert names["optimizer"].zo_groups()[0].options["zo_step"] == 4
+    end()
+    print("the page has run")
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1])
