@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from zofo_kernels import backend_for
+from zofo_kernels.memory import check_storage
 
 from .listeners import Listener
 from .replicas import Replicas
@@ -43,7 +46,11 @@ class Agreement(Listener):
         self._steps += 1
 
     def check(
-        self, replicas: Replicas, param_groups: Sequence[dict[str, Any]], groups: list[ZOGroup]
+        self,
+        replicas: Replicas,
+        param_groups: Sequence[dict[str, Any]],
+        groups: list[ZOGroup],
+        others: Mapping[str, Any],
     ) -> None:
         """Before an estimate.
 
@@ -51,14 +58,19 @@ class Agreement(Listener):
             replicas: the processes.
             param_groups: of the optimizer.
             groups: the zeroth-order ones of them, with all that ever moves.
+            others: what else must be the same, with what messages call it.
 
         Raises:
             RuntimeError: names what differs, and between which ranks.
+            ValueError: processes that shard a parameter are not among them.
         """
+        if not self._compared:
+            _check_meshes(replicas, groups)
         if replicas.size == 1:
+            self._compared = True
             return
         if not self._compared:
-            self._compare(replicas, param_groups, groups)
+            self._compare(replicas, param_groups, groups, others)
             self._compared, self._steps, self._checked = True, 0, -1
         every = self._settings.check_ranks_every
         # after the first step, too: what is not synchronised differs then
@@ -68,15 +80,25 @@ class Agreement(Listener):
             self._check_weights(replicas, param_groups, groups)
 
     def _compare(
-        self, replicas: Replicas, param_groups: Sequence[dict[str, Any]], groups: list[ZOGroup]
+        self,
+        replicas: Replicas,
+        param_groups: Sequence[dict[str, Any]],
+        groups: list[ZOGroup],
+        others: Mapping[str, Any],
     ) -> None:
-        ours = {name: repr(value) for name, value in vars(self._settings).items()}
+        said = {**vars(self._settings), **others}
+        ours = {name: repr(value) for name, value in said.items()}
+        devices = sorted({p.device.type for group in groups for p in group.placed.locals})
+        served = [backend_for(torch.device(d), self._settings.backend).__name__ for d in devices]
+        ours["backend in use"] = repr([name.rpartition(".")[2] for name in served])
         for position, group in enumerate(groups):
             ours |= {f"{k} of zeroth-order group {position}": v for k, v in _layout(group).items()}
         first_order = [g for g in param_groups if g.get("mode") != "zo"]
         for position, options in enumerate(first_order):
-            shapes = [tuple(p.shape) for p in options["params"]]
-            ours[f"parameters of first-order group {position}"] = repr(shapes)
+            kinds = [(tuple(p.shape), p.dtype) for p in options["params"]]
+            ours[f"parameters of first-order group {position}"] = repr(kinds)
+            names = options.get("param_names")
+            ours[f"names of first-order group {position}"] = repr(names)
             ours[f"lr of first-order group {position}"] = _number(options.get("lr"))
         marks = replicas.all_of({name: _mark(value) for name, value in ours.items()})
         for rank, theirs in enumerate(marks):
@@ -103,18 +125,38 @@ class Agreement(Listener):
             for place, p in enumerate(group["params"])
         }
         every = {**zeroth_order, **first_order}
-        sums = _checksums(every.values())
+        sums = _checksums(every)
         parts = [_part(p) for p in every.values()]
+        kinds: dict[str, list[int]] = {}
+        for position, (kind, _) in enumerate(parts):
+            kinds.setdefault(kind, []).append(position)
+        # few numbers; processes that hold the same parts of all parameters of a kind compare them
         ours: dict[str, int] = {}
-        # one number for each set of processes that hold the same
-        for part, number in zip(parts, sums, strict=True):
-            ours[part] = (ours.get(part, 0) * _PRIME + number) & (1 << 63) - 1
+        for kind, positions in kinds.items():
+            total = 0
+            for position in positions:
+                total = (total * _PRIME + sums[position]) & (1 << 63) - 1
+            ours[_mark(repr([kind, *(parts[position] for position in positions)]))] = total
         if not _different(replicas.all_of(ours)):
             return
-        detailed = {(name, part): n for name, part, n in zip(every, parts, sums, strict=True)}
+        detailed = {(name, *part): n for name, part, n in zip(every, parts, sums, strict=True)}
         wrong = _different(replicas.all_of(detailed))
-        names = [name for name, _ in wrong]
+        names = [name for name, *_ in wrong]
         raise RuntimeError(_of_weights(names, *next(iter(wrong.values())), first_order))
+
+
+def _check_meshes(replicas: Replicas, groups: Sequence[ZOGroup]) -> None:
+    """Processes that hold parts of a parameter must all make the same update."""
+    for group in groups:
+        for name, p in zip(group.names, group.params, strict=True):
+            if is_sharded(p):
+                sharing = set(p.device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]
+                ours = set(torch.distributed.get_process_group_ranks(replicas.group))
+                if missing := sharing - ours:
+                    raise ValueError(
+                        f"process_group must have all processes that share the parameter {name!r}, "
+                        f"got ranks {sorted(ours)}, which lack {sorted(missing)}"
+                    )
 
 
 def _different(numbers: Sequence[dict[Any, int]]) -> dict[Any, tuple[int, int]]:
@@ -172,19 +214,28 @@ def _name(group: dict[str, Any], position: int, place: int) -> str:
     return f"parameter {place} of group {position}" if names is None else str(names[place])
 
 
-def _part(parameter: Tensor) -> str:
-    """Which elements this process holds: processes that say the same must hold the same."""
+def _part(parameter: Any) -> tuple[str, str]:
+    """How processes share a parameter, and which elements of it this one holds."""
     if not is_sharded(parameter):
-        return "all"
-    return _mark(repr([(piece.offset, piece.tensor.shape) for piece in pieces_of(parameter)]))
+        return "", ""
+    kind = repr((parameter.device_mesh.mesh.tolist(), parameter.placements))
+    pieces = pieces_of(parameter)
+    held = [(piece.offset, piece.tensor.shape, piece.rectangle) for piece in pieces]
+    return _mark(kind), _mark(repr(held))
 
 
-def _checksums(parameters: Iterable[Tensor]) -> list[int]:
-    """Sums of the elements' bits, exact on every device. Waits for the devices once each."""
+def _checksums(parameters: Mapping[str, Tensor]) -> list[int]:
+    """Sums of the elements' bits, exact on every device. Waits for the devices once each.
+
+    Raises:
+        ValueError: the memory behind one is gone.
+    """
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     count = 0
-    for p in parameters:
-        total = _sum_of_bits(local_of(p).detach())
+    for name, p in parameters.items():
+        local = local_of(p).detach()
+        check_storage(local, f"parameter {name!r}")
+        total = _sum_of_bits(local)
         by_device.setdefault(total.device, []).append((count, total))
         count += 1
     found = [0] * count

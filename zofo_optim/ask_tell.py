@@ -20,6 +20,7 @@ from .listeners import Estimated
 from .modes import undisturbed
 from .perturbation import Perturbation
 from .plain import make_plain, plain
+from .replicas import Share
 from .zo_groups import ZOGroup
 
 
@@ -144,9 +145,9 @@ class AskTell(GroupsAndState):
             self._take(points, losses.unsqueeze(0), groups)
         self._asked = None
 
-    def _check_agreement(self) -> None:
-        """That the processes train alike, before they evaluate."""
-        self._agreement.check(self.replicas, self.param_groups, self.zo_groups())
+    def _check_agreement(self, **others: Any) -> None:
+        """That the processes train alike, before they evaluate; ``others`` is compared too."""
+        self._agreement.check(self.replicas, self.param_groups, self.zo_groups(), others)
 
     def _at_rest(self) -> Perturbation:
         """The perturbation over the present groups, which no step is displacing yet."""
@@ -159,7 +160,7 @@ class AskTell(GroupsAndState):
             check_step_options(make_plain(group.options))
         check_capture(self._settings.capturable, groups, self._counters)
         self._perturbation.replicas = self.replicas
-        self._evaluator.processes = self.replicas.size
+        self._evaluator.replicas = self.replicas
         return self._perturbation.over(self._perturbation.active(groups))
 
     def _take(
@@ -167,7 +168,7 @@ class AskTell(GroupsAndState):
         points: Sequence[Point],
         losses: Tensor,
         groups: Sequence[ZOGroup],
-        share: float | None = None,
+        share: Share | None = None,
     ) -> Estimated:
         """Add what the losses of all processes say to the estimate of the step."""
         settings = self._settings

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .names import match_names, unwrapped, without_layers
 from .optimizer import HybridZOFO
+from .sharding import fill, fsdp_modules, is_sharded, reshard, whole_of
 
 FILE = "zo_weights.safetensors"
 
@@ -26,6 +27,9 @@ def save_base_weights(
     First-order weights are the adapter's affair; of the base model, peft saves those that are named
     in ``modules_to_save``, not those that you unfreeze by hand.
 
+    Where weights are sharded (DTensors, as of ``fully_shard``), all processes call this: each
+    parameter is gathered in turn, and the first process writes the file.
+
     Args:
         optimizer: whose zeroth-order groups are saved.
         model: names the parameters; what peft, torch.compile, DataParallel, DDP and averaging add
@@ -38,10 +42,24 @@ def save_base_weights(
     Raises:
         TypeError: ``model`` and ``optimizer`` are swapped, or of other types.
         ValueError: the model lacks a parameter of the optimizer, or two would have one name.
+        RuntimeError: the process that writes could not, and this is another one.
         ImportError: safetensors is not installed.
     """
     check_arguments(model, optimizer, "save_base_weights(optimizer, model, folder)")
-    return write_tensors(Path(folder) / FILE, base_weights(optimizer, model))
+    path = Path(folder) / FILE
+    if not any(is_sharded(p) for group in optimizer.zo_groups() for p in group.params):
+        return write_tensors(path, base_weights(optimizer, model))
+    replicas, written = optimizer.replicas, False
+    tensors = base_weights(optimizer, model, keep=replicas.rank == 0)
+    try:
+        if replicas.rank == 0:
+            write_tensors(path, tensors)
+        written = True
+    finally:  # others wait for it
+        everywhere = replicas.agree(written)
+    if not everywhere:
+        raise RuntimeError(f"folder must be one that the first process can write to, got {folder}")
+    return path
 
 
 def check_arguments(model: object, optimizer: object, call: str) -> None:
@@ -57,9 +75,15 @@ def check_arguments(model: object, optimizer: object, call: str) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def base_weights(optimizer: HybridZOFO, model: nn.Module) -> dict[str, Tensor]:
-    """What :func:`save_base_weights` writes, by the base model's names; see there."""
+def base_weights(
+    optimizer: HybridZOFO, model: nn.Module, *, keep: bool = True
+) -> dict[str, Tensor]:
+    """What :func:`save_base_weights` writes, by the base model's names; see there.
+
+    Sharded weights are gathered to the CPU, where ``keep`` is set: else empty ones stand for them.
+    """
     model = unwrapped(model)
+    reshard(fsdp_modules(model))
     of_peft = getattr(model, "get_base_model", None)
     base: nn.Module = of_peft() if callable(of_peft) else model
     names = {id(p): without_layers(name) for name, p in base.named_parameters()}
@@ -73,7 +97,10 @@ def base_weights(optimizer: HybridZOFO, model: nn.Module) -> dict[str, Tensor]:
                     f"model must have one weight of the name {names[id(p)]!r}, peft's and torch's "
                     f"parts of names left out, got a second one, {given!r}"
                 )
-            tensors[names[id(p)]] = p.detach().contiguous()
+            whole = whole_of(p.detach())
+            if is_sharded(p):
+                whole = whole.cpu() if keep else whole.new_empty(0)
+            tensors[names[id(p)]] = whole.contiguous()
     return tensors
 
 
@@ -81,6 +108,7 @@ def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read what :func:`save_base_weights` wrote into a model, with or without an adapter.
 
     Weights are found by name, also within torch.compile, DataParallel, DDP or an averaged model.
+    Of sharded weights (DTensors) each process takes its shards.
 
     Where the adapter's initialisation changes the base model (PiSSA, OLoRA), load the adapter
     first, then these weights into the peft model.
@@ -132,6 +160,7 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     saved = load_file(path)
+    reshard(fsdp_modules(model))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     where = match_names(saved, parameters)
     missing = [name for name in saved if name not in where]
@@ -150,4 +179,4 @@ def load_tensors(model: nn.Module, path: Path) -> None:
                 f"{ours.dtype} for {name!r}"
             )
     for name, tensor in saved.items():
-        parameters[where[name]].copy_(tensor)
+        fill(parameters[where[name]], tensor)

@@ -66,6 +66,11 @@ def module_of(params: Any, restore_buffers: bool | nn.Module) -> nn.Module | Non
     return params.model if restore_buffers and isinstance(params, ParamGroups) else None
 
 
+def model_of(params: Any, restore_buffers: bool | nn.Module) -> nn.Module | None:
+    """The model that an optimizer's parameters are of; None: unknown."""
+    return params.model if isinstance(params, ParamGroups) else module_of(params, restore_buffers)
+
+
 class Buffers:
     """The buffers of a module that closures change, over the evaluations of one step after another.
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zofo_kernels.memory import to_device
+
 from .listeners import Estimated
 from .rule_states import shaped
 from .rules import Rule, State
@@ -97,7 +99,8 @@ class Estimate:
             return other
         if other.coefficients is None or other.usable is None:
             return self
-        ours, theirs = self.coefficients, other.coefficients
+        theirs, device = other.coefficients, other.coefficients.device
+        ours = to_device(self.coefficients, device)  # losses may come from several devices
         fit = len(ours) == len(theirs) if self.per_example else ours.shape == theirs.shape
         if not fit or self.per_example != other.per_example:
             raise ValueError(
@@ -105,10 +108,10 @@ class Estimate:
                 f"{tuple(theirs.shape)} after {tuple(ours.shape)}; call "
                 "step() or zero_grad() before adding a parameter group"
             )
-        clean = [e.clean for e in (self, other) if e.clean is not None]
+        clean = [to_device(e.clean, device) for e in (self, other) if e.clean is not None]
         return Estimate(
             torch.cat([ours, theirs], dim=1) if self.per_example else ours + theirs,
-            self.usable | other.usable,
+            to_device(self.usable, device) | other.usable,
             clean[0] & clean[-1] if clean else None,
             self.per_example,
         )
@@ -139,7 +142,7 @@ class Estimate:
         """The learning rate, or 0 where no coefficient was finite, so that nothing decays."""
         assert self.usable is not None
         if isinstance(lr, Tensor):
-            lr = lr.detach().reshape(()).to(self.usable.device, non_blocking=True)
+            lr = to_device(lr.detach().reshape(()), self.usable.device)
             return torch.where(self.usable, lr, torch.zeros_like(lr))
         dtype = torch.float32 if self.usable.device.type == "mps" else torch.float64
         return self.usable.to(dtype) * max(lr, 0.0)  # schedules that end at 0 may round below it
@@ -156,7 +159,7 @@ class Estimate:
             return bool(self.clean)
         for p in parameters:
             if p.grad is not None:
-                healthy = self.clean.to(p.grad.device, non_blocking=True)
+                healthy = to_device(self.clean, p.grad.device)
                 p.grad = torch.where(healthy, p.grad, torch.zeros_like(p.grad))
         return True
 

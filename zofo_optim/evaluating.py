@@ -17,6 +17,8 @@ from .evaluation import Closure, Evaluation
 from .modes import undisturbed
 from .perturbation import Perturbation
 from .plain import plain
+from .replicas import Share
+from .zo_groups import ZOGroup
 
 
 class Evaluating(AskTell):
@@ -37,27 +39,34 @@ class Evaluating(AskTell):
         with undisturbed(), self._at_rest() as perturbation:
             self._evaluated(closure, perturbation, [])
 
-    def _share(self, weight: Any) -> float | None:
+    def _share(self, weight: Any, groups: Sequence[ZOGroup]) -> Share | None:
         """Of this process's loss among those of all; None where all count alike.
 
         Raises:
-            TypeError, ValueError: ``weight`` is no finite number >= 0, or 0 in all processes.
+            TypeError, ValueError: ``weight`` is no finite number >= 0, here or in another process.
         """
+        if groups and not capturing():
+            self._check_agreement(given=weight is not None)
         if weight is None:
             return None
         weight = plain(weight)
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-            raise TypeError(f"weight must be a number or None, got {weight!r}")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weight must be a finite number >= 0, got {weight!r}")
-        return self.replicas.share(float(weight))
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        sound = number and 0 <= weight < math.inf
+        try:
+            share = self.replicas.share(float(weight) if sound else math.nan)
+        finally:  # others learn of it too
+            if not number:
+                raise TypeError(f"weight must be a number or None, got {weight!r}")
+            if not sound:
+                raise ValueError(f"weight must be a finite number >= 0, got {weight!r}")
+        return share
 
     def _evaluated(
         self,
         closure: Closure,
         perturbation: Perturbation,
         first_order: Sequence[Tensor],
-        share: float | None = None,
+        share: Share | None = None,
     ) -> tuple[list[Point], list[Evaluation]]:
         """The points of an estimate, and what the closure gives at those of this process."""
         groups, settings = perturbation.groups, self._settings

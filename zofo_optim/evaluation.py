@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from .frameworks import may_skip
 from .freezing import without_graph
 from .gradients import Gradients
 from .in_backward import InBackward, look_at
+from .replicas import Replicas, Share
+from .sharding import whole_of
 from .watch import Answer, ClosureWatch, answering
 
 Closure = Callable[[], Any]
@@ -29,16 +32,17 @@ Closure = Callable[[], Any]
 class GlobalRandomState:
     """The state of every global generator that a closure may draw from.
 
-    Covers torch's CPU generator, the generators of the accelerators in ``devices``, Python's
-    ``random`` and ``numpy.random``.
+    Covers torch's CPU generator, those of all accelerators of the kinds in ``devices``, Python's
+    ``random`` and ``numpy.random``. All, since a model may also draw where it has no parameter
+    that trains. CUDA devices count where the process has used one.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
         self._accelerators = [
             (device, torch.get_device_module(device).get_rng_state(device))
-            for device in sorted(set(devices), key=str)
-            if device.type not in ("cpu", "meta") and not capturing()
+            for device in _accelerators(devices)
+            if not capturing()
         ]
         self._python = random.getstate()
         # the legacy generator is the global one
@@ -50,6 +54,18 @@ class GlobalRandomState:
             torch.get_device_module(device).set_rng_state(state, device)
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
+
+
+def _accelerators(devices: Iterable[torch.device]) -> list[torch.device]:
+    """All of the kinds in ``devices``, and of CUDA where it is used."""
+    kinds = {device.type for device in devices} - {"cpu", "meta"}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        kinds.add("cuda")
+    return [
+        torch.device(kind, index)
+        for kind in sorted(kinds)
+        for index in range(torch.get_device_module(kind).device_count())
+    ]
 
 
 class NoLossError(TypeError):
@@ -82,7 +98,7 @@ def evaluate(
     per_example: bool = False,
     answer: Answer | None = None,
     look: InBackward | None = None,
-    share: float = 1.0,
+    share: Share | None = None,
 ) -> Evaluation:
     """Run the closure once.
 
@@ -102,7 +118,7 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: the closure did not return a real scalar, or such losses; or it
-            called backward itself, and ``share`` is not 1.
+            called backward itself, and shares differ.
     """
     # An autocast block around the step keeps 16-bit copies of weights as they were before.
     torch.clear_autocast_cache()
@@ -136,7 +152,7 @@ def evaluate(
         )
     left = calls > 0 and not backpropagated and after != before
     left = left and any(p.grad is not None for p in first_order)
-    if backpropagated and gradients and share != 1.0:
+    if backpropagated and gradients and share is not None and share.differ:
         raise ValueError(
             "closure must return the loss and leave backward to the optimizer where weight differs "
             "between processes: the gradients of its own backward are not weighted"
@@ -144,7 +160,7 @@ def evaluate(
     if gradients and not backpropagated and loss.requires_grad:
         with torch.enable_grad():
             whole = loss.mean() if per_example else loss
-            whole = whole if share == 1.0 else whole * share
+            whole = whole if share is None or not share.differ else whole * share.factor
         if look is not None:
             look.look(whole, scaled or plain is not loss)
         with answering(answer), interruptible():
@@ -152,7 +168,7 @@ def evaluate(
         backpropagated = True
     # a scale is for gradients; a parameter may be the loss itself
     loss = plain.detach() if answer is None else answer(Tensor.detach, (plain,), {})
-    loss = loss.reshape(-1 if per_example else ())
+    loss = whole_of(loss).reshape(-1 if per_example else ())
     # a copy: the closure may return memory that its next run overwrites
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
     return Evaluation(returned, loss, backpropagated, scaled, left, inner)
@@ -249,19 +265,20 @@ class Runs:
         devices: Iterable[torch.device] | None,
         zeroth_order: Sequence[Tensor] = (),
         in_backward: InBackward | None = None,
-        share: float | None = None,
+        share: Share | None = None,
     ) -> None:
-        self._share = 1.0 if share is None else share
+        self._share = share
         self._evaluator = evaluator
         self._closure = closure
         self._first_order, self._zeroth_order = first_order, zeroth_order
-        self._gradients = Gradients(() if in_backward else first_order)
+        self._gradients = Gradients(() if in_backward else first_order, evaluator.replicas)
         self._in_backward = in_backward
         self._devices = None if devices is None else set(devices)
         self._before: GlobalRandomState | None = None
         self._after: GlobalRandomState | None = None
         self._inner: frozenset[int] = frozenset()
         self._began = False
+        self._broadcasting: list[Any] = []
 
     def __enter__(self) -> Runs:
         if self._devices is not None:
@@ -298,7 +315,7 @@ class Runs:
             self._began = True
             inner = frozenset() if gradients else self._inner
             with (
-                self._evaluator.first_of_all(zeroth_order, self._devices is not None),
+                self._evaluator.first_of_all(self._zeroth_order, self._devices is not None),
                 graphless,
                 updates.updating(self._first_order) if gradients and updates else nullcontext(),
             ):
@@ -319,7 +336,10 @@ class Runs:
             self._gradients.after_run(weight, result.loss)
         finally:
             self._evaluator.running = None
+            for wrapped in self._broadcasting:  # else a run without gradients ends it
+                wrapped.require_forward_param_sync = True
         if self._devices is not None and self._after is None:
+            self._broadcasting = evaluator.broadcasting()
             self._after = GlobalRandomState(self._devices)
             self._evaluator.buffers.ran()
         return result
@@ -334,14 +354,15 @@ class Evaluator:
 
     def __init__(self, per_example: bool = False) -> None:
         self.per_example = per_example
-        self.processes = 1
-        """That evaluate along with this one."""
+        self.replicas: Replicas | None = None
+        """The processes that evaluate along with this one; None: it is alone."""
         self.running: str | None = None
         """While a closure runs, "first" or "repeat": an estimate's first run, or a later one."""
         self.buffers = Buffers()
         self.graph_is_known = False
         """Whether an evaluation with gradients did without those of zeroth-order parameters."""
         self._checked = False
+        self._wrapped: parallel.Wrapped = WeakSet()
 
     @contextmanager
     def first_of_all(
@@ -351,9 +372,14 @@ class Evaluator:
         if self._checked or not has_groups:
             yield
             return
-        with parallel.checked(self.processes, {id(p) for p in zeroth_order if p.requires_grad}):
+        processes = 1 if self.replicas is None else self.replicas.size
+        with parallel.checked(processes, {id(p) for p in zeroth_order}) as wrapped:
             yield
-        self._checked = True
+        self._checked, self._wrapped = True, wrapped
+
+    def broadcasting(self) -> list[Any]:
+        """The models in DDP whose next forward pass begins with the first process's buffers."""
+        return [model for model in self._wrapped if model.require_forward_param_sync]
 
     def runs(
         self,
@@ -362,7 +388,7 @@ class Evaluator:
         devices: Iterable[torch.device] | None,
         zeroth_order: Sequence[Tensor] = (),
         in_backward: InBackward | None = None,
-        share: float | None = None,
+        share: Share | None = None,
     ) -> Runs:
         """What evaluates ``closure`` for one estimate; see :class:`Runs`.
 

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zofo_kernels.memory import to_device
+
+from .replicas import Replicas
+
 
 class Gradients:
     """Those of the first run that takes them, as it leaves them, and of others by their weights.
@@ -16,11 +20,13 @@ class Gradients:
 
     Args:
         parameters: the first-order ones.
+        replicas: the processes whose gradients are averaged; None for one alone.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[Tensor], replicas: Replicas | None = None) -> None:
+        self._parameters, self._replicas = parameters, replicas
         self._aside: list[Tensor | None] | None = None
+        self._sums: list[Tensor | None] | None = None
         self._taken = False
 
     def before_run(self, weight: float) -> None:
@@ -29,41 +35,59 @@ class Gradients:
             return
         if self._aside is None:
             self._aside = [p.grad for p in self._parameters]
+        if weight and self._sums is None:
+            # copies, as a gradient may be where DDP writes those of each backward
+            self._sums = [None if g is None else g.detach().clone() for g in self._aside]
         for p in self._parameters:
             if p.grad is not None:  # then, or left by the run before
                 p.grad = None
 
     def after_run(self, weight: float, loss: Tensor) -> None:
-        """Add what it left; nothing where its loss, or one of its examples', is not finite."""
+        """Add what it left; nothing where its loss, or one of its examples', is not finite.
+
+        That of any process: the gradients that each has are their mean.
+        """
         if not weight:
             return
         if not self._taken:
             self._taken = True
             return
-        assert self._aside is not None
+        assert self._sums is not None
         healthy = loss.isfinite().all()
+        if self._replicas is not None and self._parameters:
+            healthy = self._replicas.all_set(healthy)
         if loss.device.type == "cpu" and not healthy:
             return
         with torch.no_grad():
             for place, p in enumerate(self._parameters):
                 if p.grad is not None:
-                    self._aside[place] = _sum(self._aside[place], weight, p.grad, healthy)
+                    self._sums[place] = _sum(self._sums[place], weight, p.grad, healthy)
 
     def put_back(self) -> None:
         """After the last run."""
-        if self._aside is not None:
-            for p, gradient in zip(self._parameters, self._aside, strict=True):
-                p.grad = gradient
+        if self._aside is None:
+            return
+        sums = self._sums or self._aside
+        for p, gradient, total in zip(self._parameters, self._aside, sums, strict=True):
+            p.grad = gradient if gradient is total else _filled(gradient, total)
 
 
 def _sum(kept: Tensor | None, weight: float, gradient: Tensor, healthy: Tensor) -> Tensor:
-    """kept + weight gradient, in place; on a device that is not asked, gradient or 0."""
+    """kept + weight gradient, kept in place; on a device that is not asked, gradient or 0."""
     gradient = gradient.detach()
     if healthy.device.type != "cpu":
         values = gradient._values() if gradient.is_sparse else gradient  # type: ignore[no-untyped-call]
-        values.masked_fill_(~healthy.to(values.device, non_blocking=True), 0.0)
+        values.masked_fill_(~to_device(healthy, values.device), 0.0)
     if kept is None:
-        return gradient.mul_(weight)
+        return gradient * weight
     if kept.is_sparse and not gradient.is_sparse:
-        return gradient.mul_(weight).add_(kept)
+        return (gradient * weight).add_(kept)
     return kept.add_(gradient, alpha=weight)
+
+
+@torch.no_grad()
+def _filled(gradient: Tensor | None, total: Tensor | None) -> Tensor | None:
+    """The total, in the gradient's own memory where it has one."""
+    if gradient is None or total is None or gradient.is_sparse:
+        return total
+    return gradient.copy_(total)

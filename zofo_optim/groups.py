@@ -33,10 +33,11 @@ def hybrid_param_groups(
     the base model's or cannot be perturbed: frozen originals that an adapter replaces
     (``modules_to_save``, LayerNorm tuning, FRoD), an adapter's own frozen weights, and tensors
     of integers and booleans. Frozen weights that could learn but cannot be moved here, such as
-    quantised and sharded ones, raise unless they are excluded.
+    quantised ones, raise unless they are excluded.
 
     Args:
-        model: any module; call this after peft has wrapped it.
+        model: any module; call this after peft has wrapped it, and after ``fully_shard`` or
+            ``parallelize_module``: shards (DTensors) train as whole weights do.
         zo: options of the ZO group, such as ``dict(lr=1e-6, mu=1e-3)``.
         fo: options of the FO group, such as ``dict(lr=1e-3, momentum=0.9)``.
         include: the only frozen parameters that may move, such as ``"bias"``; default: all.
@@ -58,7 +59,8 @@ def hybrid_param_groups(
         TypeError: ``model`` is no module, or options are no mapping.
         ValueError: an option may not be set here, a pattern matches no frozen parameter, no
             parameter is left, ``zo`` is given and there is no zeroth-order parameter, or base
-            weights are quantised, sharded, partitioned, sparse or complex and not excluded.
+            weights are quantised, partitioned, sparse, complex or offloaded (on the meta device)
+            and not excluded, or trainable ones are offloaded.
         RuntimeError: the model has zeroth-order parameters, and several processes share it by a
             wrapper other than DistributedDataParallel.
     """
@@ -104,6 +106,7 @@ def split_of(
     for names, parameter in parameters_with_all_names(model):
         mode = mode_of(names, parameter)
         if mode == "fo":
+            rules.check_first_order(names[0], parameter)
             split.fo[names[0]] = parameter
             continue
         reason = rules.reason_against(names, parameter) if mode == "zo" else mode

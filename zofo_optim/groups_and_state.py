@@ -26,7 +26,7 @@ from .listeners import Listener, Listeners, Move
 from .monitor import Monitor
 from .perturbation import PERTURBATIONS
 from .plain import make_plain
-from .replicas import Replicas, group_now, replicas_of
+from .replicas import LOST, Replicas, group_now, replicas_of
 from .settings import Settings
 from .zo_groups import ZOGroup
 
@@ -82,13 +82,32 @@ class GroupsAndState(Optimizer):
     _process_group: Any = None
 
     @property
+    def process_group(self) -> Any:
+        """As it was given; copies and unpickled optimizers have none until one is set.
+
+        Raises:
+            RuntimeError: the optimizer was copied or unpickled, and one had been given.
+        """
+        if isinstance(self._process_group, str) and self._process_group == LOST:
+            raise RuntimeError(
+                "process_group must be set again where an optimizer that was given one is copied "
+                "or unpickled, as groups of processes cannot be: optimizer.process_group = group"
+            )
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._process_group = group
+
+    @property
     def replicas(self) -> Replicas:
         """The processes that train the model together, as ``process_group`` says."""
-        group = group_now(self._process_group)
+        group = group_now(self.process_group)
         if self._replicas is None or self._replicas.group is not group:
-            self._replicas = replicas_of(self._settings, group)
-            if self._replicas.size > 1 and self._in_backward is not None:
+            found = replicas_of(self._settings, group)
+            if found.size > 1 and self._in_backward is not None:
                 raise RuntimeError(OF_SEVERAL)
+            self._replicas = found
         return self._replicas
 
     @property
@@ -205,6 +224,7 @@ class GroupsAndState(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("_settings", "_zo_shared", "_fo", "_accumulation", "_monitor", "_advice")
         kept = {name: self.__dict__[name] for name in own}
+        kept["_process_group"] = None if self._process_group is None else LOST
         return {**super().__getstate__(), **kept, "_moves": self._perturbation.moves}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
@@ -267,9 +287,9 @@ class GroupsAndState(Optimizer):
         step, or of the one that is accumulating since; a mean where the closure divides by their
         number. Micro-batches from before a state was loaded are not in them.
 
-        The update's size is its norm over that of all ZO weights, which are read once for it; the
-        call waits for the device. Fine-tunes that learn have sizes of about 1e-6 to 1e-3 a step,
-        and small models up to 1e-2.
+        The update's size is its norm over that of all ZO weights, which are read once for it; of
+        sharded ones, those that this process holds. The call waits for the device. Fine-tunes that
+        learn have sizes of about 1e-6 to 1e-3 a step, and small models up to 1e-2.
 
         Example:
             >>> print(optimizer.report())

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .names import unwrapped
+
 TOKEN_TASKS = ("causal_lm", "seq2seq_lm", "masked_lm", "token_classification")
 """A label a token."""
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
@@ -299,11 +301,11 @@ def _split(batch: Any) -> tuple[dict[str, Any], Tensor]:
 
 
 def _base_of(model: nn.Module) -> Any:
-    """The transformers model in what torch.compile and peft put around it, in any order."""
-    inner: Any = getattr(model, "_orig_mod", model)
+    """The transformers model in what torch.compile, DDP and peft put around it, in any order."""
+    inner: Any = unwrapped(model)
     if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return getattr(inner, "_orig_mod", inner)
+        inner = unwrapped(inner.get_base_model())
+    return inner
 
 
 def task_of(model: nn.Module, labels: Tensor, task: str | None = None) -> str:
@@ -350,7 +352,7 @@ def _add_decoder_inputs(base: Any, inputs: dict[str, Any], labels: Tensor) -> No
 
 def _virtual_tokens(model: nn.Module, logits: Tensor, labels: Tensor, task: str) -> int:
     """How many positions of the logits are those of peft's prompt."""
-    config = getattr(model, "active_peft_config", None)
+    config = getattr(unwrapped(model), "active_peft_config", None)
     prompt: int = getattr(config, "num_virtual_tokens", None) or 0
     if task not in TOKEN_TASKS or logits.dim() != 3 or labels.dim() != 2:
         return 0

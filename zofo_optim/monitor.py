@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zofo_kernels.memory import to_device
+
 from .advice import Advice
 from .capture import counters
 from .listeners import Estimated, Listener
@@ -126,9 +128,8 @@ class Monitor(Listener):
             f"the loss was bit-identical under perturbation for {FLAT_STEPS} steps: {diverged}the "
             "zeroth-order parameters do not reach the loss (an unused module, a closure that "
             "does not run the model, or runs another copy of it, a loss or score that is "
-            "constant, or FSDP2 without fully_shard(model, reshard_after_forward=True)), or mu is "
-            "too small for the spacing of the weights or of a 16-bit loss. Parameters: "
-            + ", ".join(names)
+            "constant), or mu is too small for the spacing of the weights or of a 16-bit loss. "
+            "Parameters: " + ", ".join(names)
         )
 
     def report(self, groups: Sequence[ZOGroup]) -> str:
@@ -151,17 +152,20 @@ class Monitor(Listener):
 def relative_size(updates: Sequence[Update], groups: Sequence[ZOGroup]) -> float:
     """||update|| / ||weights|| over all ZO groups. Waits for the device; reads the weights once.
 
+    Of sharded ones it is that of the shards here, which takes no other process.
+
     Directions have d independent elements of variance 1, so an update's norm is close to
     lr sqrt(d sum_s c_s^2); weight decay is left out.
     """
     moved = weights = 0.0
     for update, group in zip(updates, groups, strict=False):
         moving = range(len(group.params)) if update.active is None else update.active
-        count = sum(group.params[position].numel() for position in moving)
+        held = group.placed.locals
+        count = sum(held[position].numel() for position in moving)
         step = float(update.lr) ** 2 * float(update.coefficients.double().square().sum())
         moved += count * step
         # fp32 accumulates the squares of 16-bit weights
-        norms = (torch.linalg.vector_norm(p.detach(), dtype=_wide(p)) for p in group.params)
+        norms = (torch.linalg.vector_norm(p.detach(), dtype=_wide(p)) for p in held)
         weights += sum(float(norm) ** 2 for norm in norms)
     return math.sqrt(moved / weights) if weights else math.inf if moved else 0.0
 
@@ -169,13 +173,13 @@ def relative_size(updates: Sequence[Update], groups: Sequence[ZOGroup]) -> float
 def _sum(before: Tensor | None, now: Tensor | None) -> Tensor | None:
     if before is None or now is None:
         return before if now is None else now
-    return before + now.to(before.device, non_blocking=True)
+    return before + to_device(now, before.device)
 
 
 def _joined(before: Tensor | None, now: Tensor | None) -> Tensor | None:
     if before is None or now is None:
         return before if now is None else now
-    return torch.cat([before.to(now.device, non_blocking=True), now], dim=1)
+    return torch.cat([to_device(before, now.device), now], dim=1)
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from zofo_kernels import NOISE_VERSION
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from .advice import NO_ESTIMATE
-from .buffers import Buffers, module_of
+from .buffers import Buffers, model_of, module_of
 from .checks import check_kinds, check_zo_defaults
 from .defaults import default, value_of
 from .estimate import Estimate
@@ -91,6 +91,8 @@ class HybridZOFO(Evaluating):
         restore_buffers: buffers that a closure changes, such as batch-norm statistics, change
             once a step: those of the model that :func:`hybrid_param_groups` was given (True), of
             the module given here, or none (False). Copied and unpickled optimizers restore none.
+            A module given here is also taken for the model whose layers gather FSDP2's shards,
+            where ``params`` are not of :func:`hybrid_param_groups`.
         capturable: keep the step counter on the device, so that replays of a CUDA graph take new
             directions; also given to ``fo_optimizer`` where it has this option. Run a few steps
             before capturing, pass ``lr`` as a tensor if it is to change, and use no dropout.
@@ -173,6 +175,7 @@ class HybridZOFO(Evaluating):
         super().__init__(params, settings, first_order, zo_shared, zo_defaults)
         self._process_group = process_group
         self._evaluator.buffers = Buffers(module_of(params, plain(restore_buffers)))
+        self._perturbation.model = model_of(params, plain(restore_buffers))
 
     # ---- a step: read from here down ----------------------------------------------------------
 
@@ -230,7 +233,7 @@ class HybridZOFO(Evaluating):
         groups = perturbation.groups
         first_order = [p for g in self.param_groups if g["mode"] == "fo" for p in g["params"]]
         self._advice.about_groups(groups, first_order, self._fo.options, self._settings.coupling)
-        share = self._share(weight)
+        share = self._share(weight, groups)
         points, evaluations = self._evaluated(closure, perturbation, first_order, share)
         if not evaluations:  # the closure skips the batch
             return None

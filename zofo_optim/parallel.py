@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from zofo_kernels._torch_compat import waited_for_by_ddp
 
 _INSTEAD = {
     "FullyShardedDataParallel": "shard it by torch.distributed.fsdp.fully_shard",
@@ -16,6 +19,9 @@ _INSTEAD = {
 }
 """Names of the classes, as importing them takes seconds."""
 _DDP = "DistributedDataParallel"
+
+Wrapped = WeakSet[Any]
+"""Models in DDP."""
 
 
 def processes() -> int:
@@ -38,26 +44,31 @@ def check_wrappers(model: nn.Module) -> None:
 
 
 @contextmanager
-def checked(size: int, trainable: Collection[int] = ()) -> Generator[None, None, None]:
+def checked(size: int, zeroth_order: Collection[int] = ()) -> Generator[Wrapped, None, None]:
     """Refuse to call such a model inside the block, or one of more processes than an optimizer's.
 
     Args:
         size: number of processes of the optimizer.
-        trainable: ids of zeroth-order parameters that required gradients before the step.
+        zeroth_order: ids of its zeroth-order parameters.
+
+    Yields:
+        The models in DDP that are called inside the block, as they are called.
     """
+    wrapped: Wrapped = WeakSet()
     if processes() == 1:
-        yield
+        yield wrapped
         return
 
     def before(module: nn.Module, args: Any) -> None:
         module = getattr(module, "_orig_mod", module)  # also within torch.compile
         _refuse(module)
         if _DDP in _names(module):
-            _check_ddp(module, size, trainable)
+            _check_ddp(module, size, zeroth_order)
+            wrapped.add(module)
 
     hook = register_module_forward_pre_hook(before)
     try:
-        yield
+        yield wrapped
     finally:
         hook.remove()
 
@@ -80,14 +91,15 @@ def _refuse(module: nn.Module) -> None:
             )
 
 
-def _check_ddp(module: nn.Module, size: int, trainable: Collection[int]) -> None:
+def _check_ddp(module: nn.Module, size: int, zeroth_order: Collection[int]) -> None:
     if _size(module) > size:
         raise RuntimeError(
             f"process_group must be that of {_DDP} or a larger one, got {size} processes and "
             f"{_size(module)} of the wrapped model: each would estimate from its own batch, and "
             "end at a base model of its own"
         )
-    if _size(module) > 1 and any(id(p) in trainable for p in module.parameters()):
+    trained = [p for p in module.parameters() if p.requires_grad and id(p) not in zeroth_order]
+    if _size(module) > 1 and waited_for_by_ddp(module) > len(trained):
         raise RuntimeError(
             f"zeroth-order parameters must have requires_grad=False before {_DDP} wraps their "
             "model, or it waits for gradients that they never get: call model.requires_grad_(False)"

@@ -23,6 +23,15 @@ class Gathered(NamedTuple):
     """Per unit of mu, shape (directions,); see :meth:`Estimator.differences`."""
 
 
+class Share(NamedTuple):
+    """What this process's loss counts, beside those of others."""
+
+    factor: float
+    """Of the loss; 1 on average over the processes."""
+    differ: bool
+    """Whether it is another one in some process."""
+
+
 class Replicas(Protocol):
     """The processes that train one model together.
 
@@ -51,15 +60,18 @@ class Replicas(Protocol):
             count: of this process's.
         """
 
-    def share(self, weight: float) -> float:
+    def share(self, weight: float) -> Share:
         """By what this process's loss is multiplied, for the mean over all to be weighted.
 
         Args:
-            weight: of this process's batch. Exchanged.
+            weight: of this process's batch; NaN where it was given none that can be. Exchanged.
+
+        Raises:
+            ValueError: in all processes: in one it is NaN, or it is 0 in all.
         """
 
     def gather(
-        self, points: Sequence[Point], losses: Tensor, share: float | None = None
+        self, points: Sequence[Point], losses: Tensor, share: Share | None = None
     ) -> Gathered:
         """The losses of all processes, and what they say along each direction. Exchanged.
 
@@ -72,6 +84,9 @@ class Replicas(Protocol):
 
     def agree(self, flag: bool) -> bool:
         """Whether the flag is set in all processes. Exchanged."""
+
+    def all_set(self, flag: Tensor) -> Tensor:
+        """As :meth:`agree`, of a 0-dim bool, on whose device the answer stays. Exchanged."""
 
     def all_of(self, value: Any) -> list[Any]:
         """The value of each process: any that can be pickled. Exchanged."""
@@ -91,15 +106,18 @@ class OneProcess:
     def direction(self, place: int, count: int) -> int:
         return place
 
-    def share(self, weight: float) -> float:
-        return 1.0
+    def share(self, weight: float) -> Share:
+        return Share(1.0, False)
 
     def gather(
-        self, points: Sequence[Point], losses: Tensor, share: float | None = None
+        self, points: Sequence[Point], losses: Tensor, share: Share | None = None
     ) -> Gathered:
         return Gathered(points, losses, _differences(self._settings, points, losses))
 
     def agree(self, flag: bool) -> bool:
+        return flag
+
+    def all_set(self, flag: Tensor) -> Tensor:
         return flag
 
     def all_of(self, value: Any) -> list[Any]:
@@ -107,9 +125,11 @@ class OneProcess:
 
 
 class Processes:
-    """Several processes of ``torch.distributed``, at most one collective an estimate.
+    """Several processes of ``torch.distributed``.
 
-    Losses are summed in float64, in the order of ranks: all processes find the same to the bit.
+    An estimate takes one collective, of a number an evaluation; where batches have weights, or
+    losses are those of examples, another one, of a number. Losses are summed in float64, in the
+    order of ranks: all processes find the same to the bit.
 
     Args:
         settings: the optimizer's.
@@ -128,6 +148,11 @@ class Processes:
                 f"num_samples must be a multiple of the {self.size} processes where "
                 f"parallel='samples', got {settings.num_samples}"
             )
+        if self._per_example and settings.capturable:
+            raise ValueError(
+                "directions must be 'shared' where capturable=True and several processes train: "
+                "they exchange how many examples each has"
+            )
 
     def mine(self, points: Sequence[Point]) -> Sequence[Point]:
         if not self._own_samples:
@@ -144,31 +169,35 @@ class Processes:
             return self.rank * count + place
         return place * self.size + self.rank
 
-    def share(self, weight: float) -> float:
-        total: float = sum(self.all_of(float(weight)))
+    def share(self, weight: float) -> Share:
+        if self._settings.capturable:
+            raise ValueError("weight must be None where capturable=True: processes exchange it")
+        weights = self._numbers(weight)
+        total = sum(weights)
         if not total > 0:
             raise ValueError(
-                f"weight must be above 0 in some process, got {weight} in this one and a sum of "
-                f"{total}"
+                "weight must be a finite number >= 0 in every process, and above 0 in some, got "
+                f"{weights} by rank"
             )
-        return weight * self.size / total
+        return Share(weight * self.size / total, len(set(weights)) > 1)
 
     def gather(
-        self, points: Sequence[Point], losses: Tensor, share: float | None = None
+        self, points: Sequence[Point], losses: Tensor, share: Share | None = None
     ) -> Gathered:
         losses = losses.to(_wide(losses))
         if self._per_example:
-            return self._of_examples(points, losses, share is not None)
-        own = torch.cat([losses.new_full((1,), 1.0 if share is None else share), losses])
+            return self._of_examples(points, losses, share)
+        own = torch.cat([losses.new_full((1,), 1.0 if share is None else share.factor), losses])
         every = self._all_gather(own).to(losses.device)
         shares, each = every[:, :1], every[:, 1:]
-        # a process without a batch has no loss that counts, whatever its closure returned
-        weighted = torch.where(shares > 0, each * shares, 0.0)
+        # what a process without a batch returned counts nothing; but gradients of NaN are NaN
+        counts = shares > 0 if not any(p.gradient for p in points) else shares >= 0
+        weighted = torch.where(counts, each * shares, 0.0)
         if not self._own_samples:
             together = weighted.mean(0)
             return Gathered(points, together, _differences(self._settings, points, together))
         clean = weighted[:, : int(points[0].sign == 0)].mean(0)
-        displaced = each[:, len(clean) :].view(self.size, -1, self._signs)
+        displaced = weighted[:, len(clean) :].view(self.size, -1, self._signs)
         mine = [point for point in points if point.sample % self.size == 0 or point.sign == 0]
         along = torch.stack([_differences(self._settings, mine, one) for one in each])
         along = torch.where(shares > 0, along * shares, 0.0)
@@ -179,17 +208,25 @@ class Processes:
             along.t().flatten(),
         )
 
-    def _of_examples(self, points: Sequence[Point], losses: Tensor, weighted: bool) -> Gathered:
-        """Put side by side, in the order of their directions."""
+    def _of_examples(
+        self, points: Sequence[Point], losses: Tensor, share: Share | None
+    ) -> Gathered:
+        """Put side by side, in the order of their directions.
+
+        Their mean is that of the processes' means, as these count; with no share, that of all.
+        """
         each = self._settings.examples_of_a_direction
-        counts = self._all_gather(torch.tensor([losses.shape[1]])).flatten().tolist()
+        counts = [int(count) for count in self._numbers(losses.shape[1])]
         self._check([count // each for count in counts], counts)
-        if len(set(counts)) > 1 and not weighted and any(point.gradient for point in points):
+        if len(set(counts)) > 1 and share is None and any(point.gradient for point in points):
             raise ValueError(
                 "weight must be given where processes have batches of different size and there are "
                 f"first-order groups, whose gradients are averaged, got {counts} losses by rank: "
                 "step(closure, weight=len(batch))"
             )
+        if share is not None and (share.differ or len(set(counts)) > 1):
+            factor = share.factor * sum(counts) / (self.size * losses.shape[1])
+            losses = losses * factor if factor else torch.zeros_like(losses)
         room = max(counts)
         own = torch.nn.functional.pad(losses, (0, room - losses.shape[1]))
         every = self._all_gather(own).to(losses.device)
@@ -219,7 +256,18 @@ class Processes:
             )
 
     def agree(self, flag: bool) -> bool:
-        return all(self.all_of(flag))
+        return all(self._numbers(float(flag)))
+
+    def _numbers(self, number: float) -> list[float]:
+        """The number of each process."""
+        every = self._all_gather(torch.tensor([number], dtype=torch.float64, device="cpu"))
+        return every.flatten().tolist()  # type: ignore[no-any-return]
+
+    def all_set(self, flag: Tensor) -> Tensor:
+        # no backend needs to know bool
+        least = flag.to(self._device(flag.device), torch.int32)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=self.group)
+        return least.to(flag.device, torch.bool)
 
     def all_of(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
@@ -258,6 +306,10 @@ def _differences(settings: Settings, points: Sequence[Point], losses: Tensor) ->
 def _wide(losses: Tensor) -> torch.dtype:
     """What sums over processes are taken in: float64, where the device has it."""
     return losses.dtype if losses.device.type == "mps" else torch.float64
+
+
+LOST = "lost"
+"""In place of a group that was not copied along."""
 
 
 def group_now(group: Any) -> Any:

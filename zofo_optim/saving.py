@@ -23,6 +23,7 @@ from .base_weights import (
 from .journal import Journal, JournalError, replay
 from .names import match_names, unwrapped
 from .optimizer import HybridZOFO
+from .sharding import is_sharded
 
 SUMMARY = "hybrid.json"
 FIRST_ORDER = "fo_weights.safetensors"
@@ -61,8 +62,8 @@ def save_hybrid(
 
     Raises:
         TypeError: ``model`` and ``optimizer`` are swapped, or of other types.
-        ValueError: the model lacks a parameter of the optimizer; or the journal is not attached
-            to the optimizer.
+        ValueError: the model lacks a parameter of the optimizer; or its weights are sharded; or the
+            journal is not attached to the optimizer.
         RuntimeError: the optimizer is accumulating; its gradients would be lost.
         ImportError: safetensors is not installed.
     """
@@ -70,6 +71,13 @@ def save_hybrid(
     if optimizer.accumulated is not None:
         raise RuntimeError(
             "optimizer must not be accumulating when it is saved; call step() or zero_grad() first"
+        )
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    if any(map(is_sharded, params)):
+        raise ValueError(
+            "model must have its weights whole in each process, got shards (DTensors): save by "
+            "torch.distributed.checkpoint (get_state_dict), and the trained base weights for use "
+            "elsewhere by save_base_weights(optimizer, model, folder) in all processes"
         )
     if journal is not None and all(known is not journal for known in optimizer.listeners):
         raise ValueError(f"journal must be attached to optimizer, got one of {journal.path}")

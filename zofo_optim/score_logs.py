@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .completions import Rows
 from .rewards import Scored
+
+
+class _Population(NamedTuple):
+    """What was found of the completions of one batch."""
+
+    groups: Sequence[Hashable]
+    lengths: Sequence[int]
+    complete: Sequence[bool]
+    scored: Scored
+    reward: np.ndarray
+    kl: np.ndarray | None
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """By reward functions' ``names``."""
+        of_group: dict[Hashable, list[int]] = {}
+        for position, group in enumerate(self.groups):
+            of_group.setdefault(group, []).append(position)
+        total, each = self.scored
+        flat = [len(set(total[some].tolist())) == 1 for some in of_group.values()]
+        ended = [length for length, ends in zip(self.lengths, self.complete, strict=True) if ends]
+        found: dict[str, float] = {
+            "reward": _of_finite(np.mean, total),
+            "reward_std": _of_finite(_deviation, total),
+            "frac_reward_zero_std": float(np.mean(flat)),
+            "completions/clipped_ratio": 1 - float(np.mean(self.complete)),
+            "completions/unscored": float((~np.isfinite(self.reward)).sum()),
+            **_sizes("length", self.lengths),
+            **_sizes("terminated_length", ended),
+        }
+        for position, name in enumerate(names):
+            column = each[:, position]
+            found[f"rewards/{name}/mean"] = _of_finite(np.mean, column)
+            found[f"rewards/{name}/std"] = _of_finite(_deviation, column)
+        if self.kl is not None:
+            found["kl"] = _of_finite(np.mean, self.kl)
+        return found
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Population]) -> _Population:
+        """Of those that processes have, each with prompts of its own."""
+        kls = [part.kl for part in parts if part.kl is not None]
+        return cls(
+            [(process, group) for process, part in enumerate(parts) for group in part.groups],
+            [*chain.from_iterable(part.lengths for part in parts)],
+            [*chain.from_iterable(part.complete for part in parts)],
+            Scored(*map(np.concatenate, zip(*(part.scored for part in parts), strict=True))),
+            np.concatenate([part.reward for part in parts]),
+            np.concatenate(kls) if kls else None,
+        )
 
 
 class ScoreLogs:
@@ -25,23 +75,21 @@ class ScoreLogs:
         self.clear()
 
     def clear(self) -> None:
-        self._found: dict[str, list[tuple[float, int]]] = {}
+        self._populations: list[_Population] = []
+        self._told: dict[str, list[float]] = {}
         self._table: dict[str, list[Any]] = {}
         self._extra: dict[str, list[Any]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._found)
+        return bool(self._populations)
 
     def log_metric(self, name: str, value: float) -> None:
         """For reward functions: a number of theirs."""
-        self._add(name, float(value), 1)
+        self._told.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """For reward functions: a column of the table of completions."""
         self._extra[column] = list(values)
-
-    def _add(self, name: str, value: float, weight: int) -> None:
-        self._found.setdefault(name, []).append((value, weight))
 
     def add(
         self,
@@ -68,29 +116,41 @@ class ScoreLogs:
             ValueError: ``log_extra`` was given a column of another length.
         """
         self.last_reward = np.nan_to_num(_of_finite(np.mean, reward))
-        of_group: dict[int, list[int]] = {}
-        for position, group in enumerate(rows.groups):
-            of_group.setdefault(group, []).append(position)
-        flat = [len(set(scored.total[some].tolist())) == 1 for some in of_group.values()]
-        ended = [length for length, ends in zip(lengths, complete, strict=True) if ends]
-        found: dict[str, float] = {
-            "reward": _of_finite(np.mean, scored.total),
-            "reward_std": _of_finite(_deviation, scored.total),
-            "frac_reward_zero_std": float(np.mean(flat)),
-            "completions/clipped_ratio": 1 - float(np.mean(complete)),
-            "completions/unscored": float((~np.isfinite(reward)).sum()),
-            **_sizes("length", lengths),
-            **_sizes("terminated_length", ended),
-        }
-        for position, name in enumerate(self._names):
-            column = scored.each[:, position]
-            found[f"rewards/{name}/mean"] = _of_finite(np.mean, column)
-            found[f"rewards/{name}/std"] = _of_finite(_deviation, column)
-        if kl is not None:
-            found["kl"] = _of_finite(np.mean, kl)
-        for name, value in found.items():
-            self._add(name, value, len(texts))
+        self._populations.append(
+            _Population(rows.groups, lengths, complete, scored, reward, kl),
+        )
         self._keep(rows, texts, scored, reward)
+
+    def take_in(
+        self,
+        gather: Callable[[list[Any]], list[Any]],
+        *,
+        together: bool,
+        texts: bool = False,
+    ) -> None:
+        """Have what the logs of all processes have; each of them calls this.
+
+        Args:
+            gather: makes of each process's list one of all.
+            together: whether batches of the same number are one population.
+            texts: take in tables too.
+        """
+        table = self._table if texts else {}
+        found = gather([(self._populations, self._told, table)])
+        populations, told, tables = zip(*found, strict=True)
+        if together:
+            self._populations = [*map(_Population.joined, zip(*populations, strict=True))]
+        else:
+            self._populations = [*chain.from_iterable(populations)]
+        self._told = {}
+        for name in dict.fromkeys(chain.from_iterable(told)):
+            self._told[name] = [*chain.from_iterable(part.get(name, ()) for part in told)]
+        if texts:
+            self._table = {
+                name: [*chain.from_iterable(part[name] for part in tables)]
+                for name in tables[0]
+                if all(name in part for part in tables)  # a column has a value in each row
+            }
 
     def _keep(self, rows: Rows, texts: Sequence[Any], scored: Scored, reward: np.ndarray) -> None:
         extra, self._extra = self._extra, {}
@@ -110,9 +170,15 @@ class ScoreLogs:
 
     def metrics(self) -> dict[str, float]:
         """Of all completions since the last log; what was never finite is left out."""
+        pairs: dict[str, list[tuple[float, int]]] = {
+            name: [(value, 1) for value in values] for name, values in self._told.items()
+        }
+        for one in self._populations:
+            for name, value in one.metrics(self._names).items():
+                pairs.setdefault(name, []).append((value, len(one.groups)))
         found = {}
-        for name, pairs in self._found.items():
-            known = [(value, weight) for value, weight in pairs if np.isfinite(value)]
+        for name, of_name in pairs.items():
+            known = [(value, weight) for value, weight in of_name if np.isfinite(value)]
             if not known:
                 continue
             values, weights = zip(*known, strict=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -58,6 +61,11 @@ class ScoreTrainer(HybridTrainer):
     cannot have a direction for each completion, such as embeddings of positions. The trainer
     freezes them, since nothing takes a gradient. Dropout is off.
 
+    Started by ``torchrun`` or ``accelerate launch``, the population is spread over the processes:
+    each writes and scores completions of prompts of its own, and all make the same update.
+    Rewards are scaled among those of all, logs are of all, and evaluations are shared out.
+    ``per_device_train_batch_size`` counts the completions of one process.
+
     The step's ``loss`` in logs is the negative mean reward. Logged too, under TRL's names and by
     its formulas: ``reward``, ``reward_std``, ``rewards/<function>/mean``,
     ``completions/mean_length``, ``completions/clipped_ratio`` (of completions without an end),
@@ -81,9 +89,9 @@ class ScoreTrainer(HybridTrainer):
         include, exclude: which parameters train; see :func:`hybrid_param_groups`.
         hybrid: options of :class:`HybridZOFO`, such as ``rank`` (default 1) or ``zo_rule`` (default
             "normalized"). Directions are per example, low rank, streamed and antithetic.
-        engine: what generates, and follows the updates; see :class:`zofo_optim.engines.Engine`. It
-            must serve the model's weights; the model stays on the CPU (``use_cpu=True``). None:
-            this process.
+        engine: what generates, and follows the updates; see :class:`zofo_optim.engines.Engine`. Of
+            several processes, each has its own. It must serve the model's weights; the model stays
+            on the CPU (``use_cpu=True``). None: this process.
 
     Raises:
         TypeError: an argument of another type, such as a reward function that cannot be called.
@@ -197,12 +205,13 @@ class ScoreTrainer(HybridTrainer):
                     if first is None:
                         raise ValueError(f"{name} must have prompts, got none")
                     check_prompts([first])
-        wanted, there = self.args.prompts_of_a_step, self.train_dataset
+        wanted, there = self.args.prompts_of_a_step * self._processes, self.train_dataset
         if there is not None and hasattr(there, "__len__") and len(there) < wanted:
+            times = "" if self._processes == 1 else f", in each of {self._processes} processes"
             raise ValueError(
                 f"train_dataset must have the {wanted} prompts of a step, got {len(there)}: "
-                "per_device_train_batch_size / num_generations; raise num_generations, or repeat "
-                "prompts"
+                f"per_device_train_batch_size / num_generations{times}; raise num_generations, or "
+                "repeat prompts"
             )
 
     def _check_given(self) -> None:
@@ -274,13 +283,34 @@ class ScoreTrainer(HybridTrainer):
             return [float(score) / parts for score in self._scaled(reward, rows)]
 
         accumulates = optimizer.accumulated is not None
-        if self._engine is None:
-            self._verify_once(model, rows)
-            optimizer.backward(scores)
-        else:
-            optimizer.tell(scores(optimizer.ask(len(rows.prompts))))
+        with self._noise_of_process(self._parts if accumulates else 0):
+            if self._engine is None:
+                self._verify_once(model, rows)
+                optimizer.backward(scores)
+            else:
+                optimizer.tell(scores(optimizer.ask(len(rows.prompts))))
         self._keep_slopes(accumulates)
         return torch.tensor(-self._logs.last_reward / parts, device=self.args.device)
+
+    @contextmanager
+    def _noise_of_process(self, part: int) -> Generator[None, None, None]:
+        """Where several processes train, each samples with noise of its own, in rewards too.
+
+        It follows from the seed, the step, its part and the process, whatever came before.
+        """
+        if self._processes == 1:
+            yield
+            return
+        place = [self.args.seed, self.state.global_step, part, self.accelerator.process_index]
+        before = GlobalRandomState([self.args.device])
+        seeds = np.random.SeedSequence(place).generate_state(3, np.uint64).tolist()
+        try:
+            torch.manual_seed(seeds[0])
+            random.seed(seeds[1])
+            np.random.seed(seeds[2] % 2**32)  # noqa: NPY002 (the legacy generator is the global one)
+            yield
+        finally:
+            before.restore()
 
     def _verify_once(self, model: Any, rows: Rows) -> None:
         """By logits of two tokens of a few rows; texts would take long, and their scores may not
@@ -351,12 +381,14 @@ class ScoreTrainer(HybridTrainer):
         return reward
 
     def _scaled(self, reward: np.ndarray, rows: Rows) -> np.ndarray:
-        scale = self.args.scale_rewards
-        if scale == "none":
-            return without_rounding(reward)
-        if scale == "centered_rank":
-            return shape_scores(reward, "centered_rank")
-        return shape_scores(reward, groups=rows.groups if scale == "group" else None)
+        """The rewards of this process's rows, shaped among those of all processes."""
+        with without_torch_functions():
+            of_all = gather_object([(reward, rows.groups)])
+        rewards = np.concatenate([some for some, _ in of_all])
+        groups = [(place, group) for place, (_, some) in enumerate(of_all) for group in some]
+        shaped = _shaped(rewards, groups, self.args.scale_rewards)
+        before = sum(len(some) for some, _ in of_all[: self.accelerator.process_index])
+        return shaped[before : before + len(reward)]
 
     # ---- evaluation -------------------------------------------------------------------------
 
@@ -371,13 +403,15 @@ class ScoreTrainer(HybridTrainer):
         """Rewards of completions at the weights; the global random state is as before."""
         model = self.accelerator.unwrap_model(self.model)
         was_training, count = model.training, 0
+        process = self.accelerator.process_index
         training, self._logs = self._logs, ScoreLogs(self.rewards.names)
         before = GlobalRandomState([self.args.device])
         try:
             model.eval()
-            set_seed(self.args.seed)
+            set_seed(self.args.seed + process)
             with torch.no_grad():
-                for examples in dataloader:
+                # batches by turns
+                for examples in islice(dataloader, process, None, self._processes):
                     count += len(examples)
                     each = range(len(examples))
                     numbers = [i for i in each for _ in range(self.args.generations_eval)]
@@ -387,13 +421,14 @@ class ScoreTrainer(HybridTrainer):
                     self.control = self.callback_handler.on_prediction_step(
                         self.args, self.state, self.control
                     )
+            self._logs.take_in(gather_object, together=False)
             metrics = self._logs.metrics()
         finally:
             self._logs = training
             before.restore()
             model.train(was_training)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(np.empty(0), None, named, count)
+        return EvalLoopOutput(np.empty(0), None, named, sum(gather_object([count])))
 
     def _written(self, model: Any, rows: Rows) -> list[list[int]]:
         """Completions at the weights as they are."""
@@ -413,6 +448,7 @@ class ScoreTrainer(HybridTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with the metrics of the steps since, and their completions."""
         if "loss" in logs and self._logs:
+            self._logs.take_in(gather_object, together=True, texts=self.args.log_completions)
             logs.update(self._logs.metrics())
             if self.args.log_completions and self.is_world_process_zero():
                 folder = os.path.join(self.args.output_dir or ".", "completions")
@@ -421,3 +457,11 @@ class ScoreTrainer(HybridTrainer):
                 self._logs.show(self.state.global_step, self.args.num_completions_to_print)
             self._logs.clear()
         super().log(logs, *args, **kwargs)
+
+
+def _shaped(rewards: np.ndarray, groups: Sequence[Any], scale: str) -> np.ndarray:
+    if scale == "none":
+        return without_rounding(rewards)
+    if scale == "centered_rank":
+        return shape_scores(rewards, "centered_rank")
+    return shape_scores(rewards, groups=groups if scale == "group" else None)

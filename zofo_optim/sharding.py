@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from zofo_kernels import Weights
-from zofo_kernels._torch_compat import box_of, local_tensor
+from zofo_kernels._torch_compat import box_of, is_gathering, local_tensor
 
 
 class Piece(NamedTuple):
@@ -41,6 +41,16 @@ def local_of(tensor: Tensor) -> Tensor:
     return local_tensor(tensor) if is_sharded(tensor) else tensor
 
 
+def whole_of(tensor: Any) -> Tensor:
+    """All of a sharded tensor, gathered: all processes that hold shards call this."""
+    if not is_sharded(tensor):
+        whole: Tensor = tensor
+        return whole
+    # shards that are offloaded come from the host
+    gathered: Tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+    return gathered
+
+
 def pieces_of(parameter: Tensor, name: str = "parameter") -> list[Piece]:
     """The rectangles of the full parameter that make the local tensor, in order.
 
@@ -49,16 +59,27 @@ def pieces_of(parameter: Tensor, name: str = "parameter") -> list[Piece]:
     """
     if not is_sharded(parameter):
         return [Piece(parameter)]
-    local = local_of(parameter)
+    local, box = local_of(parameter), _box(parameter, name)
+    if local.numel() == 0:
+        return [Piece(local)]
+    return list(_rectangles(local, [first for first, _ in box], parameter.shape))
+
+
+def _box(parameter: Tensor, name: str) -> list[tuple[int, int]]:
     box = box_of(parameter)
     if box is None:
         raise ValueError(
             f"{name} must be replicated or sharded in one block a process, got placements "
             f"{parameter.placements}"  # type: ignore[attr-defined]
         )
-    if local.numel() == 0:
-        return [Piece(local)]
-    return list(_rectangles(local, [first for first, _ in box], parameter.shape))
+    return box
+
+
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copy what of a full tensor this process holds into a parameter."""
+    if is_sharded(parameter):
+        whole = whole[tuple(slice(*ends) for ends in _box(parameter, "parameter"))]
+    local_of(parameter).copy_(whole)
 
 
 def _rectangles(local: Tensor, first: Sequence[int], shape: Sequence[int]) -> Iterator[Piece]:
@@ -93,6 +114,9 @@ class Placed:
     def __init__(self, params: Sequence[Tensor], indices: Sequence[int]) -> None:
         self.params = list(params)
         self.indices = list(indices)
+        self._place()
+
+    def _place(self) -> None:
         self.locals = [local_of(p) for p in self.params]
         found = [
             (piece, index, p.shape)
@@ -113,18 +137,58 @@ class Placed:
         now = zip(self.params, self.locals, strict=True)
         return all(local_of(p) is local for p, local in now)
 
+    def refresh(self) -> None:
+        """Know the tensors that the process holds now, where they are others.
+
+        In its first forward pass FSDP2 copies shards that were loaded or moved since it made
+        them to memory with room for all ranks' sizes; displaced ones stay displaced by that.
+        """
+        if not self.is_current():
+            self._place()
+
 
 def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     """Those modules of a model that FSDP2 shards, outer ones first."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)  # none before torch 2.6
-    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
+    return [module for module in model.modules() if is_fsdp(module)]
 
 
-def reshard(modules: Sequence[nn.Module]) -> None:
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers parameters of a module's."""
+    kind = _fsdp_kind()
+    return kind is not None and isinstance(module, kind)
+
+
+def _fsdp_kind() -> Any:
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
     """Free what FSDP2 has gathered, so that the next forward gathers the shards as they are then.
 
-    The root module keeps its parameters gathered after a forward pass otherwise.
+    The root module keeps its parameters gathered after a forward pass otherwise, and what was
+    gathered ahead for a module that did not run is kept for its next pass.
     """
     for module in modules:
+        if is_gathering(module):
+            module.unshard()  # type: ignore[operator]  # waits for it
         module.reshard()  # type: ignore[operator]
+
+
+def check_model(model: nn.Module | None, params: Sequence[Tensor]) -> None:
+    """Raise ValueError where modules that are not known may gather parameters.
+
+    Any DTensor may be a shard of FSDP2's once ``fully_shard`` was called in this process: it looks
+    as one of tensor parallelism, which computes with the DTensors themselves.
+
+    Args:
+        model: that the parameters are of; None: unknown.
+        params: as an optimizer has them.
+    """
+    kind, sharded = _fsdp_kind(), sum(map(is_sharded, params))
+    if model is None and sharded and kind is not None and kind.__subclasses__():
+        raise ValueError(
+            "params must be what hybrid_param_groups(model) returned where weights are sharded, "
+            f"got a list with {sharded} DTensors: the model tells what its layers gather them "
+            "into, and so does restore_buffers=model. A copied or unpickled optimizer has lost "
+            "the model: make a new one, and load the state_dict() of this one"
+        )

@@ -28,10 +28,13 @@ def add(
         group["zo_settings"] = settings.of_the_path()
         if KEY in group:
             group[KEY] = saved(group[KEY])
-    if estimate is not None:
-        (zo or state["param_groups"])[0]["zo_pending"] = estimate.saved()
+    pending = None if estimate is None else estimate.saved()
+    if pending is not None:
+        (zo or state["param_groups"])[0]["zo_pending"] = pending
     if zo and moves:
         zo[0]["zo_path"] = moves.saved()
+    if zo:  # again, for torch.distributed.checkpoint: it loads only keys that are there before
+        zo[0]["zo_in_flight"] = pending, moves.saved()
     return state
 
 
@@ -43,12 +46,13 @@ def take(
     moves = Moves()
     settings: dict[str, Any] = {}
     for group in groups:
-        pending = group.pop("zo_pending", None)
+        pending, path = group.pop("zo_in_flight", (None, ()))
+        pending = group.pop("zo_pending", pending)
         if pending is not None:
             estimate = Estimate.loaded(pending, group["params"][0].device)
         settings = group.pop("zo_settings", settings)
-        if "zo_path" in group:
-            moves = Moves.loaded(group.pop("zo_path"))
+        if path := group.pop("zo_path", path):
+            moves = Moves.loaded(path)
     return estimate, moves, settings
 
 

@@ -27,6 +27,7 @@ from .losses import OF_ELEMENTS, example_losses_of, task_of
 from .optimizer import HybridZOFO
 from .partition import Partition
 from .partition.trainer import NO_RATE, Again, TrainerPartition
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -61,6 +62,11 @@ class HybridTrainerMixin(_Base):
     With ``hybrid=dict(directions="per_example", ...)`` the loss is the mean of
     :meth:`example_losses`. A subclass with a loss of its own overrides that, and it is trained
     whatever the directions are.
+
+    Started by ``torchrun`` or ``accelerate launch``, its processes train one model: with an adapter
+    within DDP, without one in no wrapper. Steps are those of one process on the batches of all;
+    losses are averaged as the Trainer does, by tokens where it counts them. The first process
+    saves, and a checkpoint goes on with any number of processes.
 
     The learning rate, the weight decay and the optimizer (``adamw_torch``, ``sgd``, ...) of the
     first-order group are those of the arguments; schedulers drive both groups. Logs get
@@ -135,6 +141,22 @@ class HybridTrainerMixin(_Base):
         if self._partition is not None and self._partition.every is not None:
             self.add_callback(Again(self, self._partition))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's, whose accelerator does not wrap a model that takes no gradients in DDP."""
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+
+        def prepare_model(
+            model: nn.Module,
+            device_placement: bool | None = None,
+            evaluation_mode: bool = False,
+        ) -> nn.Module:
+            frozen = not any(p.requires_grad for p in model.parameters())
+            found: nn.Module = prepare(model, device_placement, evaluation_mode or frozen)
+            return found
+
+        self.accelerator.prepare_model = prepare_model
+
     def _check_supported(self) -> None:
         if self.is_deepspeed_enabled:
             raise ValueError(
@@ -142,11 +164,36 @@ class HybridTrainerMixin(_Base):
                 "its own; a zeroth-order base model needs no ZeRO: train without deepspeed"
             )
         if self.is_fsdp_enabled:
-            raise ValueError("fsdp must not be used with HybridZOFO yet, got fsdp in args")
-        if self.args.parallel_mode.value != "not_parallel":
             raise ValueError(
-                "training must be on one device with HybridZOFO, got "
-                f"args.parallel_mode={self.args.parallel_mode.value!r}; set CUDA_VISIBLE_DEVICES"
+                "fsdp must not be used with HybridTrainer, as accelerate replaces the parameters "
+                "of an optimizer that knows them, got fsdp in args; shard the model by "
+                "torch.distributed.fsdp.fully_shard, make a HybridZOFO of it, and train in a loop "
+                "of your own. Zeroth order needs no sharded gradients or optimizer state: where "
+                "the weights fit, train without"
+            )
+        if any(map(is_sharded, self._module().parameters())):
+            raise ValueError(
+                "model must not be sharded with HybridTrainer, which saves weights as they are, "
+                "got DTensors; train in a loop of your own"
+            )
+        if self.args.parallel_mode.value not in ("not_parallel", "distributed"):
+            raise ValueError(
+                "each process must train on one device with HybridZOFO, got "
+                f"args.parallel_mode={self.args.parallel_mode.value!r}: start one process a "
+                "device by torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+            )
+        config = getattr(self.accelerator, "parallelism_config", None)
+        sizes = {name: getattr(config, f"{name}_size", 1) for name in ("tp", "cp", "sp")}
+        if any(size > 1 for size in sizes.values()):
+            raise ValueError(
+                "parallelism_config must be data parallel with HybridTrainer, as its processes "
+                f"have batches of their own, got {sizes}; train in a loop of your own"
+            )
+        if self._processes > 1 and self._partition is not None and self._partition.every:
+            raise ValueError(
+                "partition must not have every= where several processes train, as DDP averages "
+                "gradients of the tensors that had them at its start, got "
+                f"every={self._partition.every} and {self._processes} processes"
             )
         if hasattr(self, "_buffered_inputs"):
             raise TypeError(
@@ -160,6 +207,11 @@ class HybridTrainerMixin(_Base):
                 "the reference model must not be the model that is trained, whose base weights "
                 "zeroth order moves: set precompute_ref_log_probs=True in args, or pass ref_model"
             )
+
+    @property
+    def _processes(self) -> int:
+        """That train together."""
+        return int(self.accelerator.num_processes)
 
     @property
     def hybrid_optimizer(self) -> HybridZOFO:
@@ -197,7 +249,9 @@ class HybridTrainerMixin(_Base):
             directions = self._hybrid_options.get("directions", "shared")
             if directions == "per_example":
                 self._check_own_loss()
-            given = {"fo_optimizer": cls, "seed": self.args.seed, **options, **self._hybrid_options}
+            given = {"fo_optimizer": cls, "seed": self.args.seed, **options}
+            given["example_order"] = "contiguous"  # as accelerate deals batches
+            given.update(self._hybrid_options)
             verbose, empty = self.is_world_process_zero(), False
             if self._partition is None:
                 groups = hybrid_param_groups(
@@ -218,6 +272,9 @@ class HybridTrainerMixin(_Base):
                 first_order = _named(theirs, model)
             # first, as the Trainer logs the first group's learning rate
             zeroth_order = [group for group in groups if group["mode"] == "zo"]
+            if self._processes > 1:  # DDP waits for gradients of all that require them
+                for p in (p for group in zeroth_order for p in group["params"]):
+                    p.requires_grad_(False)
             groups = ParamGroups([*first_order, *zeroth_order], model)
             if len(groups) > len(first_order) and "lr" not in (self._group_options["zo"] or {}):
                 raise ValueError(NO_RATE)
@@ -279,9 +336,9 @@ class HybridTrainerMixin(_Base):
         try:
             loss = optimizer.backward(of_examples if per_example else closure)
         finally:
-            self._training, self._losses = False, None
             if counts is not None:
                 counts.restore()
+            self._training, self._losses = False, None
         self._keep_slopes(accumulates)
         assert isinstance(loss, torch.Tensor)
         return loss.mean()
@@ -301,6 +358,8 @@ class HybridTrainerMixin(_Base):
         if not self._training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
+        if items is not None and self._processes > 1 and self.args.average_tokens_across_devices:
+            items = torch.as_tensor(items) / self._processes  # the mean over processes is trained
         losses = self.example_losses(model, inputs, items)
         self._losses = losses.detach()
         return losses.mean()
@@ -312,7 +371,7 @@ class HybridTrainerMixin(_Base):
             model: as it is called, perhaps wrapped.
             inputs: of the model, labels among them.
             num_items_in_batch: labels in all batches that are accumulated, where the Trainer
-                counts them.
+                counts them; of several processes, their mean.
 
         Returns:
             :func:`example_losses_of` the model, by the arguments' ``label_smoothing_factor``.
@@ -352,6 +411,14 @@ class HybridTrainerMixin(_Base):
                 "own"
             )
         self._check_estimator(options.get("estimator", "two_sided"))
+        order = options.get("example_order", "contiguous")
+        each = options.get("directions") == "per_example"
+        if each and order != "contiguous" and self._processes > 1:
+            raise ValueError(
+                "example_order must be 'contiguous' where several processes train, as accelerate "
+                f"deals a batch's examples to them, got {order!r}: give it to HybridZOFO, or leave "
+                "it out of hybrid"
+            )
 
     def _check_estimator(self, estimator: str) -> None:
         if estimator == "antithetic":

@@ -13,7 +13,7 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 from .names import matching, patterns_in
 from .ownership import without_examples
 from .settings import DIRECTIONS
-from .sharding import pieces_of
+from .sharding import fsdp_modules, pieces_of, reshard
 
 _STANDS_IN = {
     "modules_to_save": "original_module",
@@ -102,6 +102,19 @@ class ZerothOrder:
             self._taken[pattern].setdefault(reason, names[0])
         return reason
 
+    def check_first_order(self, name: str, parameter: Tensor) -> None:
+        """
+        Raises:
+            ValueError: the parameter is without data, so that no gradient reaches it.
+        """
+        if parameter.is_meta and not self._without_data:
+            raise ValueError(
+                f"trainable parameter {name!r} must hold data, got a tensor on the meta device: "
+                "where accelerate offloads weights, gradients reach copies only; load them "
+                "without offloading, or freeze them (requires_grad=False) and leave them out "
+                "(exclude=)"
+            )
+
     def _packed(self, parameter: Tensor, name: str) -> str | None:
         return None if self._without_data and parameter.is_meta else _packed(parameter, name)
 
@@ -165,6 +178,7 @@ def could_learn(parameter: Tensor) -> bool:
 
 def parameters_with_all_names(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     """Each parameter once, with every name under which the model knows it."""
+    reshard(fsdp_modules(model))  # a forward pass may have left others in their places
     found: dict[int, tuple[list[str], Tensor]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), ([], parameter))[0].append(name)

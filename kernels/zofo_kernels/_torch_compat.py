@@ -85,6 +85,19 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
+def result_of_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor that nothing else uses in another shape: no view, to autograd, as torch's products.
+
+    FSDP2 warns of modules that return views.
+    """
+    return torch.ops.aten._unsafe_view(tensor, shape)  # type: ignore[no-any-return]
+
+
+def waited_for_by_ddp(module: Any) -> int:
+    """How many parameters a DistributedDataParallel averages the gradients of; 0: unknown."""
+    return int(module._get_ddp_logging_data().get("num_parameter_tensors", 0))
+
+
 def local_tensor(dtensor: Any) -> Tensor:
     """A DTensor's part in this process: one object, where ``to_local()`` may make new ones."""
     return dtensor._local_tensor  # type: ignore[no-any-return]
@@ -114,6 +127,43 @@ def box_of(dtensor: Any) -> list[tuple[int, int]] | None:
             return None
     shape, offset = compute_local_shape_and_global_offset(dtensor.shape, mesh, placements)
     return [(first, first + size) for first, size in zip(offset, shape, strict=True)]
+
+
+def _parts_of_fsdp(module: Any) -> tuple[Any, Any]:
+    """What FSDP2 knows of a module, and of the parameters that it gathers together."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # older torch has at most one
+        groups = [group for group in (state._fsdp_param_group,) if group is not None]
+    return state, groups
+
+
+def is_gathering(module: Any) -> bool:
+    """Whether FSDP2 has begun to gather a module's parameters, and nobody has waited for it."""
+    _, groups = _parts_of_fsdp(module)
+    return any(getattr(group, "_all_gather_result", None) is not None for group in groups)
+
+
+def is_in_forward(module: Any) -> bool:
+    """Whether FSDP2 takes a module to be within a forward pass."""
+    state, _ = _parts_of_fsdp(module)
+    root = getattr(getattr(state, "_state_ctx", None), "iter_forward_root", None)
+    own = getattr(getattr(state, "_training_state", None), "name", "")
+    return root is not None or own == "FORWARD"
+
+
+def forget_forward_order(module: Any) -> None:
+    """Drop the order in which a module's forward passes gathered, which a backward goes by.
+
+    FSDP2 drops it after a backward; without any it grows.
+    """
+    state, groups = _parts_of_fsdp(module)
+    for holder, name in (
+        (getattr(state, "_comm_ctx", None), "post_forward_order"),
+        *((group, "_post_forward_indices") for group in groups),
+    ):
+        if hasattr(holder, name):
+            getattr(holder, name).clear()
 
 
 def increment_versions(tensors: Sequence[Tensor]) -> None:

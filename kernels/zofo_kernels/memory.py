@@ -11,6 +11,15 @@ from torch import Tensor
 from ._torch_compat import is_wrapper_subclass
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; the host waits only where it is going to read the copy itself.
+
+    Work on a device comes after copies to it. The host has no such order: what is copied to it
+    without waiting may be read before it has arrived.
+    """
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def span(tensor: Tensor) -> tuple[int, int]:
     """Addresses of its first byte and past its last one; ``tensor`` is not empty."""
     start = tensor.data_ptr()

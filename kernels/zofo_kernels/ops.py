@@ -21,10 +21,11 @@ from .backend import Backend, widest_float
 from .direction import Direction, Shift, check_direction, check_finite, check_shift
 from .dispatch import backend_for
 from .interrupt import uninterrupted
+from .memory import to_device
 from .program import Program
 from .region import Region, regions_of_rows
 from .structure import STREAM_LEFT, STREAM_RIGHT, FactorJob, matrix_of
-from .weights import DTYPES, Weights, as_weights, check_places, check_weight
+from .weights import DTYPES, Weights, as_weights, check_places, check_rectangles, check_weight
 
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -123,6 +124,7 @@ def perturbed(
     *,
     index: int = 0,
     offset: int = 0,
+    rectangle: tuple[int, int] | None = None,
     full_shape: Sequence[int] | None = None,
     rows: Tensor | None = None,
     backend: str | Backend = "auto",
@@ -131,6 +133,8 @@ def perturbed(
 
     Args:
         tensor, direction, scale, index, offset: see :func:`perturb_`.
+        rectangle: row length and row stride of a tensor whose rows have gaps between them in the
+            full parameter; see :class:`Weights`.
         full_shape: of the parameter that ``tensor`` is a part of; default the tensor's own.
         rows: for a matrix, row numbers of any shape: ``perturbed(tensor, ...)[rows]`` to the bit,
             without the rest. The host reads them.
@@ -139,11 +143,14 @@ def perturbed(
     check_weight(tensor)
     check_direction(direction)
     check_finite("scale", scale)
-    check_places([index], [offset], [tensor.numel()])
+    (run,), extents = check_rectangles([rectangle], [tensor.numel()])
+    check_places([index], [offset], extents)
     shift = Shift(direction, float(scale))
     matrix = matrix_of(tensor.shape if full_shape is None else full_shape)
     engine = backend_for(tensor.device, backend) if isinstance(backend, str) else backend
     if rows is not None:
+        if rectangle is not None:
+            raise ValueError(f"rectangle must be None where rows are given, got {rectangle}")
         out = torch.embedding(tensor.detach(), rows).resolve_neg()
         if out.numel() > 0:
             copies, numbers = out.view(-1, tensor.shape[1]), rows.flatten().tolist()
@@ -152,7 +159,7 @@ def perturbed(
     content = tensor.detach().resolve_neg().contiguous()
     out = torch.empty_like(content)
     if out.numel() > 0:
-        engine.perturb_copy([Region(out, index, offset, matrix=matrix)], [content], shift)
+        engine.perturb_copy([Region(out, index, offset, *run, matrix)], [content], shift)
     return out
 
 
@@ -225,7 +232,7 @@ def update_(
         tensors: weights, changed in place: a list of tensors, or :class:`Weights`.
         directions: S directions z_s.
         coefficients: shape (S,), floating, on any device: the projected gradients c_s. They and
-            a tensor ``lr`` stay on the device; nothing waits for them.
+            a tensor ``lr`` stay on the device; nothing waits for them, but weights on the CPU.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: L2 coefficient, coupled as in ``torch.optim.SGD``.
         recover: the shift that the weights carry, taken off first: w0 = RN(w - scale * z').
@@ -266,8 +273,7 @@ def update_(
         given = coefficients.detach().resolve_neg()
         # all copies before any device's weights are written
         numbers = {
-            device: (given.to(device, non_blocking=True), _on_device(lr, device))
-            for device in layout.devices
+            device: (to_device(given, device), _on_device(lr, device)) for device in layout.devices
         }
         for device, regions in layout.parts():
             engines[device].update(
@@ -320,5 +326,5 @@ def replay_(
 def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:
     """lr as a 0-dim tensor on ``device``; a number fills it without waiting for the device."""
     if isinstance(lr, Tensor):
-        return lr.detach().resolve_neg().reshape(()).to(device, non_blocking=True)
+        return to_device(lr.detach().resolve_neg().reshape(()), device)
     return torch.full((), float(lr), dtype=widest_float(device), device=device)

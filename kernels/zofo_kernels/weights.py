@@ -42,8 +42,9 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
         )
     if tensor.is_meta:
         raise ValueError(
-            f"{name} must hold data, got a tensor on the meta device: load the weights onto a "
-            "device first, without offloading them"
+            f"{name} must hold data, got a tensor on the meta device, where accelerate leaves the "
+            "weights that it offloads to the CPU or to disk: load them without offloading, in a "
+            "smaller dtype where they do not fit, or leave them out (exclude=)"
         )
     check_storage(tensor, name)
     if not tensor.is_contiguous() and overlaps_itself(tensor):
@@ -84,10 +85,13 @@ _ONE_RUN = (1, 1)
 """Rows of one element, at a distance of one: all elements follow one another."""
 
 
-def _check_rectangles(
+def check_rectangles(
     rectangles: Sequence[tuple[int, int] | None] | None, sizes: Sequence[int]
 ) -> tuple[list[tuple[int, int]], list[int]]:
-    """Row length and stride of each tensor, and how far it reaches in its parameter."""
+    """Row length and stride of each tensor, and how far it reaches in its parameter.
+
+    See :class:`Weights`.
+    """
     if rectangles is None:
         return [_ONE_RUN] * len(sizes), list(sizes)
     if len(rectangles) != len(sizes):
@@ -148,7 +152,7 @@ class Weights:
             raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor]")
         self.tensors = list(tensors)
         sizes = [t.numel() if isinstance(t, Tensor) else 0 for t in self.tensors]
-        self._rectangles, extents = _check_rectangles(rectangles, sizes)
+        self._rectangles, extents = check_rectangles(rectangles, sizes)
         self.indices, self.offsets = check_places(indices, offsets, extents)
         self._shapes = [None] * len(sizes) if shapes is None else list(shapes)
         if len(self._shapes) != len(sizes):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from zofo_kernels import backend_for
 
+from ..sharding import is_sharded, whole_of
+
 _PIECE = 1 << 24  # elements copied to the host at a time
 
 
@@ -24,8 +26,21 @@ def fingerprint(tensor: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprints(tensors: Iterable[Tensor]) -> list[str]:
-    """:func:`fingerprint` of each, on several cores."""
+def fingerprints(tensors: Iterable[Tensor], wanted: bool = True) -> list[str]:
+    """:func:`fingerprint` of each, on several cores; of each as a whole, where some are sharded.
+
+    Those are gathered, one at a time: all processes that hold shards call this.
+
+    Args:
+        tensors: whose.
+        wanted: whether this process needs the result, or helps others; then it gets nothing.
+    """
+    tensors = list(tensors)
+    if any(map(is_sharded, tensors)):
+        wholes = map(whole_of, tensors)
+        return [mark for whole in wholes for mark in ([fingerprint(whole)] if wanted else [])]
+    if not wanted:
+        return []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(fingerprint, tensors))
 

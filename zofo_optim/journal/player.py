@@ -14,6 +14,7 @@ from zofo_kernels import NOISE_VERSIONS, Direction, Pass, Program, Shift, Weight
 
 from ..checks import caller_level
 from ..settings import BEFORE, direction_rank
+from ..sharding import local_of, pieces_of
 from ..zo_groups import Noise
 from .errors import JournalError
 from .fingerprint import backend_name, fingerprints
@@ -73,7 +74,8 @@ def replay(
     Args:
         model: holds the starting weights: the base model, its peft model, or a mapping from
             parameter names to tensors, such as a state dict. Parameters have the dtypes in which
-            they were trained.
+            they were trained. Of sharded ones (DTensors) each process replays what it holds; all
+            call this.
         path: the journal, or what :func:`read` made of it.
         start: the step of the given weights, if they are a later checkpoint; default: the
             journal's first.
@@ -227,7 +229,7 @@ def apply(
 ) -> None:
     """Take these weights, some or all, through the steps."""
     header = recording.header
-    done, total = 0, sum(p.numel() for p in found.values())
+    done, total = 0, sum(local_of(p).numel() for p in found.values())
     for position, group in enumerate(header["groups"]):
         parts = [every[position] for every in span.parts]
         passes = _passes(parts, header)
@@ -255,7 +257,7 @@ def _alike(
     for position, (name, index) in enumerate(zip(group["names"], group["indices"], strict=True)):
         if name in found:
             moving = tuple(i for i, one in enumerate(sets) if one is None or position in one)
-            key = found[name].device, moving if partly else None
+            key = local_of(found[name]).device, moving if partly else None
             alike.setdefault(key, []).append((found[name], index))
     return alike
 
@@ -266,7 +268,10 @@ def _room(steps: int) -> int:
 
 
 def _pieces(whole: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[Weights, int]]:
-    """The tensors as lists of views of together about ``room`` elements, with their places."""
+    """The tensors as lists of views of together about ``room`` elements, with their places.
+
+    Of sharded tensors, what this process holds; rectangles are not taken apart.
+    """
     views: list[Tensor] = []
     places: list[tuple[int, int, torch.Size]] = []
     used = 0
@@ -275,8 +280,13 @@ def _pieces(whole: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[We
         indices, offsets, shapes = zip(*places, strict=True)
         return Weights(views, indices, offsets, shapes=shapes)
 
-    for tensor, index in whole:
+    held = [(piece, index, tensor.shape) for tensor, index in whole for piece in pieces_of(tensor)]
+    for (tensor, offset, rectangle), index, shape in held:
         content = tensor.detach()
+        if rectangle is not None:
+            single = Weights([content], [index], [offset], [rectangle], [shape])
+            yield single, content.numel()
+            continue
         dense = content.resolve_neg().contiguous()
         copied = dense.data_ptr() != content.data_ptr()
         flat = dense.view(-1)
@@ -286,7 +296,7 @@ def _pieces(whole: Sequence[tuple[Tensor, int]], room: int) -> Iterator[tuple[We
                 yield weights(), used
                 views, places, used = [], [], 0
             views.append(piece)
-            places.append((index, low, tensor.shape))
+            places.append((index, offset + low, shape))
             used += piece.numel()
         if copied:  # before the copy is written back
             if used:

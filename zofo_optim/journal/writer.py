@@ -8,7 +8,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +18,14 @@ from ..checks import caller_level
 from ..listeners import Estimated, Listener, Move
 from ..moves import Moves
 from ..optimizer import HybridZOFO
+from ..parallel import processes
 from ..plain import plain
 from ..update import Update
+from .cut import Cut, cut_before
 from .errors import JournalError
-from .fingerprint import fingerprints
-from .format import Chain, Part, decode_records, encode_header, precise
+from .format import Chain, Part, encode_header, precise
 from .header import Kinds, check_recordable, check_same, header_of
-from .match import some
+from .ranks import Ranks
 from .reader import Recording, read
 
 try:
@@ -54,6 +54,15 @@ class Journal(Listener):
     that was not closed may lack steps, and is replayed only with ``partial=True``. Where a
     zeroth-order parameter gets another shape or dtype, the next step or stamp raises JournalError,
     and the journal is over.
+
+    Where several processes train one model, each makes a journal of the same path and attaches it;
+    the first one writes the file. Call ``attach``, ``flush``, ``stamp`` and ``close`` in all of
+    them, and load state dicts in all: an error with the file is then raised in each. Within
+    ``step``, which does not wait for the file, it is raised in the first process alone: let it end
+    that process, by which torchrun ends the others. A ``with`` block that ends by an error does not
+    close it, as the others may be elsewhere. Fingerprints of sharded weights gather one
+    parameter at a time. The file is of full parameters, so replays and resumed runs may have
+    another number of processes.
 
     Args:
         path: the file; it must not exist, unless ``resume=True``.
@@ -90,9 +99,11 @@ class Journal(Listener):
         self._resume = resume
         self._fsync_every = fsync_every
         self._metadata = dict(metadata or {})
-        self._refuse_existing()
+        if processes() == 1:  # else another one may have begun it by now
+            self._refuse_existing()
         encode_header({"metadata": self._metadata})  # raises where it is no JSON
         self._optimizer: HybridZOFO | None = None
+        self._ranks: Ranks
         self._file: Any = None
         self._chain: Chain
         self._header: dict[str, Any] = {}
@@ -143,6 +154,7 @@ class Journal(Listener):
             FileExistsError: see the class.
             JournalError: the file belongs to other parameters, weights or settings, or lacks
                 steps before the optimizer's.
+            OSError: the file cannot be written.
         """
         if self._optimizer is not None:
             raise RuntimeError("the journal is attached already; use one journal an optimizer")
@@ -150,18 +162,24 @@ class Journal(Listener):
         if any(isinstance(listener, Journal) for listener in optimizer.listeners):
             raise RuntimeError("optimizer has a journal already; close that first")
         header = header_of(optimizer, model, self._metadata)
-        if self._resume and self.path.exists():
+        ranks = self._ranks = Ranks(optimizer.replicas)
+        if ranks.first(lambda: self._resume and self.path.exists()):
             self._go_on(optimizer, header)
         else:
-            self._begin(optimizer, header)
+            ranks.first(self._refuse_existing)  # before the weights are read
+            marks = self._fingerprints(optimizer)
+            self._header = ranks.first(lambda: self._begin(header, marks))
         self._kinds = Kinds(header)
         self._optimizer = optimizer
         return optimizer.add_listener(self)
 
-    def _begin(self, optimizer: HybridZOFO, header: dict[str, Any]) -> None:
+    def _fingerprints(self, optimizer: HybridZOFO) -> list[list[str]]:
+        return self._ranks.fingerprints([group.params for group in optimizer.zo_groups()])
+
+    def _begin(self, header: dict[str, Any], marks: list[list[str]]) -> dict[str, Any]:
         self._refuse_existing()
-        for group, entry in zip(optimizer.zo_groups(), header["groups"], strict=True):
-            entry["fingerprints"] = fingerprints(group.params)
+        for entry, of_group in zip(header["groups"], marks, strict=True):
+            entry["fingerprints"] = of_group
         content, crc = encode_header(header)
         fresh = self.path.with_name(self.path.name + ".new")
         with open(fresh, "wb") as file:
@@ -169,83 +187,62 @@ class Journal(Listener):
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self.path)  # so that no header is ever cut short
-        self._header, self._chain = header, Chain(header, crc)
+        self._chain = Chain(header, crc)
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         self._file.seek(0, os.SEEK_END)
         self._lock()
+        return header
 
     def _go_on(self, optimizer: HybridZOFO, header: dict[str, Any]) -> None:
-        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
-        try:
+        cut: Cut
+
+        def opened() -> tuple[dict[str, Any], bool]:
+            nonlocal cut
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
             self._lock()
             recording = read(self.path)
             check_same(recording, header)
             self._header = recording.header
-            self._cut(optimizer, recording, check_weights=True)
+            cut = self._cut(optimizer, recording)
+            return self._header, cut.known is not None and not self._moves  # moved since
+
+        def cut_there(marks: list[list[str]]) -> None:
+            cut.check_weights(marks)
+            self._cut_at(cut)
+            if set(header["backends"]) - cut.recording.backends():
+                self._put(self._chain.event({"backends": header["backends"]}))
+
+        try:
+            self._header, comparable = self._ranks.first(opened)
+            marks = self._fingerprints(optimizer) if comparable else []
+            self._ranks.first(lambda: cut_there(marks))
         except BaseException:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
             raise
-        if set(header["backends"]) - recording.backends():
-            self._put(self._chain.event({"backends": header["backends"]}))
 
-    def _check_weights(self, optimizer: HybridZOFO, recording: Recording) -> None:
-        """They are those of the optimizer's step, where the journal has its fingerprints."""
-        kept = recording.records[: self._kept(optimizer, recording)]
-        known = recording.fingerprints(sum(record.event is None for record in kept))
-        if known is None or self._moves:  # moved since
-            return
-        params = [p for group in optimizer.zo_groups() for p in group.params]
-        ours = zip(recording.names(), fingerprints(params), strict=True)
-        wrong = [name for name, mark in ours if known[name] != mark]
-        if wrong:
-            raise JournalError(
-                f"the optimizer's weights are not those of its step in {self.path}: {some(wrong)} "
-                "differ; load the model of that step, or replay the journal, before attaching"
-            )
-
-    def _kept(self, optimizer: HybridZOFO, recording: Recording) -> int:
-        """Number of records before the optimizer's step."""
+    def _cut(self, optimizer: HybridZOFO, recording: Recording) -> Cut:
         steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
-        for position, record in enumerate(recording.records):
-            if any(part.step >= at for part, at in zip(record.parts, steps, strict=False)):
-                return position
-        return len(recording.records)
-
-    def _cut(
-        self, optimizer: HybridZOFO, recording: Recording, check_weights: bool = False
-    ) -> None:
-        """Stand after the update before the optimizer's step; drop what follows."""
-        steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
-        kept = self._kept(optimizer, recording)
-        chain = Chain(recording.header, recording.crc)
-        data = recording.path.read_bytes()
-        end = recording.first
-        for record in islice(decode_records(data, recording.first, chain), kept):
-            end = record.end
-        for part, at in zip(chain.last, steps, strict=True):
-            if part.next_step != at:
-                raise JournalError(
-                    f"{self.path} must reach the optimizer's step {at} to be resumed, got steps "
-                    f"{recording.start} to {part.next_step} "
-                    f"({recording.fault or 'it was closed there'}); load a state dict of one of "
-                    "these steps, or begin a new journal"
-                )
+        cut = cut_before(recording, steps)
         self._moves = self._unrecorded(optimizer)
-        if check_weights:
-            self._check_weights(optimizer, recording)
-        if end < recording.size:
-            dropped = recording.stop - chain.last[0].next_step
+        return cut
+
+    def _cut_at(self, cut: Cut) -> None:
+        """Stand there; drop what follows."""
+        recording = cut.recording
+        if cut.end < recording.size:
+            dropped = recording.stop - cut.chain.last[0].next_step
             if dropped or recording.end < recording.size:
                 backup = self.path.with_name(self.path.name + ".bak")
                 shutil.copyfile(self.path, backup)
                 warnings.warn(
-                    f"{self.path} is cut at the optimizer's step {steps[0]}: {dropped} later "
+                    f"{self.path} is cut at the optimizer's step {cut.step}: {dropped} later "
                     f"steps and what is incomplete are dropped; the file as it was is {backup}",
                     stacklevel=caller_level(),
                 )
-            self._file.truncate(end)
-        self._file.seek(end)
-        self._chain, self._told = chain, False
+            self._file.truncate(cut.end)
+        self._file.seek(cut.end)
+        self._chain, self._told = cut.chain, False
 
     def _unrecorded(self, optimizer: HybridZOFO) -> Moves:
         """The optimizer's moves since its last update, less those before the journal began."""
@@ -284,13 +281,15 @@ class Journal(Listener):
         change = self._kinds.change(optimizer.zo_groups())
         if change is None:
             return
-        self._store()
+        ends = ""
+        if self._ranks.writes:
+            self._store()
+            ends = f" and ends at step {self._chain.last[0].next_step}"
         self._detach()
         raise JournalError(
             "zeroth-order parameters must keep their shape and dtype while a journal is attached, "
-            f"but {change}. {self.path} is not closed and ends at step "
-            f"{self._chain.last[0].next_step}, which replay(..., partial=True) reaches; call "
-            "close() before such a change, and begin another journal after it"
+            f"but {change}. {self.path} is not closed{ends}, which replay(..., partial=True) "
+            "reaches; call close() before such a change, and begin another journal after it"
         )
 
     def adding(self, optimizer: HybridZOFO) -> None:
@@ -318,6 +317,8 @@ class Journal(Listener):
         paths = [_path(self._moves, position) for position in range(len(updates))]
         self._moves.clear()
         self._told = False
+        if not self._ranks.writes:
+            return
         real = [t for u in updates for t in (u.coefficients, u.lr.reshape(1))]
         kind = real[0].device.type
         exact = torch.float32 if kind == "mps" else torch.float64
@@ -325,8 +326,12 @@ class Journal(Listener):
         arrived = None
         if kind != "cpu":
             values = values.to("cpu", non_blocking=True)
-            arrived = torch.get_device_module(kind).Event()
-            arrived.record()
+            module = torch.get_device_module(kind)
+            arrived = module.Event()
+            if kind == "mps":
+                arrived.record()
+            else:  # the current device may be another one
+                arrived.record(module.current_stream(real[0].device))
         self._waiting.append(_Waiting(updates, paths, values, arrived))
         self._encode(wait=False)
         self._unsynced += 1
@@ -371,15 +376,18 @@ class Journal(Listener):
 
     def state_loaded(self) -> None:
         """Go to the loaded step."""
-        optimizer = self._optimizer
-        assert optimizer is not None
+        optimizer = self._require_attached()
         self.flush()
-        steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
-        try:
+
+        def go() -> None:
+            steps = [group.options["zo_step"] for group in optimizer.zo_groups()]
             if not self._told and steps == [part.next_step for part in self._chain.last]:
                 self._moves = self._unrecorded(optimizer)
             else:
-                self._cut(optimizer, read(self.path))
+                self._cut_at(self._cut(optimizer, read(self.path)))
+
+        try:
+            self._ranks.first(go)
         except JournalError:
             self._detach()
             raise
@@ -392,7 +400,7 @@ class Journal(Listener):
             JournalError: a parameter has another shape or dtype than before.
         """
         self._end_if_changed()
-        self._store()
+        self._ranks.first(self._store)
 
     def _store(self) -> None:
         self._encode(wait=True)
@@ -431,14 +439,17 @@ class Journal(Listener):
         if optimizer.evaluating:
             raise RuntimeError("a journal must not be stamped or closed inside a closure")
         self._end_if_changed()
-        self._encode(wait=True)
         event: dict[str, Any] = {"closed": True} if closed else {}
-        groups = optimizer.zo_groups()
-        self._tell_moves(optimizer)
         if stamp:
-            event["fingerprints"] = [fingerprints(group.params) for group in groups]
-        self._put(self._chain.event(event))
-        self._sync()
+            event["fingerprints"] = self._fingerprints(optimizer)
+
+        def write() -> None:
+            self._encode(wait=True)
+            self._tell_moves(optimizer)
+            self._put(self._chain.event(event))
+            self._sync()
+
+        self._ranks.first(write)
 
     def _tell_moves(self, optimizer: HybridZOFO) -> None:
         """Moves that no update followed yet: they may have rounded the weights."""
@@ -468,6 +479,8 @@ class Journal(Listener):
         optimizer, self._optimizer = self._optimizer, None
         if optimizer is not None:
             optimizer.remove_listener(self)
+        if self._file is None:  # another process's
+            return
         if fcntl is not None:  # closing is not enough where a forked child has the file too
             with suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -482,12 +495,23 @@ class Journal(Listener):
         return self
 
     def __exit__(self, kind: object = None, *error: object) -> None:
+        if kind is not None and self._optimizer is not None and self._ranks.several:
+            self._abandon()
+            return
         try:
             self.close()
         except JournalError as failed:
             if kind is None:
                 raise
             warnings.warn(str(failed), stacklevel=caller_level())  # what came first is raised
+
+    def _abandon(self) -> None:
+        """End without a closing mark, and without the other processes, which may not be here."""
+        try:
+            if self._ranks.writes:
+                self._store()
+        finally:
+            self._detach()
 
 
 def _path(moves: Iterable[Move], position: int) -> tuple[tuple[int, float], ...]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
@@ -154,9 +155,12 @@ class TrainerPartition:
             closures = [_closure(trainer, model, batch) for batch in batches]
             rows = () if self.partition is None else self.partition.rows
             known = [row.name for row in rows if row.candidate] or None
-            return make_partition(
+            made = make_partition(
                 model, closures, candidates=known, **self._arguments, **self._options
             )
+            of_all = [made]  # each process has batches of its own
+            broadcast_object_list(of_all)
+            return of_all[0]
 
     def make_again(self, trainer: HybridTrainerMixin) -> None:
         """Profile the model as it is now, and move its tensors between the optimizer's groups."""

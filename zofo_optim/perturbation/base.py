@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zofo_kernels import Shift, Weights, uninterrupted, update_
 
@@ -15,6 +15,7 @@ from ..advice import Advice
 from ..capture import capturing
 from ..estimators import Point
 from ..evaluation import Evaluation
+from ..gathered import GatheredWeights
 from ..listeners import Listener
 from ..moves import Moves
 from ..replicas import OneProcess, Replicas
@@ -46,6 +47,10 @@ class Perturbation(ABC):
         """The ZO groups of the present step."""
         self.moves = Moves()
         """Since the last update; moves round, so weights depend on them."""
+        self.model: nn.Module | None = None
+        """That the parameters are of; None: unknown."""
+        self.gathered = GatheredWeights()
+        """What FSDP2 has gathered of the weights."""
         self._settings = settings
         self._listener = listener
         self._advice = advice
@@ -54,7 +59,7 @@ class Perturbation(ABC):
         )
         self._carried: dict[int, Shift] = {}  # by the group's position, within a step
         self._weights: list[Weights] = []  # what the verification is of
-        self._verified: dict[int, tuple[Tensor, int]] = {}  # by id: and the level
+        self._verified: dict[int, tuple[Tensor, bool]] = {}  # by id: and whether wholly
         self._first_direction = 0
         self._examples: int | None = None  # of this batch, once known
         self.replicas: Replicas = OneProcess(settings)
@@ -73,8 +78,10 @@ class Perturbation(ABC):
         self.groups = groups
         weights = [group.weights for group in groups]
         if not is_same(weights, self._weights):
-            self._weights = weights
+            self._weights = []  # in case of an error
+            self.gathered.begin(self.model, named(groups))
             self._renew()
+            self._weights = weights
         return self
 
     def _renew(self) -> None:  # noqa: B027  # not every perturbation keeps something of them
@@ -105,6 +112,7 @@ class Perturbation(ABC):
         found: list[Evaluation] = []
         self._first_direction = first_direction
         self._examples = None
+        self.gathered.begin_step()
         run = self._guarded(lambda gradient: self._run(evaluate, gradient))
         for point in points:
             if point.sign:
@@ -129,21 +137,23 @@ class Perturbation(ABC):
 
     def _guarded(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate``; raises where the closure writes to a weight, which no move takes back."""
-        # inference tensors count no versions
-        watched = [p for g in self.groups for p in g.placed.locals if not p.is_inference()]
 
         def guarded(gradient: float) -> Evaluation:
-            before = [p._version for p in watched]
-            evaluation = evaluate(gradient)
-            if [p._version for p in watched] != before:
-                counted = zip(watched, before, strict=True)
-                changed = {id(p) for p, version in counted if p._version != version}
-                names = [
-                    name
-                    for group in self.groups
-                    for p, name in zip(group.placed.locals, group.names, strict=True)
-                    if id(p) in changed
-                ]
+            watched = [
+                (group, place, p, p._version)
+                for group in self.groups
+                for place, p in enumerate(group.placed.locals)
+                if not p.is_inference()  # these count no versions
+            ]
+            try:
+                with self.gathered.fresh(lambda: named(self.groups)):
+                    evaluation = evaluate(gradient)
+            finally:
+                for group in self.groups:
+                    group.placed.refresh()
+            changed = [(g, place) for g, place, p, version in watched if p._version != version]
+            if changed:
+                names = [group.names[place] for group, place in changed]
                 raise RuntimeError(
                     f"closure must not write to the zeroth-order parameter {names[0]!r}"
                     + f" ({len(names)} in all: {', '.join(names)})" * (len(names) > 1)
@@ -157,14 +167,21 @@ class Perturbation(ABC):
 
     # ---- verification, once for every parameter -----------------------------------------------
 
-    def _all_verified(self, loss: Tensor) -> bool:
-        level, none = self._level(loss), (None, -1)
-        params = (p for group in self.groups for p in group.params)
-        return all(self._verified.get(id(p), none)[1] >= level for p in params)
+    def agree(self, flag: bool) -> bool:
+        """Whether it is set in all processes, which then go on, or raise, together."""
+        return self.replicas.agree(flag)
 
-    def _level(self, loss: Tensor) -> int:
-        """How much a verification at such a loss tells; a later one may tell more."""
-        return 0
+    def _all_verified(self, loss: Tensor) -> bool:
+        params = [p for group in self.groups for p in group.params]
+        if not all(id(p) in self._verified for p in params):
+            return False
+        if all(self._verified[id(p)][1] for p in params):
+            return True
+        return self.agree(not self._tells_all(loss))
+
+    def _tells_all(self, loss: Tensor) -> bool:
+        """Whether no verification could tell more than one at such a loss."""
+        return True
 
     def _verify_once(
         self, evaluate: Callable[[], Tensor], loss: Tensor, graph: bool = False
@@ -176,15 +193,15 @@ class Perturbation(ABC):
             loss: the loss there.
             graph: whether it was found with gradients, by another arithmetic perhaps.
         """
-        if not self._tells(loss):
+        if not self.agree(self._tells(loss)):
             return
         if graph:
             loss = evaluate()
         again = self.verify(evaluate, loss)
-        if again is not None:
+        if again is not None and not same(again, loss):
             self._advice.once("repeat", self._of_two_losses(loss, again))
-        level = self._level(loss)
-        self._verified |= {id(p): (p, level) for group in self.groups for p in group.params}
+        wholly = not self.agree(not self._tells_all(loss))  # in one process is enough
+        self._verified |= {id(p): (p, wholly) for group in self.groups for p in group.params}
 
     def _tells(self, loss: Tensor) -> bool:
         """Whether anything can be verified at it."""
@@ -198,10 +215,11 @@ class Perturbation(ABC):
             loss: the loss there.
 
         Returns:
-            The loss found now, where it is another one; None where it is the same to the bit.
+            The loss found now, where it is another one in some process; None where it is the same
+            to the bit.
         """
         again = evaluate()
-        return None if same(again, loss) else again
+        return None if self.agree(same(again, loss)) else again
 
     def _of_two_losses(self, loss: Tensor, again: Tensor) -> str:
         """What is said of a closure that gave another loss at the same point."""
@@ -225,6 +243,7 @@ class Perturbation(ABC):
     def update(self, updates: Sequence[Update]) -> None:
         """Take each group from wherever it is to its updated weights, one pass a group."""
         with uninterrupted():
+            self.gathered.reshard()
             for position, update in enumerate(updates):
                 update_(
                     self.groups[position].weights,
@@ -237,10 +256,16 @@ class Perturbation(ABC):
                     backend=self._settings.backend,
                 )
                 self._carried.pop(position, None)
+            self.gathered.updated()
             self.moves.clear()
 
     def _shift(self, group: ZOGroup, sample: int, sign: int) -> Shift:
         return Shift(group.direction(sample), sign * group.mu)
+
+
+def named(groups: Sequence[ZOGroup]) -> list[tuple[str, Tensor]]:
+    """All parameters, each with its name."""
+    return [(n, p) for g in groups for n, p in zip(g.names, g.params, strict=True)]
 
 
 def same(a: Tensor, b: Tensor) -> bool:

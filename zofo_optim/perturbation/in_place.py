@@ -31,6 +31,7 @@ class InPlacePerturbation(Perturbation):
 
     def move(self, sample: int, sign: int) -> None:
         with uninterrupted():  # all groups take the same path
+            self.gathered.reshard()
             try:
                 self._tell(Move(sample, tuple(sign * group.mu for group in self.groups)))
             finally:  # what was told happens, though a listener raises
@@ -42,6 +43,7 @@ class InPlacePerturbation(Perturbation):
             return
         with uninterrupted():  # all groups, before a Ctrl-C is raised
             try:
+                self.gathered.reshard()
                 self._tell(Move(0, (0.0,) * len(self.groups)))
             finally:
                 self._restore_each()
@@ -78,7 +80,10 @@ class InPlacePerturbation(Perturbation):
 
     def _take_back(self) -> None:
         """Restore what an earlier step could not, where nobody has written to it since."""
+        if not self._left:
+            return
         with uninterrupted():
+            self.gathered.reshard()
             while self._left:
                 left = self._left[-1]
                 if left.is_untouched():

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zofo_kernels import Backend, Direction, Region, Regions, Shift, backend_for, factors, matrix_of
+from zofo_kernels import (
+    Backend,
+    Direction,
+    Region,
+    Regions,
+    Shift,
+    backend_for,
+    factors,
+    matrix_of,
+    perturbed,
+)
 from zofo_kernels._torch_compat import without_functorch
 
+from ..sharding import is_sharded, pieces_of
 from .base import written
 
 
@@ -22,6 +33,39 @@ class Source(NamedTuple):
     noise_index: int
     name: str
     group: int
+    held: Tensor
+    """What the optimizer has; the parameter itself, unless it is sharded."""
+
+    @property
+    def is_fleeting(self) -> bool:
+        """Whether the parameter has memory only while a module computes with it."""
+        return self.held is not self.parameter
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether torch functions get a DTensor, as in tensor parallelism."""
+        return is_sharded(self.parameter)
+
+    def pieces(self, tensor: Tensor, shift: Shift, backend: str | Backend) -> Iterator[Tensor]:
+        """The displaced parameter, as far as this process holds ``tensor``, in order.
+
+        Args:
+            tensor: the parameter, or what the optimizer has of it.
+            shift: the displacement.
+            backend: on the parameter's device, whose dtype is computed with, too.
+        """
+        to = self.parameter
+        for piece in pieces_of(tensor, self.name):
+            yield perturbed(
+                piece.tensor.detach().to(to.device, to.dtype),
+                shift.direction,
+                shift.scale,
+                index=self.noise_index,
+                offset=piece.offset,
+                rectangle=piece.rectangle,
+                full_shape=to.shape,
+                backend=backend,
+            )
 
 
 class Displacement:
@@ -40,7 +84,8 @@ class Displacement:
         self._matrices = low_rank.factors(
             [[shift.direction for shift in of_sample] for of_sample in shifts[::sides]]
         )
-        self._vectors = low_rank.vectors(shifts)
+        self._low_rank, self._shifts = low_rank, shifts
+        self._vectors: dict[int, Tensor] = {}
         rank = shifts[0][0].direction.rank
         self._weights = [
             [shift.scale / math.sqrt(rank) for shift in of_group]
@@ -76,7 +121,10 @@ class Displacement:
 
     def vector(self, source: Source) -> Tensor | None:
         """A vector in each displacement, flat, shape (S, n); None for a matrix."""
-        return self._vectors.get(id(source.parameter))
+        where = id(source.parameter)
+        if where not in self._vectors:
+            self._vectors |= self._low_rank.vectors(source, self._shifts)
+        return self._vectors.get(where)
 
 
 class LowRank:
@@ -88,7 +136,7 @@ class LowRank:
     def __init__(self, sources: Iterable[Source], backend: str) -> None:
         self._all = list(sources)
         self._kinds = self._kinds_now()
-        whole = [s for s in self._all if s.parameter.numel() > 0]
+        whole = [s for s in self._all if s.parameter.numel() > 0 and not s.is_distributed]
         by_device: dict[torch.device, list[Source]] = {}
         for source in whole:
             by_device.setdefault(source.parameter.device, []).append(source)
@@ -98,11 +146,11 @@ class LowRank:
             if matrix_of(source.parameter.shape) is not None:
                 key = source.parameter.device, source.group
                 self._matrices.setdefault(key, []).append(source)
-        self._vectors = [
-            _Vectors(some, self._engines[device])
-            for device, kinds in by_device.items()
-            for some in _alike([s for s in kinds if matrix_of(s.parameter.shape) is None])
-        ]
+        self._vectors: dict[int, _Vectors] = {}
+        for device, kinds in by_device.items():
+            for some in _alike([s for s in kinds if matrix_of(s.parameter.shape) is None]):
+                vectors = _Vectors(some, self._engines[device])
+                self._vectors |= {id(s.parameter): vectors for s in some}
         self._along: tuple[Sequence[Sequence[Direction]], object] = (), None
         self._factors = _Factors({})
 
@@ -139,12 +187,16 @@ class LowRank:
         """Free the factors: a step needs them no more."""
         self._along, self._factors = ((), None), _Factors({})
 
-    def vectors(self, shifts: Sequence[Sequence[Shift]]) -> dict[int, Tensor]:
-        """Displaced vectors by ``id`` of the parameter, shape (S, n)."""
-        found: dict[int, Tensor] = {}
-        for some in self._vectors:
-            found |= some.displaced(shifts)
-        return found
+    def vectors(self, source: Source, shifts: Sequence[Sequence[Shift]]) -> dict[int, Tensor]:
+        """A displaced vector and others like it, by ``id`` of the parameter, shape (S, n).
+
+        None for a matrix.
+        """
+        some = self._vectors.get(id(source.parameter))
+        if some is None:
+            return {}
+        with without_functorch():
+            return some.displaced(shifts)
 
 
 def _number(direction: Direction) -> tuple[object, ...]:
@@ -177,10 +229,11 @@ class _Factors:
 
 
 def _alike(sources: Iterable[Source]) -> Iterable[list[Source]]:
-    """Of one dtype and one group."""
-    found: dict[tuple[torch.dtype, int], list[Source]] = {}
+    """Of one dtype and one group; fleeting ones alone, as they are not there at one time."""
+    found: dict[tuple[object, ...], list[Source]] = {}
     for source in sources:
-        found.setdefault((source.parameter.dtype, source.group), []).append(source)
+        alone = id(source.parameter) if source.is_fleeting else None
+        found.setdefault((source.parameter.dtype, source.group, alone), []).append(source)
     return found.values()
 
 

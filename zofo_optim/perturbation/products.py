@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zofo_kernels._torch_compat import result_of_shape
+
 from .low_rank import Source
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def _times(
         weight = weight.t()
     y, flat = _flat(_low_rank_part(parts, right, left, scale, start)), _flat(x)
     y = torch.addmm(y, flat, weight, out=y) if freely else torch.addmm(y, flat, weight)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return result_of_shape(y, (*x.shape[:-1], y.shape[1]))
 
 
 _WIDE = (torch.float32, torch.float64)

@@ -11,7 +11,7 @@ at w itself: losses that are subtracted come from the same arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -28,6 +28,7 @@ from .base import Perturbation, Run
 from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
 from .saved_copies import SavedCopies
+from .stand_ins import StandIns, check_alike
 from .streaming import Streaming, uncompiled
 from .verification import Verification
 from .written import Written
@@ -53,7 +54,9 @@ class StreamedPerturbation(Perturbation):
 
     def __init__(self, settings: Settings, listener: Listener, advice: Advice) -> None:
         super().__init__(settings, listener, advice)
-        self.written = Written(settings.backend)
+        self.stand_ins = StandIns()
+        """What forward passes see of sharded parameters."""
+        self.written = Written(settings.backend, self.gathered.reshard)
         """What the verification displaces."""
         self.forms: ClosedForms | None = None
         """Of the last evaluation."""
@@ -70,17 +73,23 @@ class StreamedPerturbation(Perturbation):
 
     def over(self, groups: list[ZOGroup]) -> StreamedPerturbation:
         self.written.put_back()
+        every = [p for group in self._whole for p in group.params]
+        if self.stand_ins.find(every, self.model):
+            self._whole = self.groups_of([group.options for group in self._whole])
+            groups = super().active(self._whole)
         super().over(groups)
         if self._low_rank is not None and self._low_rank.is_outdated():
             self._low_rank = LowRank(self._sources.values(), self._settings.backend)
         return self
 
     def _renew(self) -> None:
-        self._sources = {
-            id(parameter): Source(parameter, index, name, position)
+        sources = [
+            Source(self.stand_ins.of(p), index, name, position, p)
             for position, group in enumerate(self.groups)
-            for parameter, index, name in zip(group.params, group.indices, group.names, strict=True)
-        }
+            for p, index, name in zip(group.params, group.indices, group.names, strict=True)
+        ]
+        check_alike([s.name for s in sources if s.is_distributed], self._settings)
+        self._sources = {id(source.parameter): source for source in sources}
         if self._settings.structure == "low_rank":
             self._low_rank = LowRank(self._sources.values(), self._settings.backend)
 
@@ -167,7 +176,10 @@ class StreamedPerturbation(Perturbation):
                 # a bias is displaced with its product
                 or matrix_of(source.parameter.shape) is None
             )
+            and not source.is_distributed
         }
+        if not closed:
+            return None
         at = Displacement(self._low_rank, [self._shifts])
         return ClosedForms(closed, lambda _: at)
 
@@ -208,12 +220,14 @@ class StreamedPerturbation(Perturbation):
         for it; where that was wrong, all is done again, and the next batch is taken to have as
         many as this one."""
         if self._examples is None:
-            try:
-                found = self._run_examples(evaluate, gradient, self._guess)
-                self._examples = self._counted(found)
-                if self.forms is None or self.forms.examples in (None, self._examples):
-                    return found
-            except NoOwner:
+            guessed: Evaluation | None = None
+            with suppress(NoOwner):
+                guessed = self._run_examples(evaluate, gradient, self._guess)
+                self._examples = self._counted(guessed)
+            knew = self.forms is None or self.forms.examples in (None, self._examples)
+            if self.together(guessed is not None and knew) and guessed is not None:
+                return guessed
+            if not self.together(guessed is not None):
                 with uncompiled():
                     self._examples = self._counted(evaluate(0.0, None))
             self._guess = self._examples
@@ -251,9 +265,13 @@ class StreamedPerturbation(Perturbation):
 
     # ---- verification -----------------------------------------------------------------------
 
-    def _level(self, loss: Tensor) -> int:
-        mixes = len(loss) > self.examples_per_direction if self.per_example else False
-        return int(mixes)  # one displacement alone cannot mix with others
+    def together(self, flag: bool) -> bool:
+        """Whether it is true in all processes that run forward passes together."""
+        return self.agree(flag) if self.stand_ins.modules else flag
+
+    def _tells_all(self, loss: Tensor) -> bool:
+        # one displacement alone cannot mix with others
+        return not self.per_example or len(loss) > self.examples_per_direction
 
     def _tells(self, loss: Tensor) -> bool:
         finite = loss.isfinite()
@@ -265,12 +283,12 @@ class StreamedPerturbation(Perturbation):
         """Of all that ever move, or the first steps would each verify what moves in them."""
         moving, at = self.groups, self._at
         activity = self._settings.activity
-        if activity is not None and activity.changes and self._tells(loss):
+        if activity is not None and activity.changes and self.agree(self._tells(loss)):
             self.over(self._tables.ever_active(self._whole, activity))
             self._go(at)
             try:
                 there = evaluate()
-                if self._tells(there):
+                if self.agree(self._tells(there)):
                     super()._verify_once(evaluate, there)
                     return
             finally:

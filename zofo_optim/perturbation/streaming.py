@@ -15,9 +15,11 @@ from torch import Tensor
 from zofo_kernels import Shift, backend_for, perturbed
 from zofo_kernels._torch_compat import in_functorch, without_functorch
 
+from ..sharding import local_of
 from .closed_forms import ClosedForms
 from .low_rank import Source
 from .saved_copies import SavedCopies
+from .stand_ins import distributed
 from .transposes import Transposes, transposes
 
 
@@ -203,7 +205,7 @@ class Streaming:
         """What the call takes, perturbed alone, where it is one run of the parameter's elements."""
         if func is Tensor.__getitem__ and not _takes_one_part(*args):
             return None
-        if in_functorch() or not source.parameter.is_contiguous():
+        if source.is_distributed or in_functorch() or not source.parameter.is_contiguous():
             return None
         part = func(source.parameter.detach(), *args, **kwargs)
         return self._copy(source, part) if part.is_contiguous() else None
@@ -211,7 +213,7 @@ class Streaming:
     def _copy(self, source: Source, part: Tensor | None = None) -> Tensor:
         """The perturbed parameter, or part, as a plain tensor, in whatever mode the closure is."""
         copy = self._made(source, part)
-        if self._saved is not None:
+        if self._saved is not None and not source.is_distributed:
             self._saved.remember(copy, lambda: self._made(source, part))
         return copy
 
@@ -227,6 +229,8 @@ class Streaming:
             return self._laid_out(source, part)
 
     def _laid_out(self, source: Source, part: Tensor | None) -> Tensor:
+        if source.is_distributed:
+            return self._distributed(source)
         content = wanted = source.parameter.detach() if part is None else part
         if id(source.parameter) not in self._displaced:
             ready = None if self._forms is None or part is not None else self._forms.copy(source)
@@ -237,19 +241,26 @@ class Streaming:
         copy = torch.empty_strided(size, stride, dtype=content.dtype, device=content.device)
         return copy.copy_(content)
 
+    def _distributed(self, source: Source) -> Tensor:
+        parameter, shift = source.parameter, self._shifts[source.group]
+        if id(parameter) in self._displaced:
+            return parameter.detach().clone()
+        pieces = list(source.pieces(parameter, shift, self._backends[parameter.device]))
+        local = torch.cat([piece.flatten() for piece in pieces]) if pieces[1:] else pieces[0]
+        return distributed(local.view(local_of(parameter).shape), parameter)
+
     def _perturbed(
         self, source: Source, part: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        parameter, index, _, group = source
-        offset = 0
+        parameter, offset = source.parameter, 0
         if part is not None:
             parameter, offset = part, int(part.storage_offset() - parameter.storage_offset())
-        shift = self._shifts[group]
+        shift = self._shifts[source.group]
         return perturbed(
             parameter,
             shift.direction,
             shift.scale,
-            index=index,
+            index=source.noise_index,
             offset=offset,
             full_shape=source.parameter.shape,
             rows=rows,
@@ -270,6 +281,7 @@ class Streaming:
             type(rows) is Tensor
             and id(weight) in self._sources
             and id(weight) not in self._displaced
+            and not self._sources[id(weight)].is_distributed
             and weight.device.type == rows.device.type == "cpu"  # the host reads the rows
             and weight.dim() == 2
             and rows.numel() * (weight.shape[1] + _ROW_COST) < weight.numel()

@@ -31,6 +31,10 @@ _FARTHEST = 0.3
 """Of displacements: beyond, 16-bit models give nothing but rounding."""
 
 
+_Halves = tuple[list[int], list[int]]
+"""Numbers, and the others."""
+
+
 class _There(NamedTuple):
     """A point far enough along a direction to tell something."""
 
@@ -58,9 +62,11 @@ class Verification:
         self._evaluate = evaluate
         self._sources = list(perturbation.sources.values())
         self._forms = perturbation.forms
+        self._agree = perturbation.agree
 
     def check(self, sample: int, loss: Tensor) -> None:
-        """
+        """All processes that train the model take the same decisions.
+
         Args:
             sample: whose direction the perturbation is at.
             loss: there.
@@ -74,6 +80,9 @@ class Verification:
             place, loss, _ = self._check_examples()
         elif self._forms is not None:
             place, loss, _ = self._check_closed_forms(sample)
+        if self._perturbation.stand_ins.modules:  # shards of one weight are displaced alike
+            place = {**place, "sample": 0, "sign": 1}
+            loss = self._at(**place, closed=())
         with self._perturbation.at(**place, closed=()):
             self._check_uses(loss)
 
@@ -81,6 +90,12 @@ class Verification:
         """What the closure gives there."""
         with self._perturbation.at(**changes):
             return self._evaluate()
+
+    def _in_step(self, halves: Iterator[_Halves]) -> Iterator[_Halves]:
+        """Until all processes have had theirs, with none for those that are through."""
+        none: _Halves = ([], [])
+        while not self._agree((next_one := next(halves, none)) is none):
+            yield next_one
 
     def _check_uses(self, loss: Tensor) -> None:
         """Compare with weights that are perturbed themselves, in parts, and restored to the bit.
@@ -106,7 +121,7 @@ class Verification:
     def _are_seen(self, part: Sequence[Source], loss: Tensor) -> bool:
         """Whether streaming perturbs these parameters wherever they are used."""
         with self._perturbation.written.displaced(part, self._perturbation.shifts):
-            return same(self._evaluate(), loss)
+            return self._agree(same(self._evaluate(), loss))
 
     def _check_examples(self) -> _There:
         """An example's loss is that under its direction alone; the others do not depend on it."""
@@ -116,16 +131,17 @@ class Verification:
         sample, side = self._perturbation.place(last // each, len(at_rest) // each)
         there = self._far_enough(sample, at_rest, lambda losses: losses[last], side)
         factor = abs(there.place["factor"])
-        for some, others in _halves(len(at_rest) // each):
+        for some, others in self._in_step(_halves(len(at_rest) // each)):
             found = self._at(factor=factor, alone=some)
             moved = torch.where(found.isnan() & at_rest.isnan(), 0.0, found - at_rest)
             moved = moved.view(-1, each)[others]
-            if moved.ne(0).any():
+            if not self._agree(not moved.ne(0).any()):
+                by = moved.abs().max() if moved.numel() else 0.0
                 raise RuntimeError(
                     "closure must compute the loss of each example from that example alone, and "
                     "keep their order, where directions='per_example': displacing the weights for "
-                    f"some examples changed the losses of others (by up to {moved.abs().max():.3g}"
-                    "). Batch normalisation, packed or sorted examples and experts of limited "
+                    f"some examples changed the losses of others (by up to {by:.3g}). "
+                    "Batch normalisation, packed or sorted examples and experts of limited "
                     "capacity mix them; use directions='shared'"
                 )
         assert self._forms is not None
@@ -133,7 +149,7 @@ class Verification:
         if self._perturbation.sides == 2 and torch.finfo(coarsest).bits == 16:
             return there  # rounding may change a text, and so its score
         beside, alone = self._at(factor=factor)[last].item(), there.by_copies[last].item()
-        if not abs(beside - alone) <= there.room:
+        if not self._agree(abs(beside - alone) <= there.room):
             raise RuntimeError(
                 "closure must lead with the examples, or with their rows in order, in every layer "
                 f"where directions='per_example': example {last} has the loss {beside:.8g} beside "
@@ -165,7 +181,7 @@ class Verification:
         there = self._far_enough(sample, self._at(sign=0), Tensor.mean)
 
         def is_near(found: Tensor) -> bool:
-            return abs((found.mean() - there.by_copies.mean()).item()) <= there.room
+            return self._agree(abs((found.mean() - there.by_copies.mean()).item()) <= there.room)
 
         def are_right(some: Sequence[Source]) -> bool:
             return is_near(self._at(**there.place, closed={id(s.parameter) for s in some}))
@@ -200,12 +216,13 @@ class Verification:
         for factor in [f for f in _FACTORS if f == 1 or f <= farthest]:
             place = dict(sample=sample, factor=factor * side, shared=True)
             there = self._at(**place, closed=())
-            if found is not None and not there.isfinite().all():
+            finite = self._agree(bool(there.isfinite().all()))
+            if found is not None and not finite:
                 break
             value = of(there).item()
             room = TOLERANCE[coarsest] * max(1.0, abs(value))
             enough = abs(value - rest) / _ENOUGH[coarsest]
-            if enough < room:
+            if not self._agree(not enough < room):  # NaN is far, too
                 found = _There(place, there, room)
                 continue
             if torch.finfo(coarsest).bits == 16:
@@ -226,7 +243,7 @@ def _wrong(some: Sequence[Source], are_right: Callable[[Sequence[Source]], bool]
     return found or [source.name for source in some]
 
 
-def _halves(count: int) -> Iterator[tuple[list[int], list[int]]]:
+def _halves(count: int) -> Iterator[_Halves]:
     """The numbers below ``count`` in two parts, so often that any two of them are once apart."""
     for bit in range((count - 1).bit_length()):
         ones = [k for k in range(count) if k >> bit & 1]

@@ -1,17 +1,21 @@
-"""Weights that are displaced themselves, for a while, and then restored to the bit."""
+"""Weights that are displaced themselves, for a while, and then restored to the bit.
+
+Of sharded ones each process displaces what it holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zofo_kernels import Shift, perturb_, uninterrupted
+from zofo_kernels import Shift, uninterrupted
 from zofo_kernels._torch_compat import set_version
 
+from ..sharding import local_of, pieces_of
 from .base import written
 from .low_rank import Source
 
@@ -21,10 +25,11 @@ class Written:
 
     Args:
         backend: of ``zofo_kernels``.
+        writing: is called before writes.
     """
 
-    def __init__(self, backend: str) -> None:
-        self._backend = backend
+    def __init__(self, backend: str, writing: Callable[[], None]) -> None:
+        self._backend, self._writing = backend, writing
         self._kept: dict[int, _Kept] = {}
 
     @property
@@ -35,27 +40,24 @@ class Written:
     @contextmanager
     def displaced(self, part: Sequence[Source], shifts: Sequence[Shift]) -> Iterator[None]:
         """These, each by its group's shift."""
-        self._kept = {
-            id(s.parameter): _Kept(s.parameter, s.parameter.detach().clone(), written(s.parameter))
-            for s in part
-        }
+        self._writing()
+        self._kept = {id(s.parameter): _Kept.of(local_of(s.held)) for s in part}
         try:
             for source in part:
-                shift = shifts[source.group]
-                perturb_(
-                    [source.parameter],
-                    shift.direction,
-                    shift.scale,
-                    indices=[source.noise_index],
-                    backend=self._backend,
-                )
+                displace_(source, shifts[source.group], self._backend)
             yield
         finally:
             self.put_back()
 
     def put_back(self) -> None:
         """Where a write fails, the others are done, and the next call tries it again."""
+        if not self._kept:
+            return
         failed: BaseException | None = None
+        try:
+            self._writing()
+        except BaseException as error:
+            failed = error
         with uninterrupted(), torch.inference_mode():  # where torch may write all tensors
             for where, kept in list(self._kept.items()):
                 try:
@@ -71,12 +73,25 @@ class Written:
             raise failed
 
 
+def displace_(source: Source, shift: Shift, backend: str) -> None:
+    """Write to what this process holds of a parameter."""
+    with uninterrupted(), torch.inference_mode():
+        moved = source.pieces(source.held, shift, backend)
+        for piece, content in zip(pieces_of(source.held), moved, strict=True):
+            piece.tensor.copy_(content)
+
+
 class _Kept(NamedTuple):
-    """A parameter that verification displaces, and its content before."""
+    """What verification displaces, and its content before."""
 
     parameter: Tensor
+    """As much as this process holds."""
     content: Tensor
     before: tuple[int, int]
     """The parameter then, see :func:`written`."""
     failed: tuple[int, int] | None = None
     """Where putting it back failed: the parameter as it was then, likewise."""
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Kept:
+        return cls(parameter, parameter.detach().clone(), written(parameter))
