@@ -1,9 +1,12 @@
 """Several processes train as one does on the same global batch: the same weights in each."""
 
 import copy
+import itertools
 import math
+import pickle
 
 import pytest
+import sharded
 import torch
 import torch.distributed as dist
 from launch import case, launched, run_cases
@@ -97,6 +100,35 @@ def samples(rank, size):
     return found
 
 
+@case
+def views_of_buckets(rank, size):
+    """Gradients are where DDP writes those of each backward; a step's accumulate, and are kept."""
+    model = network()
+    call = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = optimizer_of(model, coupling=0.5, **STREAMED)
+    for step in range(4):
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        optimizer.backward(closure_of(call, batch(step)[rank::size]))
+        where = model[4].weight.grad.data_ptr()
+        optimizer.backward(closure_of(call, batch(step + 4)[rank::size]))
+        assert step == 0 or model[4].weight.grad.data_ptr() == where  # DDP rebuilds them once
+        optimizer.step()
+    return parameters(model)
+
+
+def test_coupled_gradients_in_views_of_buckets(results):
+    model = network()
+    optimizer = optimizer_of(model, coupling=0.5, **STREAMED)
+    for step in range(4):
+        optimizer.zero_grad()
+        optimizer.backward(closure_of(model, batch(step)))
+        optimizer.backward(closure_of(model, batch(step + 4)))
+        optimizer.step()
+    found = results["views_of_buckets"]
+    assert all(same(others, found[0]) for others in found)
+    assert apart(found[0], parameters(model)) < 1e-10
+
+
 CASES = [
     *(("data", (name, True), options) for name, options in DATA.items()),
     *(("data", (name, False), o) for name, o in DATA.items() if "coupling" not in o),
@@ -151,6 +183,28 @@ def test_batches_of_different_size(results):
 
 
 @case
+def weighted_means_of_examples(rank, size):
+    """The mean of the last process counts three times as much, that of the first nothing."""
+    weights = [0, *[1] * (size - 2), 3]
+    model = network()
+    call = wrapped(model)
+    optimizer = optimizer_of(model, **OF_EXAMPLES)
+    closure = closure_of(call, batch(0)[rank::size], of_examples=True)
+    optimizer.step(closure, weight=weights[rank])
+    return parameters(model)
+
+
+def test_weights_of_means_of_examples(results):
+    size = results.size
+    model = network()
+    optimizer = optimizer_of(model, **OF_EXAMPLES)
+    weights = torch.tensor([0.0, *[1.0] * (size - 2), 3.0], dtype=torch.float64)
+    factors = (size * weights / weights.sum()).repeat(ROWS // size)
+    optimizer.step(lambda: model(batch(0)).square().flatten() * factors)
+    assert apart(results["weighted_means_of_examples"][0], parameters(model)) < 1e-10
+
+
+@case
 def weighted_examples(rank, size):
     """Dealt by turns, the last ranks have an example less."""
     model = network()
@@ -172,12 +226,14 @@ def test_examples_of_batches_of_different_size(results):
 @case
 def wrong_weights(rank, size):
     model = network()
-    found = []
     for weight in (-1, math.nan, "1", True):
         with pytest.raises((TypeError, ValueError), match="weight must be"):
             optimizer_of(model).step(closure_of(model, batch(0)), weight=weight)
-    with pytest.raises(ValueError, match=r"weight must be above 0 in some process, got 0"):
+    with pytest.raises(ValueError, match=r"weight must be a finite number >= 0 in every process"):
         optimizer_of(model).step(closure_of(model, batch(0)), weight=0)
+    for wrong, match in ((-1, "weight must be a finite"), (None, "another given than rank 0")):
+        with pytest.raises((ValueError, RuntimeError), match=match):  # of one process, in all
+            optimizer_of(model).step(closure_of(model, batch(0)), weight=1 if rank else wrong)
     call = wrapped(model)
 
     def own_backward():
@@ -190,7 +246,6 @@ def wrong_weights(rank, size):
         optimizer.step(own_backward, weight=1 + rank)
     optimizer.zero_grad()
     optimizer.step(own_backward, weight=3)
-    x = batch(0)[rank:]
     for order, match in (("contiguous", "as many losses"), ("interleaved", "dealt by turns")):
         x = batch(0)[: 3 if rank == 0 else 6]
         optimizer = optimizer_of(model, **OF_EXAMPLES, example_order=order)
@@ -200,7 +255,6 @@ def wrong_weights(rank, size):
     x = batch(0)[: 6 if rank == 0 else 5]
     with pytest.raises(ValueError, match=r"weight must be given where processes have batches"):
         optimizer_of(model, **OF_EXAMPLES).step(closure_of(call, x, of_examples=True))
-    return found
 
 
 def test_weights_that_cannot_be(results):
@@ -255,6 +309,62 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_in_all(results):
     assert [kept for kept, _, _ in every] == [True] * results.size
     assert [skipped for _, skipped, _ in every] == [1] * results.size
     assert all(same(found, every[0][2]) for _, _, found in every)
+
+
+@case
+def displaced_not_finite(rank, size):
+    """At one displaced point, in one process."""
+    model = network()
+    call = wrapped(model)
+    optimizer = optimizer_of(model, coupling=0.5, **STREAMED)
+    optimizer.step(closure_of(call, batch(0)[rank::size]))  # which has a run of checks
+    before, runs = parameters(model), itertools.count()
+
+    def closure():
+        bad = next(runs) == 1 and rank == size - 1
+        return call(batch(1)[rank::size]).square().mean() * (math.nan if bad else 1.0)
+
+    optimizer.zero_grad()
+    optimizer.step(closure)
+    found = parameters(model)
+    optimizer.zero_grad()
+    optimizer.step(closure_of(call, batch(2)[rank::size]))
+    return before, found, parameters(model)
+
+
+def test_a_coupled_loss_that_is_not_finite_in_one_process_is_left_out_in_all(results):
+    every = results["displaced_not_finite"]
+    for before, found, after in every:
+        assert all(p.isfinite().all() for p in after)
+        assert same(found, every[0][1])
+        assert same(after, every[0][2])
+        assert not torch.equal(before[-1], found[-1])  # the clean loss trains the head
+
+
+@case
+def buffers(rank, size):
+    """Statistics of batches, beside those of DDP alone; zeroth order stands still."""
+    found = []
+    for hybrid in (True, False):
+        model = network()
+        model.insert(4, torch.nn.BatchNorm1d(8, dtype=torch.float64).requires_grad_(False))
+        call, trains = wrapped(model), [*model[5].parameters()]
+        optimizer = torch.optim.SGD(trains, lr=1e-2, momentum=0.9)
+        if hybrid:
+            optimizer = optimizer_of(model, zo={"lr": 0.0})
+        for step in range(3):
+            closure = closure_of(call, batch(step)[rank::size])
+            optimizer.zero_grad()
+            if not hybrid:
+                closure().backward()
+            optimizer.step(closure if hybrid else None)
+        found.append([b.double() for b in model.buffers()])
+    return found
+
+
+def test_buffers_are_broadcast_as_ddp_does(results):
+    for ours, theirs in results["buffers"]:
+        assert apart(ours, theirs) < 1e-10
 
 
 @case
@@ -424,8 +534,10 @@ def refusals(rank, size):
         {"params": [trainable[0].weight], "mode": "zo", "lr": 1e-2},
         {"params": [*trainable[2:].parameters()], "lr": 1e-2},
     ]
-    with pytest.raises(RuntimeError, match=r"requires_grad=False before DistributedDataParallel"):
-        HybridZOFO(groups).step(closure_of(call, batch(0)))
+    for _ in range(2):  # frozen too late, or not at all
+        with pytest.raises(RuntimeError, match=r"requires_grad=False before DistributedDataPara"):
+            HybridZOFO(groups).step(closure_of(call, batch(0)))
+        trainable[0].weight.requires_grad_(False)
 
 
 def test_refusals(results):
@@ -479,6 +591,85 @@ def wrappers(rank, size):
 def test_wrappers(results):
     for plain, compiled in results["wrappers"]:
         assert apart(plain, compiled) < 1e-12
+
+
+@case
+def shards_of_equal_shapes(rank, size):
+    """A part of one parameter may have the place and shape that another parameter has."""
+
+    class Wide(sharded.Toy):
+        WIDTH, HIDDEN = 8, (8 * size, 8 * size)
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
+    model = sharded.tensor_parallel(sharded.toy(torch.float64, Wide), mesh)
+    optimizer = HybridZOFO(hybrid_param_groups(model, {"lr": 1e-2}, verbose=False))
+    tokens, labels = torch.arange(8).view(2, 4), torch.tensor([0, 1])
+    optimizer.step(lambda: model(tokens, labels))
+    local = model.layers[0].up.bias.to_local()
+    with torch.no_grad():
+        model.norm.weight.add_(rank)
+    with pytest.raises(RuntimeError, match=r"rank 1 has others than rank 0: norm.weight\."):
+        optimizer.step(lambda: model(tokens, labels))
+    return tuple(local.shape)
+
+
+def test_shards_of_equal_shapes(results):
+    assert results["shards_of_equal_shapes"] == [(8,)] * results.size
+
+
+@case
+def copies(rank, size):
+    model = network(hybrid=False)
+    optimizer = optimizer_of(model, process_group=alone(rank))
+    step = closure_of(model, batch(rank))
+    optimizer.step(step)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        with pytest.raises(RuntimeError, match=r"process_group must be set again"):
+            other.step(step)
+        other.process_group = alone(rank)
+        other.step(step)
+
+
+def test_copies_do_not_train_with_all_processes(results):
+    results["copies"]
+
+
+@case
+def shards_of_others(rank, size):
+    from torch.distributed.fsdp import fully_shard
+
+    model = network(hybrid=False)
+    fully_shard(model)
+    match = rf"process_group must have all .*'0.weight', got ranks \[{rank}\], which lack"
+    with pytest.raises(ValueError, match=match):
+        train(model, model, slice(None), steps=1, process_group=alone(rank))
+    own = dist.device_mesh.DeviceMesh.from_group(alone(rank), "cpu")
+    model = network(hybrid=False)
+    fully_shard(model, mesh=own)
+    train(model, model, slice(None), steps=1, process_group=alone(rank))
+
+
+def test_processes_that_share_a_parameter_train_together(results):
+    results["shards_of_others"]
+
+
+@case
+def groups_before_shards(rank, size):
+    from torch.distributed.fsdp import fully_shard
+
+    for options in ({}, LOW_RANK):
+        for early in (True, False):  # the optimizer too, or its groups alone
+            model = network(hybrid=False)
+            groups = hybrid_param_groups(model, {"lr": 1e-2}, verbose=False)
+            optimizer = HybridZOFO(groups, **options) if early else None
+            fully_shard(model)
+            optimizer = optimizer or HybridZOFO(groups, **options)
+            with pytest.raises(ValueError, match=r"'0.weight' must be the model's.*fully_shard fi"):
+                optimizer.step(closure_of(model, batch(0)))
+
+
+def test_groups_that_were_made_before_shards(results):
+    results["groups_before_shards"]
 
 
 @case

@@ -143,6 +143,44 @@ def test_populations():
         assert line == cells, entry["name"]
 
 
+def _scaling(title):
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    return tables(page.split(f"\n## {title}\n")[1].split("\n## ")[0])
+
+
+def test_steps_by_several_processes():
+    """A line for the arithmetic alone, then one a strategy."""
+    ranks = json.loads((CPU / "distributed.json").read_text())["ranks"]
+    (_, alone, *lines) = _scaling("Measured")[0]
+    forwards = [ranks[count]["parts"]["forward"]["seconds"] for count in "124"]
+    over = forwards[2]["median"] / forwards[0]["median"]
+    assert alone[2:6] == [*map(ratio, forwards), f"{over:.2f}"]
+    assert [line[0] for line in lines] == list(ranks["4"]["steps"])
+    for line in lines:
+        one, two, four = (ranks[count]["steps"][line[0]] for count in "124")
+        assert line[1] == f"{four['bytes']:,}"
+        assert line[2:5] == [ratio(found["seconds"]) for found in (one, two, four)]
+        assert line[5] == f"{four['over_first']:.2f}"
+        over = [found["predicted"]["over_measured"] for found in (one, two, four)]
+        assert line[6] == ", ".join(f"{value:.2f}" for value in over)
+
+
+def test_projections():
+    result = json.loads((CPU.parent / "projected" / "scaling.json").read_text())
+    fast, slow = (network["name"] for network in result["networks"])
+    found = {
+        (p["network"], p["model"], p["gpus"], p["strategy"]): f"{1e3 * p['seconds']:,.0f}"
+        for p in result["points"]
+    }
+    columns = [(fast, "7B", gpus) for gpus in (1, 64, 1024)]
+    columns += [(fast, "70B", gpus) for gpus in (8, 1024)]
+    columns += [(slow, model, 1024) for model in ("7B", "70B")]
+    (_, *lines) = _scaling("Projected")[0]
+    assert [line[0] for line in lines] == list(dict.fromkeys(key[3] for key in found))
+    for name, *cells in lines:
+        assert cells == [found.get((*column, name), "") for column in columns]
+
+
 def test_instructions():
     counted = json.loads((CPU.parent / "sm_90" / "sass.json").read_text())
 

@@ -20,12 +20,14 @@ NEEDS = ("transformers", "peft", "accelerate", "datasets", "lightning", "trl", "
 """Packages without which an example cannot run."""
 
 PROMISES = {
+    "ddp.py": ["the same weights in all: True"],
     "accuracy_objective.py": [r"F1 (?P<low>\S+) -> (?P<high>\S+)"],
     "generated_text.py": [r"score (?P<low>\S+) -> (?P<high>\S+)"],
     "score_trainer.py": [r"score (?P<low>\S+) -> (?P<high>\S+);"],
     "population_on_vllm.py": [r"score (?P<low>\S+) -> (?P<high>\S+)"],
     "journal_replay.py": ["weights of the base model remade to the bit: True"],
     "save_merge_generate.py": [r"trained: '(.*)'\nmerged:  '\1'\n", "the same text: True"],
+    "fsdp2.py": ["the first holds 30,880 of 30,880 weights"],
     "own_csv.py": ["'The parcel never arrived.' is about 'delivery'"],
 }
 """What is printed beside the loss, if not instead of it."""

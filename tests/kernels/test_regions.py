@@ -260,6 +260,34 @@ def test_perturbed_rows_are_those_of_the_whole(backend, distribution):
         assert empty.shape == (*ids.shape, 0)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_perturbed_rectangles_are_those_of_the_whole(backend, distribution, rank):
+    w, direction = weights((9, 21), torch.bfloat16), Direction(7, 2, 0, distribution, rank=rank)
+    whole = perturbed(w, direction, 0.25, index=3, backend=backend)
+    for rows, columns in ((slice(0, 9), slice(0, 21)), (slice(2, 7), slice(5, 12))):
+        length = columns.stop - columns.start
+        part = perturbed(
+            w[rows, columns],
+            direction,
+            0.25,
+            index=3,
+            offset=rows.start * 21 + columns.start,
+            rectangle=(length, 21),
+            full_shape=(9, 21),
+            backend=backend,
+        )
+        assert same_bits(part, whole[rows, columns])
+
+
+def test_perturbed_rows_have_no_rectangle():
+    ids = torch.tensor([0])
+    with pytest.raises(ValueError, match=r"rectangle must be None where rows are given, got \(2,"):
+        perturbed(torch.zeros(4, 2), Direction(1, 1), 1.0, rows=ids, rectangle=(2, 3))
+    with pytest.raises(ValueError, match=r"rectangles\[0\] must have rows that do not overlap"):
+        perturbed(torch.zeros(4, 2), Direction(1, 1), 1.0, rectangle=(3, 4))
+
+
 # What cannot be: the argument, the rule and the value are named.
 
 ROWS = "must have rows that do not overlap, 1 <= row length <= row stride, and whole ones only, got"

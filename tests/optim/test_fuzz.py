@@ -7,6 +7,7 @@ streamed, they keep their bits in all calls but updates. First-order weights hav
 import copy
 import io
 import itertools
+import os
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from zofo_optim import CenteredRank, Clip, Cycle, Draw, HybridZOFO, Normalized, 
 from zofo_optim.rules import SGD, described
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+EXAMPLES = int(os.environ.get("ZOFO_FUZZ", "80"))
+"""Sequences of calls, of each kind of perturbation."""
 
 SHAPES = st.sampled_from([(3,), (), (0,), (2, 3), (130,), (4, 1, 2)])
 LAYOUTS = st.sampled_from(["contiguous", "transposed", "strided"])
@@ -378,7 +382,9 @@ class Machine(RuleBasedStateMachine):
 InPlace = type("InPlace", (Machine,), dict(perturbation="in_place"))
 Streamed = type("Streamed", (Machine,), dict(perturbation="streamed"))
 TestInPlace, TestStreamed = InPlace.TestCase, Streamed.TestCase  # type: ignore[attr-defined]
-TestInPlace.settings = TestStreamed.settings = settings(max_examples=200, stateful_step_count=25)
+TestInPlace.settings = TestStreamed.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=25
+)
 
 
 @pytest.mark.parametrize("zo_rule", [*RULES[1:], *SHAPING], ids=repr)

@@ -159,7 +159,7 @@ def same(found, wanted):
 def injector(monkeypatch):
     """Places before and after every write of the optimizer, beside those in closures."""
     injector = Injector()
-    for module, name in ((in_place, "perturb_"), (base, "update_"), (written, "perturb_")):
+    for module, name in ((in_place, "perturb_"), (base, "update_"), (written, "displace_")):
         write = getattr(module, name)
 
         def wrapped(*args, write=write, **options):
