@@ -51,7 +51,7 @@ for epoch in range(EPOCHS):
         ids = batch.to(device)
         optimizer.zero_grad()
         optimizer.step(lambda: parallel(input_ids=ids, labels=ids).loss)
-        losses.append(optimizer.last_loss.item())  # the mean over all processes
+        losses.append(float(optimizer.last_loss))  # the mean over all processes
 
 norm = torch.stack([p.detach().double().square().sum() for p in model.parameters()]).sum()
 norms = [torch.empty_like(norm) for _ in range(processes)]

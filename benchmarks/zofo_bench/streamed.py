@@ -219,7 +219,7 @@ def _calls(device: torch.device) -> Case:
     x = torch.ones(16, device=device)
     shift = Shift(Direction(SEED, 0, 0, "rademacher"), MU)
     named = enumerate(layer.named_parameters())
-    sources = {id(p): Source(p, index, name, 0) for index, (name, p) in named}
+    sources = {id(p): Source(p, index, name, 0, p) for index, (name, p) in named}
     calls: dict[str, Callable[[], Tensor]] = {
         "no parameter": lambda: torch.add(x, x),
         "one parameter": lambda: torch.add(x, layer.bias),
