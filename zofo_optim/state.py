@@ -33,8 +33,9 @@ def add(
         (zo or state["param_groups"])[0]["zo_pending"] = pending
     if zo and moves:
         zo[0]["zo_path"] = moves.saved()
-    if zo:  # again, for torch.distributed.checkpoint: it loads only keys that are there before
-        zo[0]["zo_in_flight"] = pending, moves.saved()
+    # again, for torch.distributed.checkpoint: it loads only keys that are there before
+    for position, group in enumerate(zo):
+        group["zo_in_flight"] = (None, []) if position else (pending, moves.saved())
     return state
 
 
