@@ -271,7 +271,11 @@ class Runs:
         self._evaluator = evaluator
         self._closure = closure
         self._first_order, self._zeroth_order = first_order, zeroth_order
-        self._gradients = Gradients(() if in_backward else first_order, evaluator.replicas)
+        self._gradients = Gradients(
+            () if in_backward else first_order,
+            evaluator.replicas,
+            lambda: evaluator.calls_ddp,
+        )
         self._in_backward = in_backward
         self._devices = None if devices is None else set(devices)
         self._before: GlobalRandomState | None = None
@@ -376,6 +380,11 @@ class Evaluator:
         with parallel.checked(processes, {id(p) for p in zeroth_order}) as wrapped:
             yield
         self._checked, self._wrapped = True, wrapped
+
+    @property
+    def calls_ddp(self) -> bool:
+        """Whether closures call a model in DDP, as far as is known."""
+        return bool(self._wrapped)
 
     def broadcasting(self) -> list[Any]:
         """The models in DDP whose next forward pass begins with the first process's buffers."""

@@ -118,7 +118,7 @@ class GatheredWeights:
 
     def _check_known(self, params: Named) -> None:
         """They are the model's, and no other module keeps some gathered."""
-        if self._model is None or not self._modules:
+        if self._model is None or not (self._modules or any(is_sharded(p) for _, p in params)):
             return
         reshard(self._modules)
         held = {id(p) for p in self._model.parameters()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,18 @@ class Gradients:
     Args:
         parameters: the first-order ones.
         replicas: the processes whose gradients are averaged; None for one alone.
+        in_buckets: asked after the first run, whether gradients may be where DDP writes those of
+            each backward.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], replicas: Replicas | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        replicas: Replicas | None = None,
+        in_buckets: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._parameters, self._replicas = parameters, replicas
+        self._in_buckets = in_buckets
         self._aside: list[Tensor | None] | None = None
         self._sums: list[Tensor | None] | None = None
         self._taken = False
@@ -36,8 +44,10 @@ class Gradients:
         if self._aside is None:
             self._aside = [p.grad for p in self._parameters]
         if weight and self._sums is None:
-            # copies, as a gradient may be where DDP writes those of each backward
-            self._sums = [None if g is None else g.detach().clone() for g in self._aside]
+            copied = self._in_buckets()
+            self._sums = [
+                g.detach().clone() if copied and g is not None else g for g in self._aside
+            ]
         for p in self._parameters:
             if p.grad is not None:  # then, or left by the run before
                 p.grad = None

@@ -345,8 +345,8 @@ class GroupsAndState(Optimizer):
     @property
     def listeners(self) -> tuple[Listener, ...]:
         """Those that were added, in order. They are neither pickled nor copied."""
-        own = self._monitor, self._agreement
-        return tuple(m for m in self._listeners.members if m not in own)
+        own = {id(self._monitor), id(self._agreement)}
+        return tuple(m for m in self._listeners.members if id(m) not in own)
 
     def add_listener(self, listener: AnyListener) -> AnyListener:
         """Tell ``listener`` of moves, estimates, updates and loaded states from now on.

@@ -55,7 +55,8 @@ def checked(size: int, zeroth_order: Collection[int] = ()) -> Generator[Wrapped,
         The models in DDP that are called inside the block, as they are called.
     """
     wrapped: Wrapped = WeakSet()
-    if processes() == 1:
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
         yield wrapped
         return
 
