@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zofo_kernels import backend_for
+from zofo_kernels.dispatch import backend_name
 from zofo_kernels.memory import check_storage
 
 from .listeners import Listener
@@ -89,8 +89,8 @@ class Agreement(Listener):
         said = {**vars(self._settings), **others}
         ours = {name: repr(value) for name, value in said.items()}
         devices = sorted({p.device.type for group in groups for p in group.placed.locals})
-        served = [backend_for(torch.device(d), self._settings.backend).__name__ for d in devices]
-        ours["backend in use"] = repr([name.rpartition(".")[2] for name in served])
+        served = [backend_name(torch.device(d), self._settings.backend) for d in devices]
+        ours["backend in use"] = repr(served)
         for position, group in enumerate(groups):
             ours |= {f"{k} of zeroth-order group {position}": v for k, v in _layout(group).items()}
         first_order = [g for g in param_groups if g.get("mode") != "zo"]
@@ -231,14 +231,12 @@ def _checksums(parameters: Mapping[str, Tensor]) -> list[int]:
         ValueError: the memory behind one is gone.
     """
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    count = 0
-    for name, p in parameters.items():
+    for place, (name, p) in enumerate(parameters.items()):
         local = local_of(p).detach()
         check_storage(local, f"parameter {name!r}")
         total = _sum_of_bits(local)
-        by_device.setdefault(total.device, []).append((count, total))
-        count += 1
-    found = [0] * count
+        by_device.setdefault(total.device, []).append((place, total))
+    found = [0] * len(parameters)
     for some in by_device.values():
         values = torch.stack([total for _, total in some]).tolist()
         for (place, _), value in zip(some, values, strict=True):

@@ -37,6 +37,8 @@ class Evaluating(AskTell):
             RuntimeError: it does not use the weights as the perturbation takes it to.
         """
         with undisturbed(), self._at_rest() as perturbation:
+            if perturbation.groups:
+                self._check_agreement()
             self._evaluated(closure, perturbation, [])
 
     def _share(self, weight: Any, groups: Sequence[ZOGroup]) -> Share | None:
@@ -70,8 +72,6 @@ class Evaluating(AskTell):
     ) -> tuple[list[Point], list[Evaluation]]:
         """The points of an estimate, and what the closure gives at those of this process."""
         groups, settings = perturbation.groups, self._settings
-        if groups and not capturing():
-            self._check_agreement()
         samples = settings.num_samples if groups else 0
         points = ESTIMATORS[settings.estimator].points(
             samples, first_order=bool(first_order), coupling=settings.coupling

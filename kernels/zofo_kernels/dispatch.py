@@ -93,3 +93,8 @@ def backend_for(device: torch.device, backend: str = "auto") -> Backend:
     if serves != device.type:
         raise ValueError(f"backend={backend!r} serves {serves} tensors, got a tensor on {device}")
     return cast(Backend, importlib.import_module(f".{backend}", __package__))
+
+
+def backend_name(device: torch.device, backend: str) -> str:
+    """The backend that serves ``device``: "cpu", "triton" or "reference"."""
+    return backend_for(device, backend).__name__.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""By what a journal knows its weights and what made them."""
+"""By what a journal knows its weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-
-from zofo_kernels import backend_for
 
 from ..sharding import is_sharded, whole_of
 
@@ -43,8 +41,3 @@ def fingerprints(tensors: Iterable[Tensor], wanted: bool = True) -> list[str]:
         return []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(fingerprint, tensors))
-
-
-def backend_name(device: torch.device, backend: str) -> str:
-    """The backend that serves ``device``: "cpu", "triton" or "reference"."""
-    return backend_for(device, backend).__name__.rpartition(".")[2]

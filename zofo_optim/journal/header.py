@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from zofo_kernels.dispatch import backend_name
+
 from ..names import difference
 from ..optimizer import HybridZOFO
 from ..settings import BEFORE
 from ..zo_groups import ZOGroup
 from .errors import JournalError
-from .fingerprint import backend_name
 from .format import FORMAT_VERSION
 from .reader import Recording
 

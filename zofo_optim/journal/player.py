@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from zofo_kernels import NOISE_VERSIONS, Direction, Pass, Program, Shift, Weights, replay_
+from zofo_kernels.dispatch import backend_name
 
 from ..checks import caller_level
 from ..settings import BEFORE, direction_rank
 from ..sharding import local_of, pieces_of
 from ..zo_groups import Noise
 from .errors import JournalError
-from .fingerprint import backend_name, fingerprints
+from .fingerprint import fingerprints
 from .format import Part
 from .match import by_name, some
 from .reader import Recording, read
