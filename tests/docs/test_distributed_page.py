@@ -39,7 +39,12 @@ def test_scripts_print_what_is_shown(command, printed, tmp_path):
     lines = without_fractions(done.stdout).splitlines()
     for line in without_fractions(printed).splitlines():
         assert line in lines, done.stdout
-    assert re.search(r"loss \d", printed)
+    told = re.search(r"2 processes, loss (\S+) -> (\S+)", done.stdout)
+    assert told, done.stdout
+    first, last = map(float, told.groups())
+    assert last < 0.8 * first
+    for held, whole in re.findall(r"the first holds (\S+) of (\S+) weights", done.stdout):
+        assert int(whole.replace(",", "")) == 2 * int(held.replace(",", ""))
 
 
 def test_both_scripts_are_shown():
