@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .advice import Advice
 from .estimators import ESTIMATORS
-from .evaluation import Closure, Evaluator
+from .evaluation import Closure
 from .groups_and_state import GroupsAndState
-from .listeners import Listener
-from .perturbation import StreamedPerturbation
-
-_SEED = 0x9E3779B97F4A7C15
-"""Added to the optimizer's: directions that no step takes."""
+from .probing import losses_along
 
 
 class Gain(NamedTuple):
@@ -41,7 +34,7 @@ def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions:
     examples' losses along random directions give both terms, as E s_b s_c = g_b . g_c.
 
     Takes 2 evaluations a direction and some 10 to 25 that verify; no weight, no buffer and nothing
-    of the optimizer changes. Generators are as after one evaluation.
+    of the optimizer or of the global generators changes.
 
     Args:
         optimizer: whose zeroth-order groups, ``mu`` and kind of directions are measured.
@@ -57,35 +50,10 @@ def per_example_gain(optimizer: GroupsAndState, closure: Closure, *, directions:
     """
     if not isinstance(directions, int) or isinstance(directions, bool) or directions < 2:
         raise ValueError(f"directions must be an int >= 2, got {directions!r}")
-    groups = optimizer.zo_groups()
-    if not groups:
-        raise ValueError("optimizer must have a group with mode='zo', got first-order groups only")
-    if optimizer.evaluating:
-        raise RuntimeError("per_example_gain must not be called inside a closure")
-    settings = dataclasses.replace(
-        optimizer.settings,
-        estimator="two_sided",
-        directions="shared",
-        examples_per_direction=1,
-        perturbation="streamed",
-        num_samples=directions,
-    )
-    for group in groups:
-        seed = (int(group.options["seed"]) + _SEED) % (1 << 64)
-        group.options = {**group.options, "seed": seed}
     estimator = ESTIMATORS["two_sided"]
     points = estimator.points(directions, first_order=False)
-    devices = {p.device for group in groups for p in group.params}
-    perturbation = StreamedPerturbation(settings, Listener(), Advice())
-    evaluator = Evaluator(per_example=True)
-    evaluator.buffers = optimizer.buffers
-    with (
-        evaluator.buffers.as_before(),
-        perturbation.over(perturbation.active(groups)),
-        evaluator.runs(closure, (), devices) as run,
-    ):
-        losses = [e.loss for e in perturbation.visit(points, run)]
-    slopes = estimator.differences(points, torch.stack(losses)).view(directions, -1).double()
+    losses = losses_along(optimizer, closure, points, of_examples=True, said="per_example_gain")
+    slopes = estimator.differences(points, losses).view(directions, -1)
     together = optimizer.settings.examples_of_a_direction
     if slopes.shape[1] % together:
         raise ValueError(

@@ -1,0 +1,89 @@
+"""Slopes and curvatures along directions, against quadratics whose Hessians are known."""
+
+import copy
+
+import pytest
+import torch
+from conftest import same_bits
+from torch import nn
+from torch.nn import Parameter
+
+from zofo_optim import HybridZOFO, hybrid_param_groups
+from zofo_optim.smoothness import along_directions
+
+HESSIAN = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, -1.0], [0.0, -1.0, 1.0]], dtype=torch.float64)
+SLOPE = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+
+def quadratic(**options):
+    """w'Hw / 2 + <g, w> at w = 0, and its optimizer."""
+    w = Parameter(torch.zeros(3, dtype=torch.float64), False)
+    optimizer = HybridZOFO([dict(params=[w], mode="zo", lr=1.0, mu=1e-2)], **options)
+    return optimizer, lambda: w @ HESSIAN @ w / 2 + SLOPE @ w + 7
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_their_means_are_the_gradient_and_the_trace(distribution):
+    """Within 4 standard errors."""
+    optimizer, closure = quadratic(distribution=distribution)
+    found = along_directions(optimizer, closure, directions=2000)
+    assert found.loss == 7
+    assert found.slopes.shape == found.curvatures.shape == (2000,)
+    for values, right in ((found.slopes.square(), SLOPE.square().sum()), (found.curvatures, 8.0)):
+        assert abs(values.mean() - right) < 4 * values.std() / 2000**0.5
+
+
+def test_signs_give_the_quadratic_form_itself():
+    """The diagonal's sum, and twice what is beside it, with the signs' products."""
+    optimizer, closure = quadratic(distribution="rademacher")
+    found = along_directions(optimizer, closure, directions=50)
+    forms = {8 + 2 * a - 2 * b for a in (1, -1) for b in (1, -1)}
+    assert all(min(abs(c - form) for form in forms) < 1e-6 for c in found.curvatures.tolist())
+
+
+def test_losses_of_examples_share_a_direction():
+    w = Parameter(torch.zeros(2, 3, dtype=torch.float64), False)
+    groups = [dict(params=[w], mode="zo", lr=1.0, mu=1e-2)]
+    optimizer = HybridZOFO(
+        groups, directions="per_example", structure="low_rank", perturbation="streamed"
+    )
+    scale = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    found = along_directions(optimizer, lambda: scale * w.square().sum(), directions=3)
+    assert found.slopes.shape == found.curvatures.shape == (3, 3)
+    torch.testing.assert_close(found.curvatures / scale, found.curvatures[:, :1].expand(3, 3))
+
+
+def test_other_seeds_are_other_directions():
+    optimizer, closure = quadratic()
+    one, again, other = (along_directions(optimizer, closure, seed=s).slopes for s in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not (one == other).any()
+
+
+def test_nothing_changes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 1))
+    model.requires_grad_(False)
+    optimizer = HybridZOFO(hybrid_param_groups(model, dict(lr=1e-3), verbose=False))
+    x = torch.randn(6, 4)
+    before, state = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    random = torch.get_rng_state()
+    along_directions(optimizer, lambda: model(x).square().mean(), directions=2)
+    assert all(map(same_bits, before.values(), model.state_dict().values()))
+    assert optimizer.state_dict() == state
+    assert torch.equal(random, torch.get_rng_state())
+    assert optimizer.last_loss is None
+
+
+def test_what_it_refuses():
+    optimizer, closure = quadratic()
+    with pytest.raises(ValueError, match="directions must be an int >= 1, got 0"):
+        along_directions(optimizer, closure, directions=0)
+    with pytest.raises(ValueError, match="seed must be an int >= 0, got -1"):
+        along_directions(optimizer, closure, seed=-1)
+    one, two = (Parameter(torch.zeros(2)) for _ in range(2))
+    groups = [dict(params=[p], mode="zo", lr=1.0, mu=mu) for p, mu in ((one, 0.1), (two, 0.2))]
+    with pytest.raises(ValueError, match=r"one mu in all zeroth-order groups, got \[0.1, 0.2\]"):
+        along_directions(HybridZOFO(groups), lambda: (one + two).sum())
+    with pytest.raises(ValueError, match="must have a group with mode='zo'"):
+        along_directions(HybridZOFO([one], lr=0.1), lambda: one.sum())

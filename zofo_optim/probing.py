@@ -1,0 +1,86 @@
+"""Losses at weights displaced along an optimizer's kind of directions, from forward passes alone.
+
+Nothing is trained: no weight, no buffer and nothing of the optimizer changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .advice import Advice
+from .estimators import Point
+from .evaluation import Closure, Evaluator, GlobalRandomState
+from .groups_and_state import GroupsAndState
+from .listeners import Listener
+from .perturbation import StreamedPerturbation
+
+_SEED = 0x9E3779B97F4A7C15
+"""Added to the optimizer's: directions that no step takes."""
+
+
+def losses_along(
+    optimizer: GroupsAndState,
+    closure: Closure,
+    points: Sequence[Point],
+    *,
+    of_examples: bool,
+    seed: int = 0,
+    said: str,
+) -> Tensor:
+    """The losses at the points, in order; each direction is shared by the whole batch.
+
+    Weights are displaced in copies (streamed), so that none is written. All evaluations draw the
+    same random numbers and start from the same buffers; generators and buffers are then as before.
+
+    Args:
+        optimizer: whose zeroth-order groups, ``mu``, distribution and structure are taken.
+        closure: returns the loss, or the losses of B examples.
+        points: without gradients.
+        of_examples: which of the two.
+        seed: other ones give other directions.
+        said: the caller's name, for messages.
+
+    Returns:
+        Shape (points,) or (points, B), float64.
+
+    Raises:
+        ValueError: the optimizer has no zeroth-order group.
+        RuntimeError: called from inside a closure.
+    """
+    groups = optimizer.zo_groups()
+    if not groups:
+        raise ValueError("optimizer must have a group with mode='zo', got first-order groups only")
+    if optimizer.evaluating:
+        raise RuntimeError(f"{said} must not be called inside a closure")
+    settings = dataclasses.replace(
+        optimizer.settings,
+        estimator="two_sided",
+        directions="shared",
+        examples_per_direction=1,
+        perturbation="streamed",
+        num_samples=1 + max(point.sample for point in points),
+        coupling=0.0,
+        optimizer_in_backward=False,
+    )
+    for group in groups:
+        own = (int(group.options["seed"]) + _SEED + seed) % (1 << 64)
+        group.options = {**group.options, "seed": own}
+    devices = {p.device for group in groups for p in group.params}
+    perturbation = StreamedPerturbation(settings, Listener(), Advice())
+    evaluator = Evaluator(per_example=of_examples)
+    evaluator.buffers = optimizer.buffers
+    random = GlobalRandomState(devices)
+    try:
+        with (
+            evaluator.buffers.as_before(),
+            perturbation.over(perturbation.active(groups)),
+            evaluator.runs(closure, (), devices) as run,
+        ):
+            losses = [evaluation.loss for evaluation in perturbation.visit(points, run)]
+    finally:
+        random.restore()
+    return torch.stack(losses).double()
