@@ -89,6 +89,7 @@ def main() -> None:
         ranks = {**known["ranks"], str(dist.get_world_size()): found}
         content = {"machine": header(torch.device("cpu")), "sizes": SIZES, "ranks": ranks}
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -59,4 +59,5 @@ dist.all_gather(norms, norm)
 if rank == 0:
     print(f"{processes} processes, loss {losses[0]:.4f} -> {losses[-1]:.4f}")
     print("the same weights in all:", len({n.item() for n in norms}) == 1)
+dist.barrier()  # gloo's threads let go of tensors before the interpreter ends
 dist.destroy_process_group()

@@ -62,4 +62,5 @@ held = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTe
 if rank == 0:
     print(f"{processes} processes, loss {losses[0]:.4f} -> {losses[-1]:.4f}")
     print(f"the first holds {held:,} of {whole:,} weights")
+dist.barrier()  # gloo's threads let go of tensors before the interpreter ends
 dist.destroy_process_group()

@@ -288,6 +288,7 @@ def main() -> None:
         found = measured(args.quick, args.rounds, args.counts)
         if dist.get_rank() == 0:
             args.file.write_text(json.dumps(found))
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -63,8 +63,8 @@ def along_directions(
     sizes = {group.mu for group in optimizer.zo_groups()}
     if len(sizes) > 1:
         raise ValueError(
-            f"optimizer must have one mu in all zeroth-order groups, got {sorted(sizes)}: displaced "
-            "by different lengths together, they have no common curvature; measure one at a time"
+            f"optimizer must have one mu in all zeroth-order groups, got {sorted(sizes)}: groups "
+            "displaced by different lengths have no common curvature; measure one at a time"
         )
     points = [Point(0, 0)] + [Point(k, sign) for k in range(directions) for sign in (1, -1)]
     of_examples = optimizer.settings.directions == "per_example"
