@@ -55,6 +55,12 @@ def _without_head(forms: Mapping[str, str]) -> dict[str, str]:
     return found if 2 * count > len(forms) == len(found) else {}
 
 
+def layer_of(name: str) -> str:
+    """The part of a tensor's name that tells its layer: up to the first number, or its module."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+    return found[0] if found else name.rpartition(".")[0]
+
+
 def match_names(
     names: Iterable[str], available: Iterable[str], heads: bool = False
 ) -> dict[str, str]:

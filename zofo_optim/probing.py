@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .advice import Advice
+from .buffers import Buffers
 from .estimators import Point
 from .evaluation import Closure, Evaluator, GlobalRandomState
 from .groups_and_state import GroupsAndState
@@ -30,6 +31,7 @@ def losses_along(
     of_examples: bool,
     seed: int = 0,
     said: str,
+    buffers: Buffers | None = None,
 ) -> Tensor:
     """The losses at the points, in order; each direction is shared by the whole batch.
 
@@ -43,6 +45,7 @@ def losses_along(
         of_examples: which of the two.
         seed: other ones give other directions.
         said: the caller's name, for messages.
+        buffers: those that the closure changes; None: the optimizer's.
 
     Returns:
         Shape (points,) or (points, B), float64.
@@ -72,7 +75,7 @@ def losses_along(
     devices = {p.device for group in groups for p in group.params}
     perturbation = StreamedPerturbation(settings, Listener(), Advice())
     evaluator = Evaluator(per_example=of_examples)
-    evaluator.buffers = optimizer.buffers
+    evaluator.buffers = optimizer.buffers if buffers is None else buffers
     random = GlobalRandomState(devices)
     try:
         with (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..costs import Costs
+from ..names import layer_of
 from .knapsack import BINS, Item, best_set
 
 
@@ -201,12 +201,6 @@ def _adapter_layers(problem: Problem) -> list[list[str]]:
             "'adapters'; wrap the model by peft.get_peft_model before"
         )
     return list(layers.values())
-
-
-def layer_of(name: str) -> str:
-    """The part of a tensor's name that tells its layer: up to the first number, or its module."""
-    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
-    return found[0] if found else name.rpartition(".")[0]
 
 
 POLICIES: Mapping[str, Policy] = {

@@ -1,3 +1,23 @@
-from .forward import Along, along_directions
+"""The local smoothness of a loss: the Hessian's norm, trace and largest eigenvalue.
 
-__all__ = ["Along", "along_directions"]
+Of the base model and of the adapter, as Ma, Yu, Huang 2026 measure them (App. D.4)::
+
+    from zofo_optim.smoothness import measure_smoothness
+"""
+
+from .eigenvalues import Eigenvalue, largest_eigenvalue
+from .forward import Along, along_directions
+from .measuring import measure_smoothness
+from .products import HessianProducts
+from .report import BlockSmoothness, Smoothness
+
+__all__ = [
+    "Along",
+    "BlockSmoothness",
+    "Eigenvalue",
+    "HessianProducts",
+    "Smoothness",
+    "along_directions",
+    "largest_eigenvalue",
+    "measure_smoothness",
+]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..buffers import Buffers
 from ..estimators import Point
 from ..evaluation import Closure
 from ..groups_and_state import GroupsAndState
@@ -60,6 +61,13 @@ def along_directions(
     for name, value, least in (("directions", directions, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+    return along(optimizer, closure, directions, seed, optimizer.buffers)
+
+
+def along(
+    optimizer: GroupsAndState, closure: Closure, directions: int, seed: int, buffers: Buffers
+) -> Along:
+    """See :func:`along_directions`; ``buffers`` are those that the closure changes."""
     sizes = {group.mu for group in optimizer.zo_groups()}
     if len(sizes) > 1:
         raise ValueError(
@@ -75,6 +83,7 @@ def along_directions(
         of_examples=of_examples,
         seed=seed,
         said="along_directions",
+        buffers=buffers,
     )
     (mu,) = sizes
     clean, forth, back = losses[0], losses[1::2], losses[2::2]

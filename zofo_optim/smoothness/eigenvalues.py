@@ -1,0 +1,118 @@
+"""The Hessian's eigenvalue of largest magnitude, by Lanczos' method of scipy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .products import HessianProducts
+
+_VECTORS = 12
+"""That Lanczos' method keeps; smaller matrices are made whole."""
+_TOLERANCE = 1e-2
+_RESTARTS = 20
+_SHARP = 0.1
+"""Displacements along eigenvectors are that much shorter than those along random directions."""
+
+_RESIDUAL = 0.1
+"""What may be left of H u - value u, over the value: the products of a matrix leave 0.01."""
+_WHY = (
+    "products are mostly rounding, or the loss is not smooth there; take a larger step, or "
+    "method='exact', or leave the eigenvalue out by largest=False"
+)
+
+Vector = NDArray[Any]
+
+
+class Eigenvalue(NamedTuple):
+    """See :func:`largest_eigenvalue`."""
+
+    value: float
+    """Signed."""
+    vector: Vector
+    """Of length 1, shape (d,): the parameters in order, one after the other; on the host."""
+
+
+def check_scipy() -> Any:
+    """scipy.sparse.linalg.
+
+    Raises:
+        ImportError: it is missing.
+    """
+    try:
+        import scipy.sparse.linalg as linalg
+    except ImportError as error:
+        raise ImportError(
+            "largest=True needs scipy: pip install scipy, or zofo-optim[smoothness]; or leave the "
+            "eigenvalue out by largest=False"
+        ) from error
+    return linalg
+
+
+def largest_eigenvalue(
+    products: HessianProducts, *, start: Vector | None = None, seed: int = 0
+) -> Eigenvalue:
+    """The eigenvalue of largest magnitude, to 1 %, and its vector.
+
+    By the implicitly restarted Lanczos method (ARPACK); some 12 to 40 products, fewer from a good
+    ``start``. It may miss an eigenvalue whose vector is orthogonal to the start, which a random
+    one is not.
+
+    Args:
+        products: entered.
+        start: a vector to begin with, such as the one found before; None: a random one.
+        seed: of the random one.
+
+    Raises:
+        ImportError: scipy is missing.
+        RuntimeError: it does not converge, as where products are mostly rounding.
+    """
+    linalg = check_scipy()
+    parameters = products.parameters
+    size = sum(p.numel() for p in parameters)
+    kind = np.float64 if all(p.dtype == torch.float64 for p in parameters) else np.float32
+
+    def multiply(x: Vector) -> Vector:
+        v = _shaped(x.reshape(-1), parameters)
+        hv = products(v, step=_SHARP * products.step)
+        return np.concatenate([part.reshape(-1).double().cpu().numpy() for part in hv]).astype(kind)
+
+    if size <= _VECTORS:
+        columns = np.stack([multiply(row) for row in np.eye(size, dtype=kind)])
+        values, vectors = np.linalg.eigh((columns + columns.T) / 2)
+        found = int(np.abs(values).argmax())
+        return Eigenvalue(float(values[found]), vectors[:, found])
+    if start is None:
+        start = np.random.default_rng(seed).standard_normal(size).astype(kind)
+    if not multiply(start).any():  # flat or linear
+        return Eigenvalue(0.0, start / np.linalg.norm(start))
+    operator = linalg.LinearOperator((size, size), matvec=multiply, dtype=kind)
+    try:
+        values, vectors = linalg.eigsh(
+            operator, k=1, which="LM", v0=start, ncv=_VECTORS, tol=_TOLERANCE, maxiter=_RESTARTS
+        )
+    except linalg.ArpackNoConvergence as error:
+        raise RuntimeError(
+            f"Lanczos' method did not end in {_RESTARTS} restarts: {_WHY}"
+        ) from error
+    value, vector = float(values[0]), vectors[:, 0]
+    residual = float(np.linalg.norm(multiply(vector) - value * vector))
+    if residual > _RESIDUAL * abs(value):
+        raise RuntimeError(
+            f"H u differs by {residual:.2g} from the eigenvalue's {value:.2g} u: {_WHY}"
+        )
+    return Eigenvalue(value, vector)
+
+
+def _shaped(x: Vector, parameters: Sequence[Tensor]) -> list[Tensor]:
+    found, start = [], 0
+    for p in parameters:
+        part = x[start : start + p.numel()].reshape(p.shape)
+        found.append(torch.from_numpy(np.ascontiguousarray(part)).to(p.device, p.dtype))
+        start += p.numel()
+    return found

@@ -1,0 +1,144 @@
+"""What was measured: numbers of a block of the Hessian, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = "zofo-optim smoothness"
+VERSION = 1
+_HEAD = (
+    "block",
+    "parameters",
+    "|gradient|",
+    "|H| Frobenius",
+    "trace H",
+    "largest",
+    "effective dim.",
+)
+
+
+@dataclass(frozen=True)
+class BlockSmoothness:
+    """The Hessian's diagonal block of some parameters, at one point.
+
+    Errors are standard errors over the random directions; ``largest`` has none.
+    """
+
+    parameters: int
+    """How many there are: d."""
+    gradient_norm: float
+    """||grad f|| with regard to these; estimated where ``method`` is "forward"."""
+    frobenius: float
+    """||H||_F, the root of an unbiased estimate of its square."""
+    frobenius_error: float
+    trace: float
+    """tr H."""
+    trace_error: float
+    largest: float | None
+    """The eigenvalue of largest magnitude, signed; None where it was not asked for."""
+
+    @property
+    def smoothness(self) -> float:
+        """The local Lipschitz constant of the gradient, ||H||: |largest|, or its bound ||H||_F."""
+        return self.frobenius if self.largest is None else abs(self.largest)
+
+    @property
+    def effective_dimension(self) -> float | None:
+        """tr H / ||H||, which in place of d decides how slow zeroth order is (Malladi et al. 2023).
+
+        None where ``largest`` is None or 0.
+        """
+        return self.trace / abs(self.largest) if self.largest else None
+
+    @property
+    def participation_ratio(self) -> float | None:
+        """(tr H)^2 / ||H||_F^2: how many equal eigenvalues have these two; None where H is 0."""
+        return self.trace**2 / self.frobenius**2 if self.frobenius else None
+
+
+@dataclass(frozen=True)
+class Smoothness(Mapping[str, BlockSmoothness]):
+    """What :func:`measure_smoothness` found, by the names of the blocks; printed as a table."""
+
+    loss: float
+    """The mean over the closures, at the weights."""
+    method: str
+    directions: int
+    evaluations: int
+    """Evaluations of a closure; where ``method`` is not "forward", each with a backward."""
+    blocks: dict[str, BlockSmoothness] = field(repr=False)
+
+    def __getitem__(self, name: str) -> BlockSmoothness:
+        return self.blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __str__(self) -> str:
+        lines = [_HEAD, *(_line(name, block) for name, block in self.blocks.items())]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+        shown = [
+            "  ".join(
+                text.rjust(width) if column else text.ljust(width)
+                for column, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        rule = "-" * max(map(len, shown))
+        end = (
+            f"loss {self.loss:.4f}, method {self.method!r}, {self.directions} directions, "
+            f"{self.evaluations} evaluations"
+        )
+        return "\n".join([shown[0], rule, *shown[1:], rule, end])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".new")
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        fresh.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Smoothness:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it holds something else.
+        """
+        data = Path(path).read_bytes()
+        try:
+            content: dict[str, Any] = json.loads(data.decode())
+            if content.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            if (version := content.pop("version", None)) != VERSION:
+                raise ValueError(f"its version is {version!r}, not {VERSION}")
+            blocks = {name: BlockSmoothness(**b) for name, b in content.pop("blocks").items()}
+            return cls(blocks=blocks, **content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path must be of a saved Smoothness, got {str(path)!r}: {error}"
+            ) from None
+
+
+def _line(name: str, block: BlockSmoothness) -> tuple[str, ...]:
+    dimension = block.effective_dimension
+    return (
+        name,
+        f"{block.parameters:,}",
+        f"{block.gradient_norm:.3g}",
+        f"{block.frobenius:.3g} ± {block.frobenius_error:.1g}",
+        f"{block.trace:.3g} ± {block.trace_error:.1g}",
+        "" if block.largest is None else f"{block.largest:.3g}",
+        "" if dimension is None else f"{dimension:.3g}",
+    )
