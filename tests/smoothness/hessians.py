@@ -6,10 +6,10 @@ from torch.nn import Parameter
 SIZES = {"x": 18, "y": 5}
 
 
-def blocks():
+def blocks(device="cpu"):
     generator = torch.Generator().manual_seed(1)
     return {
-        name: Parameter(torch.randn(size, generator=generator, dtype=torch.float64))
+        name: Parameter(torch.randn(size, generator=generator, dtype=torch.float64).to(device))
         for name, size in SIZES.items()
     }
 
@@ -29,12 +29,12 @@ def quadratic():
     return params, closure
 
 
-def logistic():
+def logistic(device="cpu"):
     """Logistic regression of 40 examples."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(40, sum(SIZES.values()), generator=generator, dtype=torch.float64)
     labels = (torch.rand(40, generator=generator) < 0.5).double()
-    params = blocks()
+    features, labels, params = features.to(device), labels.to(device), blocks(device)
 
     def closure():
         logits = features @ torch.cat([*params.values()])

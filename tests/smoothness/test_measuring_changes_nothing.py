@@ -201,6 +201,14 @@ class TestRefusals:
             with pytest.raises(RuntimeError, match="products are mostly rounding"):
                 largest_eigenvalue(products)
 
+    def test_of_eigenvalues_where_the_loss_has_kinks(self):
+        """The rest is measured all the same."""
+        x = Parameter(torch.linspace(-1e-6, 1e-6, 50, dtype=torch.float64))
+        with pytest.warns(UserWarning, match="the largest eigenvalue of 'x'"):
+            found = measure_smoothness({"x": x}, lambda: x.relu().sum(), directions=3)["x"]
+        assert found.largest is None
+        assert found.frobenius > 0
+
 
 def test_sixteen_bits_go_exactly():
     x = Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ..checks import caller_level
 from ..evaluation import Closure
 from .blocks import blocks_of
 from .eigenvalues import check_scipy, largest_eigenvalue
@@ -73,7 +75,8 @@ def measure_smoothness(
         step: length of the displacement t v; None: 1e-4 of the norm of the block's parameters,
             whose root mean square counts as 0.01 at least ("forward": 1e-2 of it). Along
             eigenvectors it is a tenth.
-        largest: whether to look for the eigenvalue; needs scipy.
+        largest: whether to look for the eigenvalue; needs scipy. Where products are mostly
+            rounding, or the loss has kinks (ReLU), a warning says that it was not found.
         seed: of the directions.
         progress: whether to show a bar; needs tqdm.
 
@@ -114,13 +117,20 @@ def measure_smoothness(
             with HessianProducts(
                 block.tensors, closures, method=method, step=step, buffers=buffers, others=every
             ) as products:
-                found[block.name] = _measured(products, directions, largest, seed, advance)
+                found[block.name] = _measured(
+                    block.name, products, directions, largest, seed, advance
+                )
                 loss, evaluations = products.loss, evaluations + products.evaluations
     return Smoothness(loss, method, directions, evaluations, found)
 
 
 def _measured(
-    products: HessianProducts, directions: int, largest: bool, seed: int, advance: Callable[[], Any]
+    name: str,
+    products: HessianProducts,
+    directions: int,
+    largest: bool,
+    seed: int,
+    advance: Callable[[], Any],
 ) -> BlockSmoothness:
     generator = torch.Generator().manual_seed(seed)
     size = sum(p.numel() for p in products.parameters)
@@ -144,5 +154,14 @@ def _measured(
         frobenius_error=square_error / (2 * frobenius) if frobenius else 0.0,
         trace=trace,
         trace_error=trace_error,
-        largest=largest_eigenvalue(products, seed=seed).value if largest else None,
+        largest=_largest(products, name, seed) if largest else None,
     )
+
+
+def _largest(products: HessianProducts, name: str, seed: int) -> float | None:
+    """None, with a warning, where it is not found: the rest was measured."""
+    try:
+        return largest_eigenvalue(products, seed=seed).value
+    except RuntimeError as error:
+        warnings.warn(f"the largest eigenvalue of {name!r}: {error}", stacklevel=caller_level())
+        return None
