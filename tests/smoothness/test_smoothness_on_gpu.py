@@ -1,7 +1,6 @@
 """On a GPU the same directions are drawn, and give what the CPU gives."""
 
 import pytest
-import torch
 from hessians import logistic
 
 from zofo_optim.smoothness import measure_smoothness
