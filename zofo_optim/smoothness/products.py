@@ -103,6 +103,8 @@ class HessianProducts:
                 stack.callback(_put_back, p, p.requires_grad, p.grad)
                 p.requires_grad_(key in ours)
                 p.grad = None
+            if self._exact:  # also while checkpointed layers run again
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._step is None:
                 self._step = _RELATIVE_STEP * scale_of(self._parameters)
             #: Of the mean loss, at the weights; one tensor a parameter, in order.
@@ -203,7 +205,6 @@ class HessianProducts:
             try:
                 with (
                     torch.enable_grad(),
-                    sdpa_kernel(SDPBackend.MATH),
                     _NoBackward(),
                     watch,
                     interruptible(),
