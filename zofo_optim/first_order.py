@@ -111,6 +111,10 @@ class FirstOrder:
     def name(self) -> str:
         return getattr(self._factory, "__name__", repr(self._factory))
 
+    def makes(self, cls: type[Optimizer]) -> bool:
+        """Whether the optimizer is of this class itself, and of no subclass of it."""
+        return type(_trial(self._factory, self.options)) is cls
+
     def check(self, given: Mapping[str, Any]) -> None:
         """None and strings among the options of a group; of numbers torch checks the defaults.
 

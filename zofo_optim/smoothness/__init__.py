@@ -9,15 +9,21 @@ from .eigenvalues import Eigenvalue, largest_eigenvalue
 from .forward import Along, along_directions
 from .measuring import measure_smoothness
 from .products import HessianProducts
+from .recorder import SmoothnessRecorder
 from .report import BlockSmoothness, Smoothness
+from .scatter import HybridSmoothness, fit_hybrid_smoothness, plot_scatter
 
 __all__ = [
     "Along",
     "BlockSmoothness",
     "Eigenvalue",
     "HessianProducts",
+    "HybridSmoothness",
     "Smoothness",
+    "SmoothnessRecorder",
     "along_directions",
+    "fit_hybrid_smoothness",
     "largest_eigenvalue",
     "measure_smoothness",
+    "plot_scatter",
 ]

@@ -16,7 +16,7 @@ _VECTORS = 12
 """That Lanczos' method keeps; smaller matrices are made whole."""
 _TOLERANCE = 1e-2
 _RESTARTS = 20
-_SHARP = 0.1
+SHARP = 0.1
 """Displacements along eigenvectors are that much shorter than those along random directions."""
 
 _RESIDUAL = 0.1
@@ -79,7 +79,7 @@ def largest_eigenvalue(
 
     def multiply(x: Vector) -> Vector:
         v = _shaped(x.reshape(-1), parameters)
-        hv = products(v, step=_SHARP * products.step)
+        hv = products(v, step=SHARP * products.step)
         return np.concatenate([part.reshape(-1).double().cpu().numpy() for part in hv]).astype(kind)
 
     if size <= _VECTORS:

@@ -49,14 +49,14 @@ def measure_forward(
             loss = float(torch.stack([a.loss for a in probes]).mean())
             slopes = torch.stack([a.slopes for a in probes]).mean(0)
             curvatures = torch.stack([a.curvatures for a in probes]).mean(0)
-            found[block.name] = _measured(block, slopes, curvatures)
+            found[block.name] = of_differences(block, slopes, curvatures)
             _check_rounding(block, curvatures, loss, mu, len(closures))
             advance()
     evaluations = len(blocks) * len(closures) * (1 + 2 * directions)
     return Smoothness(loss, "forward", directions, evaluations, found)
 
 
-def _measured(block: Block, slopes: Tensor, curvatures: Tensor) -> BlockSmoothness:
+def of_differences(block: Block, slopes: Tensor, curvatures: Tensor) -> BlockSmoothness:
     if not bool(torch.isfinite(slopes).all() and torch.isfinite(curvatures).all()):
         raise FloatingPointError(
             f"closure must give finite losses, got one that is not, along {block.name!r}"

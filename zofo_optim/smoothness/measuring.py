@@ -117,14 +117,14 @@ def measure_smoothness(
             with HessianProducts(
                 block.tensors, closures, method=method, step=step, buffers=buffers, others=every
             ) as products:
-                found[block.name] = _measured(
+                found[block.name] = of_products(
                     block.name, products, directions, largest, seed, advance
                 )
                 loss, evaluations = products.loss, evaluations + products.evaluations
     return Smoothness(loss, method, directions, evaluations, found)
 
 
-def _measured(
+def of_products(
     name: str,
     products: HessianProducts,
     directions: int,

@@ -1,0 +1,437 @@
+"""Smoothness along a run: closed forms on quadratics, warnings, and runs that are not changed."""
+
+import csv
+import json
+import math
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import same_bits
+from torch import nn
+
+from zofo_optim import HybridZOFO, hybrid_param_groups
+from zofo_optim.smoothness import SmoothnessRecorder
+
+METHODS = ("finite_difference", "exact", "forward")
+
+
+class Quadratic:
+    """x' A x / 2 + y' B y / 2 + x' C y: x zeroth-order, of curvature 0.5, y first-order."""
+
+    A = 0.5 * torch.eye(24, dtype=torch.float64)
+    B = torch.diag(torch.tensor([4.0, 1.0, -2.0, 0.5, 0.0], dtype=torch.float64))
+
+    def __init__(self):
+        self.x = nn.Parameter(torch.linspace(-1, 2, 24, dtype=torch.float64), requires_grad=False)
+        self.y = nn.Parameter(torch.linspace(1, 2, 5, dtype=torch.float64))
+
+    def __call__(self):
+        x, y = self.x, self.y
+        return (x @ self.A @ x + y @ self.B @ y) / 2 + 0.1 * x[:5] @ y
+
+    def optimizer(self, zo=1e-3, fo=1e-2, modes=("zo", "fo"), **options):
+        groups = [dict(params=[self.x], lr=zo, mode="zo"), dict(params=[self.y], lr=fo, mode="fo")]
+        groups = [group for group in groups if group["mode"] in modes]
+        return HybridZOFO(groups, distribution="rademacher", **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quadratic_is_known(method):
+    """Directions of signs give tr A exactly, and with A = h I the limit 2 / tr A too."""
+    toy = Quadratic()
+    optimizer = toy.optimizer(momentum=0.9)
+    recorder = SmoothnessRecorder(optimizer, directions=40, method=method)
+    row = recorder.measure(toy)
+    assert recorder.rows == [row]
+    gradient = toy.B @ toy.y.detach() + 0.1 * toy.x[:5]
+    assert row["loss"] == pytest.approx(toy().item())
+    assert row["gradient_norm_fo"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert row["largest_fo"] == pytest.approx(4.0, rel=1e-4)
+    assert row["smoothness_fo"] == pytest.approx(4.0, rel=1e-4)
+    assert row["stable_lr_fo"] == pytest.approx(2 * 1.9 / 4.0, rel=1e-4)
+    assert abs(row["trace_fo"] - 3.5) < 4 * row["trace_error_fo"]
+    assert abs(row["frobenius_fo"] - toy.B.norm().item()) < 4 * row["frobenius_error_fo"]
+    gradient = toy.A @ toy.x + 0.1 * torch.cat([toy.y.detach(), torch.zeros(19)])
+    assert row["gradient_norm_zo"] == pytest.approx(gradient.norm().item(), rel=0.5)
+    assert row["trace_zo"] == pytest.approx(12.0, rel=1e-4)
+    assert row["stable_lr_zo"] == pytest.approx(2 / 12.0, rel=1e-4)
+    assert (row["lr_zo"], row["lr_fo"]) == (1e-3, 1e-2)
+    if method != "forward":
+        assert row["gradient_norm_zo"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+        assert row["largest_zo"] == pytest.approx(0.5, rel=1e-4)
+        assert row["smoothness_zo"] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_gaussian_directions_without_gradients():
+    """Frobenius norm, trace and gradient's norm by losses alone, within 4 standard errors."""
+    toy = Quadratic()
+    optimizer = HybridZOFO([toy.x], lr=1e-3, mode="zo")
+    recorder = SmoothnessRecorder(optimizer, directions=200, method="forward")
+    row = recorder.measure(toy)
+    assert row["gradients"] == 0
+    assert abs(row["trace_zo"] - 12.0) < 4 * row["trace_error_zo"]
+    assert row["trace_error_zo"] == pytest.approx(math.sqrt(2 / 200) * 0.5 * 24**0.5, rel=0.2)
+    assert abs(row["frobenius_zo"] - toy.A.norm().item()) < 4 * row["frobenius_error_zo"]
+    assert row["smoothness_zo"] == row["frobenius_zo"]
+    assert row["largest_zo"] is None
+    assert row["stable_lr_zo"] == pytest.approx(2 / (0.5 * 26), rel=0.1)
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("fo", 2 / 4.0), ("zo", 2 / 12.0)])
+@pytest.mark.parametrize("margin", [0.0, 0.25])
+def test_warns_above_the_limit_alone(mode, limit, margin):
+    for factor, warns in ((0.999, False), (1.001, True)):
+        toy = Quadratic()
+        rate = factor * (1 + margin) * limit
+        recorder = SmoothnessRecorder(
+            toy.optimizer(**{mode: rate}), directions=2, products=5, margin=margin, patience=3
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                recorder.measure(toy)
+            assert caught == []
+            for _ in range(3):
+                recorder.measure(toy)
+        assert len(caught) == warns
+        if warns:
+            said = str(caught[0].message)
+            assert f"{rate:.2e}, is above {limit:.2e}" in said
+            assert f"group {0 if mode == 'zo' else 1}" in said
+            assert caught[0].filename == __file__
+
+
+def test_one_measurement_between_starts_the_count_anew():
+    toy = Quadratic()
+    optimizer = toy.optimizer(fo=1.0)
+    recorder = SmoothnessRecorder(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rate in (1.0, 0.1, 1.0, 0.1):
+            optimizer.param_groups[1]["lr"] = rate
+            assert recorder.measure(toy)["lr_fo"] == rate
+
+
+def test_each_group_is_warned_of():
+    split = [dict(params=[nn.Parameter(torch.ones(k, dtype=torch.float64))]) for k in (3, 4)]
+
+    def closure():
+        y, z = (group["params"][0] for group in split)
+        return 2 * y.square().sum() + 2 * z.square().sum()  # curvature 4
+
+    rates = (0.7, 0.1)
+    optimizer = HybridZOFO([{**g, "lr": lr} for g, lr in zip(split, rates, strict=True)])
+    recorder = SmoothnessRecorder(optimizer, patience=1)
+    with pytest.warns(UserWarning, match=r"group 0 \(first-order\), 7.00e-01, is above 5.00e-01"):
+        recorder.measure(closure)
+    optimizer.param_groups[1]["lr"] = 0.8
+    with pytest.warns(UserWarning, match="group 1"):
+        row = recorder.measure(closure)
+    assert row["lr_fo"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        (dict(fo_optimizer=torch.optim.Adam), "fo"),
+        (dict(maximize=True), "fo"),
+        (dict(maximize=True), "zo"),
+        (dict(zo_rule="normalized"), "zo"),
+        (dict(active=["x"]), "zo"),
+    ],
+)
+def test_no_limit_is_said_where_none_is_known(options, mode):
+    toy = Quadratic()
+    named = [dict(params=[("x", toy.x)], lr=1e9, mode="zo"), dict(params=[("y", toy.y)], lr=1e9)]
+    optimizer = HybridZOFO(named, **options)
+    recorder = SmoothnessRecorder(optimizer, patience=1)
+    other = "zo" if mode == "fo" else "fo"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the learning rate of group")
+        warnings.filterwarnings("ignore", f".*{dict(zo='zeroth', fo='first')[other]}-order")
+        row = recorder.measure(toy)
+    assert row[f"stable_lr_{mode}"] is None
+    assert row[f"lr_{mode}"] == 1e9
+    assert row[f"smoothness_{mode}"] > 0
+
+
+# ---- a run is not changed ----------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A frozen base with batch norm and dropout, a head that trains; draws of every generator."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh())
+        self.base.requires_grad_(False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x, target):
+        x = x + 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
+        return nn.functional.cross_entropy(self.head(self.base(x)), target)
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(count):
+        x = torch.randn(6, 4, generator=generator)
+        yield x, torch.randint(3, (6,), generator=generator)
+
+
+def trained(recording, perturbation="in_place", own_backward=False, accumulate=1, **options):
+    """Everything that a run leaves: weights, buffers, gradients, state, draws; and its rows."""
+    model = Model()
+    optimizer = HybridZOFO(
+        hybrid_param_groups(model, zo=dict(lr=1e-3), fo=dict(lr=0.1, momentum=0.9), verbose=False),
+        perturbation=perturbation,
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    recorder = SmoothnessRecorder(optimizer, every=2, directions=3, products=3, **options)
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+
+    def closure_of(x, target):
+        def closure():
+            if not own_backward:
+                return model(x, target) / accumulate
+            optimizer.zero_grad()
+            loss = model(x, target)
+            loss.backward()
+            return loss
+
+        return closure
+
+    closures = [closure_of(*batch) for batch in batches(4 * accumulate)]
+    for step in range(4):
+        optimizer.zero_grad()
+        ours = closures[step * accumulate : (step + 1) * accumulate]
+        for place, closure in enumerate(ours):
+            if recording and place == len(ours) - 1:  # while gradients are there
+                recorder.step(ours)
+            optimizer.backward(closure)
+        optimizer.step()
+        scheduler.step()
+    left = [*model.state_dict().values(), *(p.grad for p in model.head.parameters())]
+    left += [p.grad for p in model.base.parameters()]
+    left += [s["momentum_buffer"] for s in optimizer.state.values()]
+    draws = torch.rand(4), random.random(), float(np.random.rand())  # noqa: NPY002
+    required = [p.requires_grad for p in model.parameters()]
+    return left, draws, required, recorder.rows
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "how", [{}, dict(perturbation="streamed", own_backward=True), dict(accumulate=2)]
+)
+def test_a_run_is_the_same_bits(method, how):
+    with_it, draws, required, rows = trained(True, method=method, **how)
+    without, draws_without, required_without, none = trained(False, method=method, **how)
+    assert len(rows) == 2
+    assert none == []
+    assert len(with_it) == len(without)
+    for a, b in zip(with_it, without, strict=True):
+        assert a is b is None or same_bits(a.double(), b.double())
+    assert torch.equal(draws[0], draws_without[0])
+    assert draws[1:] == draws_without[1:]
+    assert required == required_without
+    assert [(row["step"], row["lr_zo"]) for row in rows] == [(0, 1e-3), (2, 5e-4)]
+    assert all(row["smoothness_fo"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_micro_batches_are_one_batch(backward):
+    """Their closures in a list: all that is measured is that of the sum of the losses."""
+    toy = Quadratic()
+
+    def part(factor):
+        def closure():
+            loss = factor * toy()
+            if backward and torch.is_grad_enabled():
+                loss.backward()
+            return loss
+
+        return closure
+
+    rows = [
+        SmoothnessRecorder(toy.optimizer()).measure(closures)
+        for closures in ([part(0.75), part(0.25)], toy)
+    ]
+    for row in rows:
+        row.pop("evaluations"), row.pop("gradients")
+    assert rows[0] == pytest.approx(rows[1], rel=1e-6)
+
+
+def test_an_adapter_of_16_bits():
+    """With ``method="forward"`` its products come from double backward: it has no differences."""
+    toy = Quadratic()
+    toy.y = nn.Parameter(toy.y.detach().bfloat16())
+
+    def closure():
+        y = toy.y.double()
+        return (toy.x @ toy.A @ toy.x + y @ toy.B @ y) / 2
+
+    row = SmoothnessRecorder(toy.optimizer(), method="forward").measure(closure)
+    assert row["largest_fo"] == pytest.approx(4.0, rel=0.02)
+    with pytest.raises(TypeError, match="take method='exact'"):
+        SmoothnessRecorder(toy.optimizer()).measure(closure)
+
+
+def test_autocast_has_no_differences():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    model[0].requires_grad_(False)
+    x = torch.randn(16, 6)
+
+    def closure(enabled=True):
+        with torch.autocast("cpu", enabled=enabled):
+            return model(x).float().square().mean()
+
+    groups = hybrid_param_groups(model, zo=dict(lr=1e-3), verbose=False)
+    with pytest.raises(TypeError, match=r"method must be 'exact' where .* autocast"):
+        SmoothnessRecorder(HybridZOFO(groups)).measure(closure)
+    expected = SmoothnessRecorder(HybridZOFO(groups), products=20).measure(lambda: closure(False))
+    for method in ("exact", "forward"):
+        recorder = SmoothnessRecorder(HybridZOFO(groups), products=20, method=method)
+        row = recorder.measure(closure)
+        assert row["largest_fo"] == pytest.approx(expected["largest_fo"], rel=0.05)
+
+
+@pytest.mark.parametrize("modes", [("zo",), ("fo",)])
+def test_one_mode_alone(modes):
+    toy = Quadratic()
+    recorder = SmoothnessRecorder(toy.optimizer(modes=modes))
+    row = recorder.measure(toy)
+    assert {name[-3:] for name in row if name[-3:] in ("_zo", "_fo")} == {f"_{modes[0]}"}
+    assert row["loss"] == pytest.approx(toy().item())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cost_is_counted(method):
+    toy, calls = Quadratic(), []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        return toy()
+
+    recorder = SmoothnessRecorder(toy.optimizer(), directions=4, products=3, method=method)
+    row = recorder.measure(closure)
+    assert row["gradients"] == sum(calls)
+    assert row["evaluations"] == len(calls) - sum(calls)
+
+
+def test_a_run_that_has_diverged_is_recorded():
+    toy = Quadratic()
+    for method in METHODS:
+        recorder = SmoothnessRecorder(toy.optimizer(), method=method)
+        row = recorder.measure(lambda: toy() * math.inf)
+        assert row["loss"] is None
+        assert row["stable_lr_fo"] is None
+        assert row["stable_lr_zo"] is None
+        assert row["lr_fo"] == 1e-2
+        json.dumps(row, allow_nan=False)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def recorded(steps=5):
+    toy = Quadratic()
+    recorder = SmoothnessRecorder(toy.optimizer(), every=2)
+    found = [recorder.step(toy) for _ in range(steps)]
+    assert [row is not None for row in found] == [step % 2 == 0 for step in range(steps)]
+    return toy, recorder
+
+
+def test_json_goes_on(tmp_path):
+    toy, recorder = recorded()
+    recorder.save(tmp_path / "deep" / "rows.json")
+    other = SmoothnessRecorder(toy.optimizer(), every=2)
+    other.load(tmp_path / "deep" / "rows.json")
+    assert other.rows == recorder.rows
+    assert other.steps == 5
+    assert other.step(toy) is None
+    assert other.step(toy)["step"] == 6
+    assert [row["step"] for row in other.rows] == [0, 2, 4, 6]
+
+
+def test_csv_has_all_columns(tmp_path):
+    _, recorder = recorded()
+    recorder.save(tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 2, 4]
+    for read, row in zip(rows, recorder.rows, strict=True):
+        assert list(read) == list(row)
+        assert {k: float(v) for k, v in read.items()} == pytest.approx(row)
+    with pytest.raises(ValueError, match=r"path must be a JSON file .*rows\.csv"):
+        recorder.load(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"format": "zofo-optim smoothness rows"}', "\xff"]
+)
+def test_other_files_are_refused(content, tmp_path):
+    (tmp_path / "rows.json").write_text(content, encoding="latin-1")
+    _, recorder = recorded()
+    before = list(recorder.rows)
+    with pytest.raises(ValueError, match=r"path must be a JSON file of SmoothnessRecorder\.save"):
+        recorder.load(tmp_path / "rows.json")
+    assert recorder.rows == before
+
+
+def test_scatter_and_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    _, recorder = recorded()
+    points = recorder.scatter()
+    assert list(points) == ["zo", "fo"]
+    for mode, (norms, curvatures) in points.items():
+        assert curvatures == [row[f"smoothness_{mode}"] for row in recorder.rows]
+        assert norms == [
+            math.hypot(row["gradient_norm_zo"], row["gradient_norm_fo"]) for row in recorder.rows
+        ]
+    recorder.plot(tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(every=0), "every must be an int >= 1, got 0"),
+        (dict(directions=1), "directions must be an int >= 2, got 1"),
+        (dict(products=True), "products must be an int >= 1, got True"),
+        (dict(patience=0.5), "patience must be an int >= 1, got 0.5"),
+        (dict(seed=-1), "seed must be an int >= 0, got -1"),
+        (dict(method="backward"), "method must be one of .*got 'backward'"),
+        (dict(margin=-0.1), "margin must be a number >= 0, got -0.1"),
+        (dict(margin=math.nan), "margin must be a number >= 0, got nan"),
+    ],
+)
+def test_options_are_checked(options, said):
+    with pytest.raises(ValueError, match=said):
+        SmoothnessRecorder(Quadratic().optimizer(), **options)
+
+
+def test_what_is_refused():
+    toy = Quadratic()
+    with pytest.raises(TypeError, match="optimizer must be a HybridZOFO, got SGD"):
+        SmoothnessRecorder(torch.optim.SGD([toy.y], lr=0.1))
+    optimizer = toy.optimizer()
+    recorder = SmoothnessRecorder(optimizer)
+    for closure in (None, [], [toy, 3]):
+        with pytest.raises(TypeError, match="closure must be"):
+            recorder.step(closure)
+
+    def closure():
+        recorder.measure(toy)
+        return toy()
+
+    with pytest.raises(RuntimeError, match="inside a closure"):
+        optimizer.step(closure)
+    assert recorder.rows == []
+    assert recorder.steps == 0

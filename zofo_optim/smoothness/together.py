@@ -1,0 +1,74 @@
+"""Closures of micro-batches as one, added up as the optimizer does, and how often they ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..evaluation import Closure, losses_of_examples
+
+_DEVICES = ("cpu", "cuda")
+
+
+class Together:
+    """A closure whose loss is the sum of those of several; runs of each are counted.
+
+    Args:
+        closure: one, or several.
+        of_examples: they return losses of examples, shape (B,); the sum is that of their means,
+            and losses are put in a row.
+
+    Raises:
+        TypeError: it is no function, nor a sequence of them.
+    """
+
+    def __init__(self, closure: Closure | Sequence[Closure], *, of_examples: bool = False) -> None:
+        found: Any = [closure] if callable(closure) else closure
+        if not isinstance(found, (list, tuple)) or not found or not all(map(callable, found)):
+            raise TypeError(
+                f"closure must be a function or a sequence of them, got {closure!r:.80}"
+            )
+        self._of_examples = of_examples
+        self.evaluations = 0
+        """Runs of a closure without gradients."""
+        self.gradients = 0
+        """Runs with gradients."""
+        self.autocasts = False
+        """Whether the first run had functions under autocast."""
+        self.closures = [self._counted(one) for one in found]
+
+    def _counted(self, closure: Closure) -> Callable[[], Any]:
+        def counted() -> Any:
+            if torch.is_grad_enabled():
+                self.gradients += 1
+            else:
+                self.evaluations += 1
+            if self.evaluations + self.gradients > 1:
+                return closure()
+            with _SeeingAutocast() as seeing:
+                returned = closure()
+            self.autocasts = seeing.seen
+            return returned
+
+        return counted
+
+    def __call__(self) -> Any:
+        returned = [closure() for closure in self.closures]
+        if len(returned) == 1:
+            return returned[0]
+        if self._of_examples:
+            return len(returned) * torch.cat([losses_of_examples(losses) for losses in returned])
+        return sum(returned)
+
+
+class _SeeingAutocast(TorchFunctionMode):
+    """Looks whether torch functions are called under autocast, within the closure too."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= any(map(torch.is_autocast_enabled, _DEVICES))
+        return func(*args, **(kwargs or {}))
