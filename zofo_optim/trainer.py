@@ -28,6 +28,7 @@ from .optimizer import HybridZOFO
 from .partition import Partition
 from .partition.trainer import NO_RATE, Again, TrainerPartition
 from .sharding import is_sharded
+from .smoothness.trainer import SmoothnessCallback
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -308,6 +309,10 @@ class HybridTrainerMixin(_Base):
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's own step, evaluated where HybridZOFO needs the loss."""
         step = super().training_step
+        items = kwargs.get("num_items_in_batch", args[0] if args else None)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SmoothnessCallback):
+                callback.on_batch(self, model, inputs, items)
         counts: Counts | None = None  # as the first evaluation leaves them
 
         def closure() -> torch.Tensor:
@@ -394,6 +399,12 @@ class HybridTrainerMixin(_Base):
     def _divisor(self) -> int:
         """By what the Trainer divides a micro-batch's loss: models that count labels do it."""
         return 1 if self.model_accepts_loss_kwargs else self._micro_batches()
+
+    def _sums_micro_batches(self, items: Any) -> bool:
+        """Whether the Trainer adds up losses of micro-batches undivided."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        counted = self.model_accepts_loss_kwargs and items is not None
+        return bool(counted or self.compute_loss_func is not None) if said is None else bool(said)
 
     def _micro_batches(self) -> int:
         """Of the present step; an epoch's last one may have fewer."""

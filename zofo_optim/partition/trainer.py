@@ -152,7 +152,7 @@ class TrainerPartition:
         with _first_batches(trainer, self._batches) as batches, _as_in_training(model):
             # costs are those of the first one: of padded batches take the largest
             batches.sort(key=_elements, reverse=True)
-            closures = [_closure(trainer, model, batch) for batch in batches]
+            closures = [batch_closure(trainer, model, batch) for batch in batches]
             rows = () if self.partition is None else self.partition.rows
             known = [row.name for row in rows if row.candidate] or None
             made = make_partition(
@@ -296,17 +296,45 @@ def _as_in_training(model: nn.Module) -> Generator[None, None, None]:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-def _closure(trainer: HybridTrainerMixin, model: nn.Module, batch: dict[str, Any]) -> Closure:
-    """The loss that training has for this batch alone."""
+def batch_closure(
+    trainer: HybridTrainerMixin,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    items: Any = None,
+    batches: int = 1,
+    *,
+    of_examples: bool = False,
+) -> Closure:
+    """The loss that training has for this batch, without its backward.
+
+    Args:
+        trainer: whose loss it is.
+        model: as it is called.
+        batch: before the trainer has prepared it.
+        items: labels in all micro-batches of the step, where the Trainer counts them.
+        batches: micro-batches of the step; the sum of their closures is the loss that is trained.
+        of_examples: return losses of examples, shape (B,), whose mean is this batch's.
+    """
 
     def closure() -> torch.Tensor:
         inputs = trainer._prepare_inputs(dict(batch))
-        trainer._training = trainer._has_own_losses()
+        trainer._training = of_examples or trainer._has_own_losses()
         try:
             with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-                loss: torch.Tensor = trainer.compute_loss(model, inputs)
+                loss: torch.Tensor = trainer.compute_loss(
+                    model, inputs, **({} if items is None else {"num_items_in_batch": items})
+                )
+            losses = trainer._losses
         finally:
             trainer._training, trainer._losses = False, None
-        return loss.mean()
+        loss = loss.mean()
+        divides = batches > 1 and not trainer._sums_micro_batches(items)
+        if divides:
+            loss = loss / batches
+        if not of_examples:
+            return loss
+        assert losses is not None
+        losses = losses / batches if divides else losses
+        return losses + (loss - loss.detach())  # values of each, the gradient of their mean
 
     return closure
