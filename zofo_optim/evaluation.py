@@ -24,7 +24,7 @@ from .gradients import Gradients
 from .in_backward import InBackward, look_at
 from .replicas import Replicas, Share
 from .sharding import whole_of
-from .watch import Answer, ClosureWatch, answering
+from .watch import Answer, ClosureWatch, Look, answering
 
 Closure = Callable[[], Any]
 
@@ -97,7 +97,7 @@ def evaluate(
     first_order: Sequence[Tensor] = (),
     per_example: bool = False,
     answer: Answer | None = None,
-    look: InBackward | None = None,
+    look: Look | None = None,
     share: Share | None = None,
 ) -> Evaluation:
     """Run the closure once.

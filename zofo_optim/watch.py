@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +24,20 @@ from zofo_kernels._torch_compat import (
 )
 
 from .capture import capturing, check_replayable
-from .in_backward import InBackward
 
 _NEAR = 50
 """Operations between a loss and what it was computed from: divisions, sums, means."""
 Answer = Callable[[Any, "tuple[Any, ...]", "dict[str, Any]"], Any]
 """Makes a torch call's result, from the function and its arguments."""
 _BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+
+
+class Look(Protocol):
+    """Is told what is back-propagated, before, and whose gradients a closure reads."""
+
+    def look(self, root: Tensor, scaled: bool) -> None: ...
+
+    def looked_at(self, parameter: Tensor) -> None: ...
 
 
 class ClosureWatch(TorchFunctionMode):
@@ -52,7 +59,7 @@ class ClosureWatch(TorchFunctionMode):
         swallow: bool,
         inner: Collection[int] = (),
         answer: Answer | None = None,
-        look: InBackward | None = None,
+        look: Look | None = None,
     ) -> None:
         super().__init__()
         show_backward_to_modes()

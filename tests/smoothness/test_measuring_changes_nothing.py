@@ -110,6 +110,25 @@ def test_closures_may_go_back_themselves_and_clear_gradients(method):
         assert found[name].trace == pytest.approx(right[name].trace, rel=1e-3)
 
 
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_parameters_that_are_not_measured_keep_their_gradients(goes_back):
+    a, b, c = (Parameter(torch.ones(3)) for _ in range(3))
+    gradient = b.grad = torch.full((3,), 7.0)
+
+    def closure():
+        loss = (a * b * c).square().sum()
+        if goes_back:
+            loss.backward()
+        return loss
+
+    measure_smoothness({"a": [a]}, closure, directions=2, largest=False)
+    assert b.grad is gradient
+    assert same_bits(gradient, torch.full((3,), 7.0))
+    assert a.grad is None
+    assert c.grad is None
+    assert all(p.requires_grad for p in (a, b, c))
+
+
 def test_losses_of_examples_are_averaged():
     x = Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
     found = measure_smoothness({"x": x}, lambda: x.square(), directions=2, method="exact")

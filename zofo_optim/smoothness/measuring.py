@@ -85,8 +85,8 @@ def measure_smoothness(
 
     Raises:
         TypeError: ``target`` is of another kind, or holds sharded, quantised or integer weights;
-            weights of 16 bits where ``method="finite_difference"``; a closure's result is no loss
-            with a graph.
+            weights of 16 bits, or closures under autocast, where ``method="finite_difference"``; a
+            closure's result is no loss with a graph.
         ValueError: an argument is out of range.
         FloatingPointError: a gradient or loss is not finite.
         ImportError: scipy or tqdm is missing.

@@ -19,6 +19,8 @@ from ..buffers import Buffers
 from ..evaluation import Closure, GlobalRandomState, evaluate, scalar_loss
 from ..modes import undisturbed
 from ..watch import ClosureWatch
+from .bystanders import Bystanders
+from .seeing import SeeingAutocast
 
 METHODS = ("finite_difference", "exact")
 _RELATIVE_STEP = 1e-4
@@ -51,11 +53,13 @@ class HessianProducts:
         step: length of the displacement; None: 1e-4 of the norm of the parameters, whose root mean
             square counts as 0.01 at least.
         buffers: those that closures change.
-        others: parameters for which no gradients are computed meanwhile.
+        others: parameters for which no gradients are computed meanwhile; of all others, they are
+            computed and dropped.
 
     Raises:
         TypeError: on entering: a closure's result is no loss with a graph; the parameters have 16
-            bits, where differences of gradients are those of rounding.
+            bits, or the closure runs under autocast, where differences of gradients are those of
+            rounding.
         ValueError: ``method`` or ``step`` is out of range, or a GradScaler scaled the loss.
         FloatingPointError: a gradient is not finite.
     """
@@ -108,7 +112,17 @@ class HessianProducts:
             if self._step is None:
                 self._step = _RELATIVE_STEP * scale_of(self._parameters)
             #: Of the mean loss, at the weights; one tensor a parameter, in order.
-            self.gradient, self.loss = self._graph() if self._exact else self._taken()
+            if self._exact:
+                self.gradient, self.loss = self._graph()
+            else:
+                with SeeingAutocast() as seeing:
+                    self.gradient, self.loss = self._taken()
+                if seeing.seen:
+                    raise TypeError(
+                        "closure must not run under autocast where method='finite_difference': it "
+                        "rounds displaced weights to 16 bits, so that gradients differ by "
+                        "rounding; take method='exact', or leave autocast out"
+                    )
             self._kept = () if self._exact else tuple(p.detach().clone() for p in self._parameters)
             self._stack = stack.pop_all()
         return self
@@ -174,10 +188,14 @@ class HessianProducts:
         share = 1 / len(self._closures)
         for closure in self._closures:
             self._random.restore()
+            bystanders = Bystanders((*self._parameters, *self._others))
             try:
                 with self._buffers.as_before():
                     done = evaluate(
-                        _averaged(closure), gradients=True, first_order=self._parameters
+                        _averaged(closure),
+                        gradients=True,
+                        first_order=self._parameters,
+                        look=bystanders,
                     )
                 if not done.backpropagated:
                     raise _no_graph(done.returned)
@@ -188,6 +206,7 @@ class HessianProducts:
                         g = p.grad.to_dense() if p.grad.is_sparse else p.grad
                         mean.add_(g.detach(), alpha=share)
             finally:
+                bystanders.put_back()
                 for p in self._parameters:
                     p.grad = None
             loss += share * float(done.loss)

@@ -139,15 +139,10 @@ class Snapshots:
         with HessianProducts(
             block.tensors,
             together.closures,
-            method=(method := self._method_of(block, together.autocasts)),
+            method=self._method_of(block, together.autocasts),
             buffers=self._optimizer.buffers,
             others=[p for group in self._optimizer.param_groups for p in group["params"]],
         ) as products:
-            if together.autocasts and method != "exact":
-                raise TypeError(
-                    "method must be 'exact' where the closure runs under autocast, which rounds "
-                    "displaced weights to 16 bits: differences of gradients are those of rounding"
-                )
             found = of_products(block.name, products, self._directions, False, seed, lambda: None)
             step = SHARP * products.step
             ends = spectrum_ends(

@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from ..evaluation import Closure, losses_of_examples
-
-_DEVICES = ("cpu", "cuda")
+from .seeing import SeeingAutocast
 
 
 class Together:
@@ -48,7 +46,7 @@ class Together:
                 self.evaluations += 1
             if self.evaluations + self.gradients > 1:
                 return closure()
-            with _SeeingAutocast() as seeing:
+            with SeeingAutocast() as seeing:
                 returned = closure()
             self.autocasts = seeing.seen
             return returned
@@ -62,13 +60,3 @@ class Together:
         if self._of_examples:
             return len(returned) * torch.cat([losses_of_examples(losses) for losses in returned])
         return sum(returned)
-
-
-class _SeeingAutocast(TorchFunctionMode):
-    """Looks whether torch functions are called under autocast, within the closure too."""
-
-    seen = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= any(map(torch.is_autocast_enabled, _DEVICES))
-        return func(*args, **(kwargs or {}))
