@@ -4,6 +4,12 @@ from .active import Cycle, Draw
 from .base_weights import load_base_weights, save_base_weights
 from .gain import Gain, per_example_gain
 from .groups import hybrid_param_groups
+from .hyperparameters import (
+    LearningRates,
+    Suggestion,
+    find_lr,
+    suggest_hyperparameters,
+)
 from .journal import Journal, replay
 from .listeners import Listener
 from .losses import example_losses, example_losses_of
@@ -22,15 +28,18 @@ __all__ = [
     "Gain",
     "HybridZOFO",
     "Journal",
+    "LearningRates",
     "Listener",
     "Normalized",
     "Rule",
     "Sign",
+    "Suggestion",
     "ZScore",
     "__version__",
     "common_noise",
     "example_losses",
     "example_losses_of",
+    "find_lr",
     "hybrid_param_groups",
     "load_base_weights",
     "load_hybrid",
@@ -39,4 +48,5 @@ __all__ = [
     "save_base_weights",
     "save_hybrid",
     "shape_scores",
+    "suggest_hyperparameters",
 ]

@@ -30,6 +30,7 @@ def losses_along(
     *,
     of_examples: bool,
     seed: int = 0,
+    mu: float | None = None,
     said: str,
     buffers: Buffers | None = None,
 ) -> Tensor:
@@ -44,6 +45,7 @@ def losses_along(
         points: without gradients.
         of_examples: which of the two.
         seed: other ones give other directions.
+        mu: how far the points are; None: as the groups have it.
         said: the caller's name, for messages.
         buffers: those that the closure changes; None: the optimizer's.
 
@@ -71,7 +73,7 @@ def losses_along(
     )
     for group in groups:
         own = (int(group.options["seed"]) + _SEED + seed) % (1 << 64)
-        group.options = {**group.options, "seed": own}
+        group.options = {**group.options, "seed": own, "mu": group.mu if mu is None else mu}
     devices = {p.device for group in groups for p in group.params}
     perturbation = StreamedPerturbation(settings, Listener(), Advice())
     evaluator = Evaluator(per_example=of_examples)

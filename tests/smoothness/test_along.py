@@ -60,6 +60,20 @@ def test_other_seeds_are_other_directions():
     assert not (one == other).any()
 
 
+def test_mu_may_be_another_one():
+    """The slope of x^3 at 0 is mu^2 v^3."""
+    x = Parameter(torch.zeros(1, dtype=torch.float64), False)
+    optimizer = HybridZOFO([x], mode="zo", lr=1.0, mu=1e-2, distribution="rademacher")
+    for mu in (None, 1e-2, 0.5):
+        slopes = along_directions(optimizer, lambda: (x**3).sum(), directions=4, mu=mu).slopes
+        wanted = torch.full((4,), (mu or 1e-2) ** 2, dtype=torch.float64)
+        torch.testing.assert_close(slopes.abs(), wanted)
+    assert optimizer.param_groups[0]["mu"] == 1e-2
+    for mu in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="mu must be a finite number > 0"):
+            along_directions(optimizer, lambda: (x**3).sum(), mu=mu)
+
+
 def test_nothing_changes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 1))

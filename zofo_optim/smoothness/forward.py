@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,7 +27,12 @@ class Along(NamedTuple):
 
 
 def along_directions(
-    optimizer: GroupsAndState, closure: Closure, *, directions: int = 16, seed: int = 0
+    optimizer: GroupsAndState,
+    closure: Closure,
+    *,
+    directions: int = 16,
+    seed: int = 0,
+    mu: float | None = None,
 ) -> Along:
     """The loss, its slopes and its curvatures along directions as the optimizer draws them.
 
@@ -49,26 +55,34 @@ def along_directions(
             ``directions="per_example"``; here these share a direction.
         directions: at least 1.
         seed: other ones give other directions; none is one that a step takes.
+        mu: the displacement along each; None: the groups' own.
 
     Returns:
         :class:`Along`.
 
     Raises:
-        ValueError: ``directions`` or ``seed`` is out of range; there is no zeroth-order group, or
-            several with unequal ``mu``, which have no common curvature.
+        ValueError: ``directions``, ``seed`` or ``mu`` is out of range; there is no zeroth-order
+            group, or several with unequal ``mu``, which have no common curvature.
         RuntimeError: called from inside a closure.
     """
     for name, value, least in (("directions", directions, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
-    return along(optimizer, closure, directions, seed, optimizer.buffers)
+    if mu is not None and not 0 < mu < math.inf:
+        raise ValueError(f"mu must be a finite number > 0, got {mu!r}")
+    return along(optimizer, closure, directions, seed, optimizer.buffers, mu)
 
 
 def along(
-    optimizer: GroupsAndState, closure: Closure, directions: int, seed: int, buffers: Buffers
+    optimizer: GroupsAndState,
+    closure: Closure,
+    directions: int,
+    seed: int,
+    buffers: Buffers,
+    mu: float | None = None,
 ) -> Along:
     """See :func:`along_directions`; ``buffers`` are those that the closure changes."""
-    sizes = {group.mu for group in optimizer.zo_groups()}
+    sizes = {group.mu for group in optimizer.zo_groups()} if mu is None else {mu}
     if len(sizes) > 1:
         raise ValueError(
             f"optimizer must have one mu in all zeroth-order groups, got {sorted(sizes)}: groups "
@@ -82,6 +96,7 @@ def along(
         points,
         of_examples=of_examples,
         seed=seed,
+        mu=mu,
         said="along_directions",
         buffers=buffers,
     )

@@ -1,0 +1,282 @@
+"""Suggested rates against closed forms on quadratics; and that nothing is changed."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hybrid_nets import (
+    FO_CURVATURES,
+    ZO_CURVATURES,
+    Quadratic,
+    check_same,
+    everything,
+    hybrid_net,
+)
+from torch.nn import Parameter
+
+from zofo_optim import HybridZOFO, Normalized, suggest_hyperparameters
+from zofo_optim.hyperparameters.rates import OF_FIRST_ORDER, OF_ZEROTH_ORDER
+from zofo_optim.theory import theorem_step_sizes
+
+TRACE = ZO_CURVATURES.sum().item()
+
+
+def along_gradient(problem):
+    """g' H g / g' g."""
+    g = problem.gradient
+    return ((ZO_CURVATURES * g) @ g / (g @ g)).item()
+
+
+def test_the_zeroth_order_rate_of_gaussian_directions():
+    """E[s^2 v'Hv] is |g|^2 tr H + 2 g'Hg; within 4 of its standard errors, and these below 5 %."""
+    problem = Quadratic()
+    found = suggest_hyperparameters(problem.optimizer, problem, directions=600)
+    right = 1 / (TRACE + 2 * along_gradient(problem))
+    measured = found.zeroth_order
+    assert 0 < measured.error < 0.05 * right
+    assert abs(measured.terms.lr - right) < 4 * measured.error
+    assert abs(measured.trace - TRACE) < 4 * measured.trace_error < 0.2 * TRACE
+    assert found.practical.lr_zo == OF_ZEROTH_ORDER * measured.terms.lr
+    assert found.practical.warnings == ()
+    assert found.evaluations >= 1 + 2 * 600
+
+
+def test_signs_have_no_fourth_moment():
+    """With a diagonal H every ±1 direction has the curvature tr H, so the rate is 1 / tr H."""
+    problem = Quadratic(distribution="rademacher")
+    found = suggest_hyperparameters(problem.optimizer, problem, directions=8).zeroth_order
+    assert found.trace == pytest.approx(TRACE, rel=1e-6)
+    assert found.terms.lr == pytest.approx(1 / TRACE, rel=1e-6)
+    assert found.error < 1e-6 / TRACE
+
+
+@pytest.mark.parametrize("samples", [4, 20])
+def test_several_directions_allow_a_larger_rate(samples):
+    """E[u'Hu] is |g|^2 tr H / q + (1 + 1 / q) g'Hg; to 20 %, some 2 standard errors."""
+    problem = Quadratic(num_samples=samples)
+    found = suggest_hyperparameters(problem.optimizer, problem, directions=600).zeroth_order
+    along = along_gradient(problem)
+    right = 1 / (TRACE / samples + (1 + 1 / samples) * along)
+    assert found.terms.lr == pytest.approx(right, rel=0.2)
+
+
+def test_a_rule_s_rate_is_in_its_units():
+    """With slopes over their root mean square a rate is larger by it; to 15 %."""
+    plain = Quadratic()
+    ruled = Quadratic(zo_rule=Normalized(beta=0.999))
+    rates = [
+        suggest_hyperparameters(p.optimizer, p, directions=200).zeroth_order.terms.lr
+        for p in (plain, ruled)
+    ]
+    assert rates[1] / rates[0] == pytest.approx(plain.gradient.norm().item(), rel=0.15)
+
+
+def test_directions_of_examples():
+    """Losses a_b + <g, x> + x'Hx/2 of examples that agree: q is their number; to 15 %."""
+    draw = torch.Generator().manual_seed(3)
+    w = Parameter(torch.randn(6, 5, generator=draw, dtype=torch.float64), False)
+    h = torch.linspace(0.5, 2.0, 30, dtype=torch.float64).view(6, 5)
+    options = dict(structure="low_rank", perturbation="streamed", directions="per_example")
+
+    def losses():
+        return (h * w.square()).sum().expand(8) / 2 + torch.arange(8.0, dtype=torch.float64)
+
+    optimizer = HybridZOFO([("w", w)], mode="zo", lr=1.0, **options)
+    shared = HybridZOFO([("w", w)], mode="zo", lr=1.0, structure="low_rank")
+    many = suggest_hyperparameters(optimizer, losses, directions=150).zeroth_order.terms
+    one = suggest_hyperparameters(shared, lambda: losses().mean(), directions=150)
+    alone = one.zeroth_order.terms
+    assert many.gain == pytest.approx(alone.gain)
+    assert alone.bend / 8 < many.bend < alone.bend / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [
+        ({}, None),
+        (dict(momentum=0.9), "tenth"),
+    ],
+)
+def test_the_rate_of_sgd(options, right):
+    """g'g / g'Hg; with momentum, whose update is ten gradients in the end, a tenth, to 5 %."""
+    problem = Quadratic(("fo",), **options)
+    g = FO_CURVATURES * problem.y.detach()
+    wanted = (g @ g / ((FO_CURVATURES * g) @ g)).item() / (10 if right else 1)
+    found = suggest_hyperparameters(problem.optimizer, problem)
+    assert found.first_order.lr == pytest.approx(wanted, rel=0.05 if right else 1e-6)
+    assert found.practical.lr_fo == OF_FIRST_ORDER * found.first_order.lr
+    assert found.practical.lr_zo is found.practical.mu is found.zeroth_order is None
+
+
+def test_the_rate_of_adam():
+    """Its update is the gradient's sign: |g|_1 / tr H; and it is ill-conditioned here."""
+    problem = Quadratic(("fo",), fo_optimizer=torch.optim.Adam)
+    g = FO_CURVATURES * problem.y.detach()
+    found = suggest_hyperparameters(problem.optimizer, problem)
+    right = (g.abs().sum() / FO_CURVATURES.sum()).item()
+    assert found.first_order.lr == pytest.approx(right, rel=1e-4)
+    along = found.first_order.curvature
+    assert along == pytest.approx(FO_CURVATURES.sum().item(), rel=1e-4)
+
+
+def test_rates_of_first_order_groups_keep_their_ratio():
+    """The second group's update is a tenth: lr* is that of (u_1, u_2 / 10)."""
+    y, z = (Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    groups = [dict(params=[y], lr=0.5), dict(params=[z], lr=0.05)]
+    optimizer = HybridZOFO(groups)
+    found = suggest_hyperparameters(optimizer, lambda: (y.square().sum() + z.square().sum()) / 2)
+    assert found.first_order.lr == pytest.approx((1 + 0.1) / (1 + 0.01))
+
+
+def test_curvature_is_that_of_the_length_of_the_step():
+    """f = y^4 / 4 from 1: along u = 1 the loss is lowest at y = 0, where Newton says 1 / 3."""
+    y = Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = HybridZOFO([y], lr=1.0)
+    found = suggest_hyperparameters(optimizer, lambda: (y**4).sum() / 4).first_order
+    assert found.slope / found.curvature == pytest.approx(1 / 3, rel=0.01)
+    assert 0.6 < found.lr < 1.1
+
+
+def test_mu_weighs_truncation_against_rounding():
+    """f = a x^3 / 6 in single precision around 1: the third derivative is a."""
+    x = Parameter(torch.zeros(1), False)
+    optimizer = HybridZOFO([x], mode="zo", lr=1.0, mu=0.3, distribution="rademacher")
+    found = suggest_hyperparameters(optimizer, lambda: (1 + 0.1 * x + 8 * x**3 / 6).sum())
+    size = found.perturbation
+    assert size.error == pytest.approx(8 * 0.3**2 / 6 / (0.1 + 8 * 0.3**2 / 6), rel=0.01)
+    assert 1e-9 < size.noise < 1e-6
+    assert size.best == pytest.approx((3 * size.noise / 8) ** (1 / 3), rel=0.01)
+    assert found.practical.mu == size.best
+    assert "Suggested is the latter" in str(found)
+
+
+def test_a_good_mu_is_kept():
+    problem = Quadratic()
+    found = suggest_hyperparameters(problem.optimizer, problem)
+    assert found.perturbation.error < 1e-6
+    assert found.practical.mu == 1e-3
+
+
+def test_batches_that_disagree_are_told():
+    """Batches pull to opposite sides: a step lowers its own loss alone."""
+    x = Parameter(torch.zeros(20, dtype=torch.float64), False)
+    closures = [lambda side=side: side * x.sum() + 0.5 * x @ x for side in (1.0, -1.0)]
+    optimizer = HybridZOFO([x], mode="zo", lr=1.0)
+    found = suggest_hyperparameters(optimizer, closures, directions=64)
+    assert found.zeroth_order.terms.others == pytest.approx(-found.zeroth_order.terms.gain)
+    assert any("noise prevails" in warning for warning in found.practical.warnings)
+
+
+def test_no_rate_where_the_loss_does_not_turn():
+    x, y = Parameter(torch.ones(3), False), Parameter(torch.ones(3))
+    optimizer = HybridZOFO([dict(params=[x], mode="zo", lr=1.0), dict(params=[y], lr=1.0)])
+    found = suggest_hyperparameters(optimizer, lambda: -x @ x + y.sum()).practical
+    assert found.lr_zo is found.lr_fo is None
+    assert sum("no rate could be found" in warning for warning in found.warnings) == 2
+
+
+@pytest.mark.parametrize("method", ["finite_difference", "exact", "forward"])
+def test_theory_takes_the_curvatures_as_they_are(method):
+    """Two components, quadratics that differ by a slope, so that all constants are known."""
+    problem = Quadratic()
+    closures = [lambda side=side: problem() + side * problem.y.sum() for side in (1.0, -1.0)]
+    options = dict(method=method, directions=40, epsilon=1.0, delta=0.5, proof="corrected")
+    found = suggest_hyperparameters(problem.optimizer, closures, components=50, **options)
+    known, exact = found.constants, method != "forward"
+    L_x, L_y = ZO_CURVATURES.max().item(), FO_CURVATURES.max().item()
+    assert known.n == 50
+    assert known.d_x == 30
+    assert known.gap == pytest.approx(problem().item())
+    if exact:
+        assert known.L_x == pytest.approx(L_x, rel=0.02)
+        assert known.L_y == pytest.approx(L_y, rel=0.02)
+    else:  # Frobenius norms are upper bounds
+        assert L_x < known.L_x_max < 3 * ZO_CURVATURES.square().sum().sqrt().item()
+        assert known.L_y_max > L_y / 2
+    assert known.sigma**2 == pytest.approx(2 * 4.0, rel=1e-6)  # unbiased, of two
+    assert (FO_CURVATURES * problem.y.detach()).norm().item() < known.G
+    assert found.theory == theorem_step_sizes(
+        known, epsilon=1.0, delta=0.5, epochs=None, proof="corrected"
+    )
+    assert found.theory.lr_zo < found.practical.lr_zo
+    assert "What the theorem admits" in str(found)
+
+
+def test_theory_needs_a_loss_above_its_floor():
+    problem = Quadratic()
+    with pytest.raises(ValueError, match="floor must be below the loss"):
+        suggest_hyperparameters(problem.optimizer, problem, epsilon=1.0, floor=1e9)
+    with pytest.raises(ValueError, match="epsilon must be above 0 and delta in"):
+        suggest_hyperparameters(problem.optimizer, problem, epsilon=0.0)
+    first_order = Quadratic(("fo",))
+    with pytest.raises(ValueError, match="epsilon needs an optimizer with a group of mode='zo'"):
+        suggest_hyperparameters(first_order.optimizer, first_order, epsilon=1.0)
+
+
+@pytest.mark.parametrize("perturbation", ["in_place", "streamed"])
+def test_it_changes_nothing(perturbation):
+    net, optimizer, closures = hybrid_net(perturbation=perturbation)
+    before = everything(net, optimizer)
+    first = suggest_hyperparameters(optimizer, closures, directions=4)
+    check_same(before, net, optimizer)
+    assert str(suggest_hyperparameters(optimizer, closures, directions=4)) == str(first)
+    assert not math.isnan(first.first_order.lr)
+
+
+def test_nor_where_the_closure_raises():
+    """In its first run, and in its last ones, where first-order weights are moved."""
+    net, optimizer, closures = hybrid_net()
+    before = everything(net, optimizer)
+
+    def failing_at(last):
+        runs = itertools.count(1)
+
+        def closure():
+            optimizer.zero_grad()
+            if next(runs) >= last:
+                raise KeyboardInterrupt
+            return closures[0]()
+
+        return closure, runs
+
+    whole, runs = failing_at(math.inf)
+    suggest_hyperparameters(optimizer, whole, directions=2)
+    count = next(runs) - 1
+    for last in (1, count // 2, count - 2, count):
+        with pytest.raises(KeyboardInterrupt):
+            suggest_hyperparameters(optimizer, failing_at(last)[0], directions=2)
+        check_same(before, net, optimizer)
+
+
+def test_what_cannot_be():
+    problem = Quadratic()
+    optimizer = problem.optimizer
+    with pytest.raises(TypeError, match="optimizer must be a HybridZOFO, got SGD"):
+        suggest_hyperparameters(torch.optim.SGD([problem.y]), problem)
+    with pytest.raises(ValueError, match="closures must be a function or a sequence"):
+        suggest_hyperparameters(optimizer, [])
+    with pytest.raises(TypeError, match="closures must be functions, got int"):
+        suggest_hyperparameters(optimizer, [3])
+    for directions in (1, True, 2.0):
+        with pytest.raises(ValueError, match="directions must be an int >= 2"):
+            suggest_hyperparameters(optimizer, problem, directions=directions)
+    with pytest.raises(ValueError, match="seed must be an int >= 0"):
+        suggest_hyperparameters(optimizer, problem, seed=-1)
+    with pytest.raises(FloatingPointError, match="finite losses"):
+        suggest_hyperparameters(optimizer, lambda: problem() * math.inf)
+    with pytest.raises(RuntimeError, match="must not be called inside a closure"):
+        optimizer.step(lambda: suggest_hyperparameters(optimizer, problem))
+    optimizer.backward(problem)
+    with pytest.raises(RuntimeError, match="between backward and step"):
+        suggest_hyperparameters(optimizer, problem)
+    for options, message in (
+        (dict(active=0.5), "active must be None"),
+        (dict(num_samples=16), "2 or more times num_samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            suggest_hyperparameters(Quadratic(**options).optimizer, problem)
+    x, z = (Parameter(torch.ones(2), False) for _ in range(2))
+    groups = [dict(params=[x], lr=1.0), dict(params=[z], lr=2.0)]
+    with pytest.raises(ValueError, match="one mu and one lr"):
+        suggest_hyperparameters(HybridZOFO(groups, mode="zo"), lambda: x.sum() * z.sum())

@@ -1,0 +1,119 @@
+"""From what was measured to rates to start with, and why, in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .first_order import FirstOrder
+from .perturbation_size import FINE, PerturbationSize
+from .zeroth_order import ZerothOrder
+
+OF_ZEROTH_ORDER = 0.15
+"""The rate to start with, over lr*: calibrated, see docs/learning-rates.md."""
+OF_FIRST_ORDER = 0.5
+"""Likewise."""
+_NOISY = 0.5
+"""A standard error, over what it is of, that is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What to start with; None: the optimizer has no such group, or no number could be found."""
+
+    lr_zo: float | None
+    lr_fo: float | None
+    mu: float | None
+    reasons: tuple[str, ...]
+    """A sentence or two for each."""
+    warnings: tuple[str, ...]
+    """What makes a number doubtful."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name} = {value:.2g}"
+            for name, value in (("lr_zo", self.lr_zo), ("lr_fo", self.lr_fo), ("mu", self.mu))
+            if value is not None
+        ]
+        lines += [f"- {reason}" for reason in self.reasons]
+        return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings)])
+
+
+def rates_of(
+    zeroth_order: ZerothOrder | None,
+    size: PerturbationSize | None,
+    first_order: FirstOrder | None,
+) -> Rates:
+    """Of what was measured; pure."""
+    reasons: list[str] = []
+    warnings: list[str] = []
+    lr_zo = lr_fo = mu = None
+    if zeroth_order is not None:
+        lr_zo = _zeroth_order(zeroth_order, reasons, warnings)
+    if first_order is not None:
+        lr_fo = _first_order(first_order, reasons, warnings)
+    if size is not None:
+        mu = _mu(size, reasons, warnings)
+    return Rates(lr_zo, lr_fo, mu, tuple(reasons), tuple(warnings))
+
+
+def _zeroth_order(found: ZerothOrder, reasons: list[str], warnings: list[str]) -> float | None:
+    terms = found.terms
+    if math.isnan(terms.lr):
+        warnings.append(
+            f"lr_zo: no rate could be found; along {found.directions} directions the loss falls by "
+            f"{terms.gain:.2g} and turns by {terms.bend:.2g} a unit of rate, and both must be "
+            "above 0: take more directions, or find_lr"
+        )
+        return None
+    reasons.append(
+        f"lr_zo: a step lowers its batch's loss most at lr* = {terms.gain:.3g} / {terms.bend:.3g} "
+        f"= {terms.lr:.2g} (± {found.error:.1g}), E[g.u] / E[u'Hu] along {found.directions} "
+        f"directions, and raises it beyond twice that; the trace of H is {found.trace:.3g} "
+        f"(± {found.trace_error:.1g}). Suggested is {OF_ZEROTH_ORDER:g} lr*."
+    )
+    if not found.error < _NOISY * terms.lr:
+        warnings.append(
+            f"lr_zo: lr* has a standard error of {found.error:.1g}; take more directions"
+        )
+    if terms.others < 0.1 * terms.gain:
+        warnings.append(
+            f"lr_zo: a step that lowers its batch's loss by {terms.gain:.2g} a unit of rate lowers "
+            f"that of other batches by {terms.others:.2g}: noise prevails; let the rate decay, or "
+            "take larger batches"
+        )
+    return OF_ZEROTH_ORDER * terms.lr
+
+
+def _first_order(found: FirstOrder, reasons: list[str], warnings: list[str]) -> float | None:
+    if math.isnan(found.lr):
+        warnings.append(
+            "lr_fo: no rate could be found; along the first-order update the loss falls by "
+            f"{found.slope:.2g} a unit of rate, which must be above 0, and must stop to: give more "
+            "batches, or take find_lr"
+        )
+        return None
+    reasons.append(
+        f"lr_fo: along the optimizer's own update the loss falls by {found.slope:.3g} a unit of "
+        f"rate at first, and no more at lr* = {found.lr:.2g} ({found.batches} batches). Suggested "
+        f"is {OF_FIRST_ORDER:g} lr*."
+    )
+    if not math.isnan(found.slope_error) and not found.slope_error < _NOISY * found.slope:
+        warnings.append(
+            f"lr_fo: that slope has a standard error of {found.slope_error:.1g}; give more batches"
+        )
+    return OF_FIRST_ORDER * found.lr
+
+
+def _mu(found: PerturbationSize, reasons: list[str], warnings: list[str]) -> float:
+    best = f"{found.best:.1g}" if found.best < math.inf else "any larger one"
+    reason = (
+        f"mu: the error of a slope at {found.mu:g} is {100 * found.error:.2g} % of its size, the "
+        f"least one is {100 * found.best_error:.2g} %, at {best} (losses have a noise of "
+        f"{found.noise:.1g})."
+    )
+    keep = found.error <= FINE or found.best == math.inf
+    reasons.append(f"{reason} {'Kept.' if keep else 'Suggested is the latter.'}")
+    if found.best_error > FINE:
+        warnings.append("mu: no size makes slopes exact; evaluate the loss in higher precision")
+    return found.mu if keep else found.best
