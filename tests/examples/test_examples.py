@@ -28,6 +28,7 @@ PROMISES = {
     "journal_replay.py": ["weights of the base model remade to the bit: True"],
     "save_merge_generate.py": [r"trained: '(.*)'\nmerged:  '\1'\n", "the same text: True"],
     "fsdp2.py": ["the first holds 30,880 of 30,880 weights"],
+    "suggested_rates.py": [r"loss (?P<high>\S+) -> (?P<low>\S+)"],
     "own_csv.py": ["'The parcel never arrived.' is about 'delivery'"],
 }
 """What is printed beside the loss, if not instead of it."""
@@ -37,6 +38,7 @@ WITHOUT_LOSS = {
     "generated_text.py",
     "population_on_vllm.py",
     "score_trainer.py",
+    "suggested_rates.py",
 }
 
 

@@ -171,9 +171,28 @@ def test_batches_that_disagree_are_told():
 def test_no_rate_where_the_loss_does_not_turn():
     x, y = Parameter(torch.ones(3), False), Parameter(torch.ones(3))
     optimizer = HybridZOFO([dict(params=[x], mode="zo", lr=1.0), dict(params=[y], lr=1.0)])
-    found = suggest_hyperparameters(optimizer, lambda: -x @ x + y.sum()).practical
-    assert found.lr_zo is found.lr_fo is None
-    assert sum("no rate could be found" in warning for warning in found.warnings) == 2
+    found = suggest_hyperparameters(optimizer, lambda: x @ x + y.sum()).practical
+    assert found.lr_zo > 0
+    assert found.lr_fo is None
+    assert sum("lr_fo: no rate could be found" in warning for warning in found.warnings) == 1
+    with pytest.raises(FloatingPointError, match="differ along random directions"):
+        suggest_hyperparameters(optimizer, lambda: 0 * x.sum() + y @ y)
+
+
+def test_where_the_loss_turns_downwards_its_magnitude_is_taken():
+    """Upside down, each curvature along a direction changes its sign alone."""
+    x = Parameter(torch.ones(30, dtype=torch.float64), False)
+    slope = torch.linspace(-1, 1, 30, dtype=torch.float64)
+    found = [
+        suggest_hyperparameters(
+            HybridZOFO([x], mode="zo", lr=1.0),
+            lambda side=side: side * (slope @ x + (x - 1) @ (x - 1) / 2),
+        )
+        for side in (1, -1)
+    ]
+    assert found[0].practical.lr_zo == pytest.approx(found[1].practical.lr_zo)
+    told = [any("does not turn upwards" in w for w in f.practical.warnings) for f in found]
+    assert told == [False, True]
 
 
 @pytest.mark.parametrize("method", ["finite_difference", "exact", "forward"])

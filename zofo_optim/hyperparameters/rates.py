@@ -62,16 +62,23 @@ def _zeroth_order(found: ZerothOrder, reasons: list[str], warnings: list[str]) -
     if math.isnan(terms.lr):
         warnings.append(
             f"lr_zo: no rate could be found; along {found.directions} directions the loss falls by "
-            f"{terms.gain:.2g} and turns by {terms.bend:.2g} a unit of rate, and both must be "
-            "above 0: take more directions, or find_lr"
+            f"{terms.gain:.2g} and turns by {terms.magnitude:.2g} a unit of rate, and both must be "
+            "above 0: do the zeroth-order parameters reach the loss?"
         )
         return None
+    of, size = ("E[u'Hu]", terms.bend) if terms.turns else ("E[|u'Hu|]", terms.magnitude)
     reasons.append(
-        f"lr_zo: a step lowers its batch's loss most at lr* = {terms.gain:.3g} / {terms.bend:.3g} "
-        f"= {terms.lr:.2g} (± {found.error:.1g}), E[g.u] / E[u'Hu] along {found.directions} "
+        f"lr_zo: a step lowers its batch's loss most at lr* = {terms.gain:.3g} / {size:.3g} "
+        f"= {terms.lr:.2g} (± {found.error:.1g}), E[g.u] / {of} along {found.directions} "
         f"directions, and raises it beyond twice that; the trace of H is {found.trace:.3g} "
         f"(± {found.trace_error:.1g}). Suggested is {OF_ZEROTH_ORDER:g} lr*."
     )
+    if not terms.turns:
+        warnings.append(
+            f"lr_zo: the loss does not turn upwards along {found.directions} directions (E[u'Hu] = "
+            f"{terms.bend:.2g}), so the magnitude of its curvature was taken; curvature will rise "
+            "in training: ask again after some steps"
+        )
     if not found.error < _NOISY * terms.lr:
         warnings.append(
             f"lr_zo: lr* has a standard error of {found.error:.1g}; take more directions"

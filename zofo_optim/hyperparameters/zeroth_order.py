@@ -47,11 +47,23 @@ class Terms(NamedTuple):
     """E[grad f . u]: how fast that of other batches does; NaN with one batch."""
     bend: float
     """E[u' H u]: how fast it turns."""
+    magnitude: float
+    """E[r^2 |c|] / q: how fast it would turn were all curvatures positive."""
+
+    @property
+    def turns(self) -> bool:
+        """Whether the loss turns upwards in expectation."""
+        return self.bend > 0
 
     @property
     def lr(self) -> float:
-        """The rate of the largest expected decrease; NaN where the loss does not turn."""
-        return self.gain / self.bend if self.gain > 0 and self.bend > 0 else math.nan
+        """The rate of the largest expected decrease.
+
+        Where the loss does not turn, with ``magnitude`` in place of ``bend``: among curvatures of
+        both signs the positive ones soon prevail. NaN where the loss does not fall, or is flat.
+        """
+        size = self.bend if self.turns else self.magnitude
+        return self.gain / size if self.gain > 0 and size > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -177,11 +189,12 @@ def terms_of(shaped: Tensor, slopes: Tensor, curvatures: Tensor, samples: int) -
         others = crossed.mean().item() / (batches * (batches - 1))
     squares = shaped.square().mean((0, 2))
     bend = (squares * curvatures).mean() / samples
+    magnitude = (squares * curvatures.abs()).mean().item() / samples
     if samples > 1:
         products = means.square().mean(0)
         pair = ((products * curvatures).mean() - products.mean() * curvatures.mean()) / 2
         bend = bend + (1 - 1 / samples) * pair.clamp(min=0.0)
-    return Terms(own.mean().item() / batches, others, bend.item())
+    return Terms(own.mean().item() / batches, others, bend.item(), magnitude)
 
 
 def _crossed(slopes: Tensor) -> float:
