@@ -48,6 +48,13 @@ def band(
         )
 
 
+def panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure of one row of panels."""
+    size = (4.6 * count, 4)
+    figure, axes = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+    return figure, list(axes[0])
+
+
 def finish(figure: Any, title: str, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
@@ -64,13 +71,13 @@ def plot_curves(
     grid = cells(results)
     names = [n for n in PANELS if n != "accuracy" or results[0]["scored"]]
     count = len(names) + by_seconds
-    figure, axes = plt.subplots(1, count, figsize=(4.6 * count, 4), layout="constrained")
-    panels = [(name, "step") for name in names] + [("loss", "seconds")] * by_seconds
-    for axis, (name, x) in zip(np.atleast_1d(axes), panels, strict=True):
+    figure, axes = panels(count)
+    shown = [(name, "step") for name in names] + [("loss", "seconds")] * by_seconds
+    for axis, (name, x) in zip(axes, shown, strict=True):
         for (_, method), runs in grid.items():
             band(axis, runs, name, method, x, **style(method))
         axis.set(xlabel=x, ylabel=PANELS[name])
-    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
     finish(figure, title, path)
 
 

@@ -293,6 +293,23 @@ def test_where_hybrid_training_pays():
     assert lines == [[line[name] for name in head] for line in own]
 
 
+@pytest.mark.skipif(not (RESULTS / "theory").is_dir(), reason="the study's results are not here")
+def test_figures_of_theory():
+    """Lines are those of the committed table that has the columns named."""
+    sources = tables((RESULTS / "theory" / "table.md").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    found = 0
+    for title in ("Smoothness", "Two learning rates"):
+        for head, *lines in tables(page.split(f"\n## {title}\n")[1].split("\n## ")[0]):
+            (source,) = [one for one in sources if set(head) <= set(one[0])]
+            own = [dict(zip(source[0], line, strict=True)) for line in source[1:]]
+            for line in lines:
+                shown = dict(zip(head, line, strict=True))
+                assert any(shown.items() <= one.items() for one in own), line
+                found += len(line)
+    assert found > 100
+
+
 def test_there_are_no_columns_without_numbers():
     """What nothing was measured for is left out."""
     for path in (ROOT / "docs").glob("*.md"):
