@@ -42,7 +42,7 @@ def measure_smoothness(
     - ||H||_F^2 = E ||H v||^2, unbiased; its root is reported;
     - tr H = E v' H v (Hutchinson 1990);
     - the eigenvalue of largest magnitude, by Lanczos' method on the same products
-      (``scipy.sparse.linalg.eigsh``, to 1 %): the Lipschitz constant of the gradient there, which
+      (``scipy.sparse.linalg.eigsh``, to 1 % of exact products): the Lipschitz constant of the gradient there, which
       the paper calls L_x and L_y.
 
     Products H v come from differences of gradients or from double backward, see
