@@ -40,7 +40,8 @@ def losses_along(
     same random numbers and start from the same buffers; generators and buffers are then as before.
 
     Args:
-        optimizer: whose zeroth-order groups, ``mu``, distribution and structure are taken.
+        optimizer: whose zeroth-order groups, ``mu``, distribution and structure are taken; of
+            their parameters, what the present step moves (``active``).
         closure: returns the loss, or the losses of B examples.
         points: without gradients.
         of_examples: which of the two.

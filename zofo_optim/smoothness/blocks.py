@@ -34,12 +34,13 @@ class Block:
         return sum(p.numel() for p in self.tensors.values())
 
 
-def blocks_of(target: Any, by: str) -> tuple[list[Block], Buffers]:
+def blocks_of(target: Any, by: str, model: nn.Module | None = None) -> tuple[list[Block], Buffers]:
     """The blocks of a target, and the buffers that evaluations may change.
 
     Args:
         target: an optimizer, parameter groups, a module, or tensors by the name of their block.
         by: one of :data:`BY`.
+        model: whose buffers they are; None: the target's, where it knows a model.
 
     Raises:
         TypeError: ``target`` is none of these, or a parameter is no leaf tensor of real numbers
@@ -48,11 +49,19 @@ def blocks_of(target: Any, by: str) -> tuple[list[Block], Buffers]:
     """
     if by not in BY:
         raise ValueError(f"by must be one of {BY}, got {by!r}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(target, Mapping) and "params" in target:
+        target = [target]  # a group alone
     if isinstance(target, Mapping):
         if by != "mode":
             raise ValueError(f"by must be left out where target names its own blocks, got {by!r}")
-        found = {str(name): dict(_named(value, str(name))) for name, value in target.items()}
-        blocks, buffers = [Block(name, tensors) for name, tensors in found.items()], Buffers()
+        if len(names := {str(name) for name in target}) < len(target):
+            raise ValueError(f"target must name its blocks differently, got {sorted(names)}")
+        blocks = [
+            Block(str(name), _once(_named(value, str(name)))) for name, value in target.items()
+        ]
+        buffers = Buffers()
     else:
         entries, buffers = _entries(target)
         blocks = _split(entries, by)
@@ -62,7 +71,7 @@ def blocks_of(target: Any, by: str) -> tuple[list[Block], Buffers]:
     for block in blocks:
         for name, p in block.tensors.items():
             _check(name, p)
-    return blocks, buffers
+    return blocks, buffers if model is None else Buffers(model)
 
 
 @dataclass(frozen=True)
@@ -121,20 +130,42 @@ def _named(value: Any, name: str) -> Iterable[tuple[str, Tensor]]:
         return [(name, value)]
     if isinstance(value, Mapping):
         return list(value.items())
+    if not isinstance(value, Iterable):
+        raise TypeError(
+            f"target must map names to tensors, got {type(value).__name__} for {name!r}"
+        )
     return [(f"{name} {number}", p) for number, p in enumerate(value)]
 
 
+def _once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Each tensor once; names that come again are numbered."""
+    found: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, p in named:
+        if id(p) not in known:
+            known.add(id(p))
+            free, number = name, 1
+            while free in found:
+                number += 1
+                free = f"{name} ({number})"
+            found[free] = p
+    return found
+
+
 def _split(entries: Iterable[_Entry], by: str) -> list[Block]:
-    blocks: dict[str, dict[str, Tensor]] = {}
-    for entry in entries:
+    every = list(entries)
+    if by == "tensor":
+        named = _once((entry.name, entry.tensor) for entry in every)
+        return [Block(name, {name: p}) for name, p in named.items()]
+    blocks: dict[str, list[tuple[str, Tensor]]] = {}
+    for entry in every:
         name = {
             "mode": entry.mode,
             "group": f"group {entry.group} ({entry.mode})",
             "layer": f"{entry.mode}, {layer_of(entry.name) or entry.name}",
-            "tensor": entry.name,
         }[by]
-        blocks.setdefault(name, {})[entry.name] = entry.tensor
-    return [Block(name, tensors) for name, tensors in blocks.items()]
+        blocks.setdefault(name, []).append((entry.name, entry.tensor))
+    return [Block(name, _once(named)) for name, named in blocks.items()]
 
 
 def _check(name: str, p: Any) -> None:

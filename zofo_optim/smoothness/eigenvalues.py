@@ -32,6 +32,10 @@ _WHY = (
 Vector = NDArray[Any]
 
 
+class NotConverged(RuntimeError):
+    """The eigenvalue was not found; the message says why."""
+
+
 class Eigenvalue(NamedTuple):
     """See :func:`largest_eigenvalue`."""
 
@@ -73,7 +77,7 @@ def largest_eigenvalue(
 
     Raises:
         ImportError: scipy is missing.
-        RuntimeError: it does not converge, as where products are mostly rounding.
+        NotConverged: it does not converge, as where products are mostly rounding.
     """
     linalg = check_scipy()
     parameters = products.parameters
@@ -100,13 +104,13 @@ def largest_eigenvalue(
             operator, k=1, which="LM", v0=start, ncv=_VECTORS, tol=_TOLERANCE, maxiter=_RESTARTS
         )
     except linalg.ArpackNoConvergence as error:
-        raise RuntimeError(
+        raise NotConverged(
             f"Lanczos' method did not end in {_RESTARTS} restarts: {_WHY}"
         ) from error
     value, vector = float(values[0]), vectors[:, 0]
     residual = float(np.linalg.norm(multiply(vector) - value * vector))
     if residual > _RESIDUAL * abs(value):
-        raise RuntimeError(
+        raise NotConverged(
             f"H u differs by {residual:.2g} from the eigenvalue's {value:.2g} u: {_WHY}"
         )
     return Eigenvalue(value, vector)
@@ -116,6 +120,7 @@ def _shaped(x: Vector, parameters: Sequence[Tensor]) -> list[Tensor]:
     found, start = [], 0
     for p in parameters:
         part = x[start : start + p.numel()].reshape(p.shape)
-        found.append(torch.from_numpy(np.ascontiguousarray(part)).to(p.device, p.dtype))
+        tensor = torch.from_numpy(np.ascontiguousarray(part)).reshape(p.shape)  # also of none
+        found.append(tensor.to(p.device, p.dtype))
         start += p.numel()
     return found

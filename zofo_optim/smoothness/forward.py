@@ -37,8 +37,8 @@ def along_directions(
     """The loss, its slopes and its curvatures along directions as the optimizer draws them.
 
     For directions v with E[v v'] = I, a Gaussian's or of signs or low rank, E[slope^2] is
-    ||grad f||^2 and E[curvature] is tr H, the trace of the Hessian with regard to all zeroth-order
-    parameters. What a zeroth-order step along one direction does to the loss in expectation is
+    ||grad f||^2 and E[curvature] is tr H, the trace of the Hessian with regard to what moves. What
+    a zeroth-order step along one direction does to the loss in expectation is
     -lr E[slope^2] + lr^2 E[slope^2 curvature] / 2.
 
     The errors of both are O(mu^2). Rounding of the loss adds about 1e-7 |f| / mu to a slope and
@@ -50,7 +50,7 @@ def along_directions(
 
     Args:
         optimizer: whose zeroth-order groups move, by their ``mu``, ``distribution`` and
-            ``structure``.
+            ``structure``; with ``active``, what the present step moves of them.
         closure: returns what the optimizer takes: the loss, or the losses of B examples where
             ``directions="per_example"``; here these share a direction.
         directions: at least 1.

@@ -15,9 +15,10 @@ from ..evaluation import Closure
 from ..optimizer import HybridZOFO
 from .blocks import Block
 from .forward import along
-from .products import scale_of
+from .products import averaged, scale_of
 from .report import BlockSmoothness, Smoothness
 from .sampled import bar, mean_and_error
+from .seeing import SeeingAutocast
 
 _RELATIVE_STEP = 1e-2
 """Of the norm of the weights; differences of gradients are taken over shorter ones."""
@@ -37,15 +38,34 @@ def measure_forward(
     """See :func:`measure_smoothness`, with ``method="forward"``.
 
     Raises:
+        TypeError: weights have 16 bits, or a closure runs under autocast: second differences of the
+            loss are those of rounding.
         FloatingPointError: a loss is not finite.
     """
+    for block in blocks:
+        for name, p in block.tensors.items():
+            if p.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    "target must have float32 or float64 weights where method='forward', got "
+                    f"{p.dtype} in {name!r}, in which displacements round; take method='exact', or "
+                    "model.float()"
+                )
     found, loss = {}, math.nan
     with bar(progress, len(blocks)) as advance:
         for block in blocks:
             length = step or _RELATIVE_STEP * scale_of(block.parameters)
             mu = length / math.sqrt(block.size)
             optimizer = HybridZOFO([dict(params=block.parameters, mode="zo", lr=0.0, mu=mu)])
-            probes = [along(optimizer, closure, directions, seed, buffers) for closure in closures]
+            with SeeingAutocast() as seeing:
+                probes = [
+                    along(optimizer, averaged(closure), directions, seed, buffers)
+                    for closure in closures
+                ]
+            if seeing.seen:
+                raise TypeError(
+                    "closure must not run under autocast where method='forward': second "
+                    "differences of its loss are those of rounding; leave autocast out"
+                )
             loss = float(torch.stack([a.loss for a in probes]).mean())
             slopes = torch.stack([a.slopes for a in probes]).mean(0)
             curvatures = torch.stack([a.curvatures for a in probes]).mean(0)

@@ -8,16 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..checks import caller_level
 from ..evaluation import Closure
 from .blocks import blocks_of
-from .eigenvalues import check_scipy, largest_eigenvalue
+from .eigenvalues import NotConverged, check_scipy, largest_eigenvalue
 from .forward_only import measure_forward
 from .products import HessianProducts, check_step, dot, norm
 from .report import BlockSmoothness, Smoothness
 from .sampled import bar, drawn, mean_and_error
 
+_SHORTER = 0.25
+_ALIKE = 1.25
+"""A ratio of norms of products at lengths so different, from which on a warning tells."""
 METHODS = ("finite_difference", "exact", "forward")
 
 
@@ -30,6 +34,7 @@ def measure_smoothness(
     method: str = "finite_difference",
     step: float | None = None,
     largest: bool = True,
+    model: nn.Module | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Smoothness:
@@ -42,8 +47,8 @@ def measure_smoothness(
     - ||H||_F^2 = E ||H v||^2, unbiased; its root is reported;
     - tr H = E v' H v (Hutchinson 1990);
     - the eigenvalue of largest magnitude, by Lanczos' method on the same products
-      (``scipy.sparse.linalg.eigsh``, to 1 % of exact products): the Lipschitz constant of the gradient there, which
-      the paper calls L_x and L_y.
+      (``scipy.sparse.linalg.eigsh``, to 1 % of exact products): the Lipschitz constant of the
+      gradient there, which the paper calls L_x and L_y.
 
     Products H v come from differences of gradients or from double backward, see
     :class:`HessianProducts`. With ``method="forward"`` there is no backward at all: second
@@ -51,7 +56,7 @@ def measure_smoothness(
     2 ||H||_F^2. That takes many more directions for the same precision of ||H||_F, gives no
     eigenvalue, and rounding of a float32 loss sets a limit (a warning says where).
 
-    Cost, for each block and closure: 1 + ``directions`` gradients, and some 10 to 40 more for the
+    Cost, for each block and closure: 2 + ``directions`` gradients, and some 10 to 40 more for the
     eigenvalue; "exact": one forward pass, and as many backward passes through a graph of twice the
     size; "forward": 1 + 2 ``directions`` forward passes, and some 10 to 25 that verify. Lanczos'
     method keeps 12 float32 vectors of d elements in host memory.
@@ -77,6 +82,8 @@ def measure_smoothness(
             eigenvectors it is a tenth.
         largest: whether to look for the eigenvalue; needs scipy. Where products are mostly
             rounding, or the loss has kinks (ReLU), a warning says that it was not found.
+        model: whose buffers, such as batch norm's statistics, are put back, where ``target`` knows
+            no model: a torch optimizer, plain groups, a mapping.
         seed: of the directions.
         progress: whether to show a bar; needs tqdm.
 
@@ -102,25 +109,37 @@ def measure_smoothness(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
     check_step(step)
-    closures = [closure] if callable(closure) else list(closure)
-    if not closures or not all(map(callable, closures)):
+    closures = [closure] if callable(closure) else closure
+    if not isinstance(closures, Sequence) or not closures or not all(map(callable, closures)):
         raise TypeError(f"closure must be a function or a sequence of them, got {closure!r:.80}")
-    blocks, buffers = blocks_of(target, by)
+    blocks, buffers = blocks_of(target, by, model)
     every = list({id(p): p for block in blocks for p in block.parameters}.values())
     if method == "forward":
         return measure_forward(blocks, closures, buffers, directions, step, seed, progress)
     if largest:
         check_scipy()
-    found, evaluations, loss = {}, 0, math.nan
+    found, evaluations, loss, reached = {}, 0, math.nan, False
     with bar(progress, len(blocks) * directions) as advance:
         for block in blocks:
             with HessianProducts(
-                block.tensors, closures, method=method, step=step, buffers=buffers, others=every
+                block.tensors,
+                closures,
+                method=method,
+                step=step,
+                buffers=buffers,
+                others=every,
+                may_miss=len(blocks) > 1,
             ) as products:
+                reached |= products.reached
                 found[block.name] = of_products(
                     block.name, products, directions, largest, seed, advance
                 )
                 loss, evaluations = products.loss, evaluations + products.evaluations
+    if not reached:
+        raise TypeError(
+            "closure must return the loss as a tensor with a graph to the parameters of a block, "
+            f"got one without, of {', '.join(map(repr, found))}"
+        )
     return Smoothness(loss, method, directions, evaluations, found)
 
 
@@ -135,7 +154,7 @@ def of_products(
     generator = torch.Generator().manual_seed(seed)
     size = sum(p.numel() for p in products.parameters)
     squares, forms = [], []
-    for _ in range(directions):
+    for number in range(directions):
         v = drawn(products.parameters, generator)
         radius = math.sqrt(size) / norm(v)
         for x in v:
@@ -143,7 +162,13 @@ def of_products(
         hv = products(v)
         squares.append(dot(hv, hv))
         forms.append(dot(v, hv))
+        if not math.isfinite(squares[-1]):
+            raise FloatingPointError(
+                f"closure must give finite gradients around the weights, got others along {name!r}"
+            )
         advance()
+        if number == 0:
+            _check_step(name, products, v, hv)
     square, square_error = mean_and_error(squares)
     trace, trace_error = mean_and_error(forms)
     frobenius = math.sqrt(square)
@@ -158,10 +183,27 @@ def of_products(
     )
 
 
+def _check_step(
+    name: str, products: HessianProducts, v: Sequence[Tensor], hv: Sequence[Tensor]
+) -> None:
+    """Warn where a difference of gradients depends on its length: along one vector, by norm."""
+    if not products.differs:
+        return
+    near, far = norm(products(v, step=_SHORTER * products.step)), norm(hv)
+    if max(near, far) > _ALIKE * min(near, far):
+        warnings.warn(
+            f"differences of gradients along {name!r} depend on their length: |H v| is {far:.2g} "
+            f"at {products.step:.1g} and {near:.2g} at {_SHORTER * products.step:.1g}. The loss "
+            "has kinks (ReLU), or what is measured is rounding: take method='exact', or another "
+            "step",
+            stacklevel=caller_level(),
+        )
+
+
 def _largest(products: HessianProducts, name: str, seed: int) -> float | None:
     """None, with a warning, where it is not found: the rest was measured."""
     try:
         return largest_eigenvalue(products, seed=seed).value
-    except RuntimeError as error:
+    except NotConverged as error:
         warnings.warn(f"the largest eigenvalue of {name!r}: {error}", stacklevel=caller_level())
         return None

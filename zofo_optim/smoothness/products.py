@@ -19,7 +19,7 @@ from ..buffers import Buffers
 from ..evaluation import Closure, GlobalRandomState, evaluate, scalar_loss
 from ..modes import undisturbed
 from ..watch import ClosureWatch
-from .bystanders import Bystanders
+from .bystanders import Bystanders, nodes
 from .seeing import SeeingAutocast
 
 METHODS = ("finite_difference", "exact")
@@ -55,8 +55,10 @@ class HessianProducts:
         buffers: those that closures change.
         others: parameters for which no gradients are computed meanwhile; of all others, they are
             computed and dropped.
+        may_miss: a loss without a graph to the parameters has no gradient and no curvature there.
 
     Raises:
+        RuntimeError: a closure writes parameters.
         TypeError: on entering: a closure's result is no loss with a graph; the parameters have 16
             bits, or the closure runs under autocast, where differences of gradients are those of
             rounding.
@@ -73,6 +75,7 @@ class HessianProducts:
         step: float | None = None,
         buffers: Buffers | None = None,
         others: Sequence[Tensor] = (),
+        may_miss: bool = False,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -83,7 +86,10 @@ class HessianProducts:
         self._exact = method == "exact"
         self._step = step
         self._buffers = buffers or Buffers()
-        self._others = others
+        self._every = list({id(p): p for p in (*self._parameters, *others)}.values())
+        self._may_miss = may_miss
+        self.reached = False
+        """Whether the loss has a graph to one of the parameters."""
         self._stack = ExitStack()
         self.evaluations = 0
         """Of closures, each with a backward."""
@@ -102,18 +108,20 @@ class HessianProducts:
             stack.callback(self._random.restore)
             stack.enter_context(self._buffers.as_before())
             ours = {id(p) for p in self._parameters}
-            every = {id(p): p for p in (*self._parameters, *self._others)}
-            for key, p in every.items():
+            for p in self._every:
                 stack.callback(_put_back, p, p.requires_grad, p.grad)
-                p.requires_grad_(key in ours)
+                p.requires_grad_(id(p) in ours)
                 p.grad = None
             if self._exact:  # also while checkpointed layers run again
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._step is None:
                 self._step = _RELATIVE_STEP * scale_of(self._parameters)
+            self._kept = tuple(p.detach().clone() for p in self._parameters)
+            self._versions = [p._version for p in self._every]
             #: Of the mean loss, at the weights; one tensor a parameter, in order.
             if self._exact:
                 self.gradient, self.loss = self._graph()
+                self._kept = ()
             else:
                 with SeeingAutocast() as seeing:
                     self.gradient, self.loss = self._taken()
@@ -123,7 +131,6 @@ class HessianProducts:
                         "rounds displaced weights to 16 bits, so that gradients differ by "
                         "rounding; take method='exact', or leave autocast out"
                     )
-            self._kept = () if self._exact else tuple(p.detach().clone() for p in self._parameters)
             self._stack = stack.pop_all()
         return self
 
@@ -143,6 +150,11 @@ class HessianProducts:
         return self._parameters
 
     @property
+    def differs(self) -> bool:
+        """Whether products are differences of gradients."""
+        return not self._exact
+
+    @property
     def step(self) -> float:
         """The length of a displacement."""
         return float(self._step or 0.0)
@@ -160,10 +172,10 @@ class HessianProducts:
         try:
             for p, x in zip(self._parameters, v, strict=True):
                 p.add_(x, alpha=t)
+            self._versions = [p._version for p in self._every]
             moved, _ = self._taken()
         finally:
-            for p, kept in zip(self._parameters, self._kept, strict=True):
-                p.copy_(kept)
+            self._restore()
         return [(there - here).div_(t) for there, here in zip(moved, self.gradient, strict=True)]
 
     def _product(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -188,16 +200,18 @@ class HessianProducts:
         share = 1 / len(self._closures)
         for closure in self._closures:
             self._random.restore()
-            bystanders = Bystanders((*self._parameters, *self._others))
+            bystanders = Bystanders(self._every)
             try:
-                with self._buffers.as_before():
+                with self._buffers.as_before(), bystanders.in_backward():
                     done = evaluate(
-                        _averaged(closure),
+                        averaged(closure),
                         gradients=True,
                         first_order=self._parameters,
                         look=bystanders,
                     )
-                if not done.backpropagated:
+                self._check_versions()
+                self.reached |= any(p.grad is not None for p in self._parameters)
+                if not (self.reached or (self._may_miss and isinstance(done.returned, Tensor))):
                     raise _no_graph(done.returned)
                 if done.scaled:
                     raise _scaled()
@@ -228,9 +242,14 @@ class HessianProducts:
                     watch,
                     interruptible(),
                 ):
-                    returned = _averaged(closure)()
+                    returned = averaged(closure)()
                 loss = scalar_loss(returned)
-                if not loss.requires_grad:
+                self._check_versions()
+                _check_graph(loss)
+                ours = {id(p) for p in self._parameters}
+                leaves = {id(getattr(node, "variable", loss)) for node in nodes(loss)} | {id(loss)}
+                self.reached |= loss.requires_grad and bool(ours & leaves)
+                if not (self.reached or (self._may_miss and isinstance(returned, Tensor))):
                     raise _no_graph(returned)
                 if watch.unscaled(loss) is not loss or watch.holds_a_scale(loss):
                     raise _scaled()
@@ -239,6 +258,9 @@ class HessianProducts:
                 torch.set_grad_enabled(False)
             losses.append(loss)
             self.evaluations += 1
+        if not self.reached:
+            self._differentiable = [torch.zeros_like(p) for p in self._parameters]
+            return self._differentiable, sum(float(loss) for loss in losses) / len(losses)
         with torch.enable_grad(), interruptible():
             mean = torch.stack([loss.reshape(()) for loss in losses]).mean()
             self._differentiable = list(
@@ -249,6 +271,18 @@ class HessianProducts:
         found = [g.detach() for g in self._differentiable]
         self._check(found)
         return found, float(mean)
+
+    def _restore(self) -> None:
+        for p, kept in zip(self._parameters, self._kept, strict=True):
+            p.copy_(kept)
+
+    def _check_versions(self) -> None:
+        if [p._version for p in self._every] != self._versions:
+            self._restore()
+            raise RuntimeError(
+                "closure must not write parameters, as optimizers, max_norm of embeddings and "
+                "weight tying by copies do: then the loss at displaced weights is another's"
+            )
 
     def _check(self, gradient: Sequence[Tensor]) -> None:
         for name, g in zip(self._tensors, gradient, strict=True):
@@ -281,8 +315,15 @@ def norm(tensors: Sequence[Tensor]) -> float:
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Summed in float64 over tensors."""
-    return sum(float(torch.sum(x * y, dtype=torch.float64)) for x, y in zip(a, b, strict=True))
+    """Summed in float64 over tensors; products are of 32 bits at least."""
+    return sum(
+        float(torch.sum(_wide(x) * _wide(y), dtype=torch.float64))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_step(step: Any) -> None:
@@ -297,20 +338,32 @@ def _put_back(p: Tensor, required: bool, gradient: Tensor | None) -> None:
     p.grad = gradient
 
 
-def _averaged(closure: Closure) -> Closure:
-    def averaged() -> Any:
+def averaged(closure: Closure) -> Closure:
+    """Losses of examples become their mean."""
+
+    def mean() -> Any:
         loss = closure()
         return loss.mean() if isinstance(loss, Tensor) and loss.dim() == 1 else loss
 
-    return averaged
+    return mean
 
 
 def _no_graph(returned: Any) -> TypeError:
     kind = type(returned).__name__
     return TypeError(
         f"closure must return the loss as a tensor with a graph to the parameters, got {kind}"
-        + (" without one" if isinstance(returned, Tensor) else f" {returned!r:.80}")
+        + (" without one to these" if isinstance(returned, Tensor) else f" {returned!r:.80}")
     )
+
+
+def _check_graph(loss: Tensor) -> None:
+    """Re-entrant checkpointing hides the layers from double backward, which would give 0."""
+    for node in nodes(loss):
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise TypeError(
+                "closure must not use re-entrant checkpointing where method='exact', which has no "
+                "second derivative: take use_reentrant=False, or method='finite_difference'"
+            )
 
 
 def _scaled() -> ValueError:
