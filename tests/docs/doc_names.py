@@ -169,6 +169,7 @@ def add_names(
     makers: Mapping[str, Callable[[], Any]] = MAKERS,
 ) -> None:
     """Make what a block needs, unless an earlier one has made it."""
-    for name in global_names(code):
+    for name in sorted(global_names(code), key="optimizer".__eq__):
         if name in makers and name not in names:
-            names[name] = makers[name]()
+            of_model = makers[name] is make_optimizer and "model" in names
+            names[name] = make_optimizer(names["model"]) if of_model else makers[name]()

@@ -65,12 +65,12 @@ def blocks_of(target: Any, by: str, model: nn.Module | None = None) -> tuple[lis
     else:
         entries, buffers = _entries(target)
         blocks = _split(entries, by)
-    blocks = [block for block in blocks if block.size]
-    if not blocks:
-        raise ValueError("target must hold a parameter of floating point, got none")
     for block in blocks:
         for name, p in block.tensors.items():
             _check(name, p)
+    blocks = [block for block in blocks if block.size]
+    if not blocks:
+        raise ValueError("target must hold a parameter of floating point, got none")
     return blocks, buffers if model is None else Buffers(model)
 
 
@@ -95,7 +95,7 @@ def _entries(target: Any) -> tuple[list[_Entry], Buffers]:
     if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) for g in groups):
         raise TypeError(
             "target must be an optimizer, a list of parameter groups, a torch.nn.Module or a "
-            f"mapping of names to tensors, got {type(target).__name__}"
+            f"mapping of names to tensors or modules, got {target!r:.80}"
         )
     if isinstance(target, GroupsAndState):
         buffers = target.buffers
@@ -130,7 +130,9 @@ def _named(value: Any, name: str) -> Iterable[tuple[str, Tensor]]:
         return [(name, value)]
     if isinstance(value, Mapping):
         return list(value.items())
-    if not isinstance(value, Iterable):
+    if isinstance(value, nn.Module):
+        return list(value.named_parameters())
+    if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(
             f"target must map names to tensors, got {type(value).__name__} for {name!r}"
         )

@@ -18,7 +18,7 @@ from .forward import along
 from .products import averaged, scale_of
 from .report import BlockSmoothness, Smoothness
 from .sampled import bar, mean_and_error
-from .seeing import SeeingAutocast
+from .seeing import SeeingShort
 
 _RELATIVE_STEP = 1e-2
 """Of the norm of the weights; differences of gradients are taken over shorter ones."""
@@ -51,20 +51,21 @@ def measure_forward(
                     "model.float()"
                 )
     found, loss = {}, math.nan
-    with bar(progress, len(blocks)) as advance:
+    with bar(progress, len(blocks), "blocks") as advance:
         for block in blocks:
             length = step or _RELATIVE_STEP * scale_of(block.parameters)
             mu = length / math.sqrt(block.size)
             optimizer = HybridZOFO([dict(params=block.parameters, mode="zo", lr=0.0, mu=mu)])
-            with SeeingAutocast() as seeing:
+            with SeeingShort() as seeing:
                 probes = [
                     along(optimizer, averaged(closure), directions, seed, buffers)
                     for closure in closures
                 ]
             if seeing.seen:
                 raise TypeError(
-                    "closure must not run under autocast where method='forward': second "
-                    "differences of its loss are those of rounding; leave autocast out"
+                    "closure must not compute in 16 bits (weights, or autocast) where "
+                    "method='forward': second differences of its loss are those of rounding; "
+                    "compute in float32"
                 )
             loss = float(torch.stack([a.loss for a in probes]).mean())
             slopes = torch.stack([a.slopes for a in probes]).mean(0)

@@ -111,14 +111,18 @@ def measure_smoothness(
     check_step(step)
     closures = [closure] if callable(closure) else closure
     if not isinstance(closures, Sequence) or not closures or not all(map(callable, closures)):
-        raise TypeError(f"closure must be a function or a sequence of them, got {closure!r:.80}")
+        raise TypeError(
+            "closure must be a function that returns the loss, such as "
+            f"lambda: model(**batch).loss, or a sequence of them, got {closure!r:.80}"
+        )
     blocks, buffers = blocks_of(target, by, model)
     every = list({id(p): p for block in blocks for p in block.parameters}.values())
     if method == "forward":
         return measure_forward(blocks, closures, buffers, directions, step, seed, progress)
     if largest:
         check_scipy()
-    found, evaluations, loss, reached = {}, 0, math.nan, False
+    found, evaluations, loss = {}, 0, math.nan
+    unreached: list[str] = []
     with bar(progress, len(blocks) * directions) as advance:
         for block in blocks:
             with HessianProducts(
@@ -130,12 +134,17 @@ def measure_smoothness(
                 others=every,
                 may_miss=len(blocks) > 1,
             ) as products:
-                reached |= products.reached
+                unreached += [] if products.reached else [block.name]
                 found[block.name] = of_products(
                     block.name, products, directions, largest, seed, advance
                 )
                 loss, evaluations = products.loss, evaluations + products.evaluations
-    if not reached:
+    if unreached and len(unreached) < len(found):
+        warnings.warn(
+            f"the loss does not reach {', '.join(map(repr, unreached))}, which counts as flat",
+            stacklevel=caller_level(),
+        )
+    elif unreached:
         raise TypeError(
             "closure must return the loss as a tensor with a graph to the parameters of a block, "
             f"got one without, of {', '.join(map(repr, found))}"

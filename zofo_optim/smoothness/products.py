@@ -20,11 +20,13 @@ from ..evaluation import Closure, GlobalRandomState, evaluate, scalar_loss
 from ..modes import undisturbed
 from ..watch import ClosureWatch
 from .bystanders import Bystanders, nodes
-from .seeing import SeeingAutocast
+from .seeing import SeeingShort
 
 METHODS = ("finite_difference", "exact")
 _RELATIVE_STEP = 1e-4
 """Of the norm of the weights; see :class:`HessianProducts`."""
+_SAME = 1e-4
+"""What losses at the same weights may differ by: GPUs sum in any order."""
 _LEAST_SCALE = 1e-2
 """What the root mean square of weights counts as at least: an adapter may start at 0."""
 
@@ -33,9 +35,10 @@ class HessianProducts:
     """Products H v, of the Hessian's diagonal block of some parameters; a context manager.
 
     "finite_difference": H v = [grad f(x + t v) - grad f(x)] / t, where t v has the length ``step``
-    (Ma, Yu, Huang 2026, App. D.4); one gradient a product. Its error is step / 2 times the third
-    derivative along v / |v|, and some 1e-6 |grad f| / step from rounding, for float32. Takes memory
-    for a copy of the parameters and two gradients.
+    (Ma, Yu, Huang 2026, App. D.4); one gradient a product, and an evaluation at first. Its error is
+    step / 2 times the third derivative along v / |v|, and some 1e-6 |grad f| / step from rounding,
+    for float32. Where the gradient jumps (ReLU) it grows as 1 / sqrt(step). Takes memory for a copy
+    of the parameters and two gradients.
 
     "exact": double backward (Pearlmutter 1994); one backward through the graph of the gradient,
     which is kept. Attention runs in its plain form then, as fused ones have no second derivative.
@@ -58,7 +61,7 @@ class HessianProducts:
         may_miss: a loss without a graph to the parameters has no gradient and no curvature there.
 
     Raises:
-        RuntimeError: a closure writes parameters.
+        RuntimeError: a closure writes parameters, or gives two losses at the same weights.
         TypeError: on entering: a closure's result is no loss with a graph; the parameters have 16
             bits, or the closure runs under autocast, where differences of gradients are those of
             rounding.
@@ -123,14 +126,15 @@ class HessianProducts:
                 self.gradient, self.loss = self._graph()
                 self._kept = ()
             else:
-                with SeeingAutocast() as seeing:
+                with SeeingShort() as seeing:
                     self.gradient, self.loss = self._taken()
                 if seeing.seen:
                     raise TypeError(
-                        "closure must not run under autocast where method='finite_difference': it "
-                        "rounds displaced weights to 16 bits, so that gradients differ by "
-                        "rounding; take method='exact', or leave autocast out"
+                        "closure must not compute in 16 bits (weights, or autocast) where "
+                        "method='finite_difference': gradients at near points differ by rounding "
+                        "there; take method='exact', or compute in float32"
                     )
+                self._check_repeats()
             self._stack = stack.pop_all()
         return self
 
@@ -271,6 +275,21 @@ class HessianProducts:
         found = [g.detach() for g in self._differentiable]
         self._check(found)
         return found, float(mean)
+
+    def _check_repeats(self) -> None:
+        """One that draws another batch each time would be measured as curvature."""
+        loss = 0.0
+        for closure in self._closures:
+            self._random.restore()
+            with self._buffers.as_before():
+                again = evaluate(averaged(closure), gradients=False).loss
+            loss += float(again) / len(self._closures)
+        if abs(loss - self.loss) > _SAME * max(1.0, abs(self.loss)):
+            raise RuntimeError(
+                f"closure must give the same loss at the same weights, got {self.loss:.6g} and "
+                f"{loss:.6g}: take the batch before (batch = next(iterator)), not in the closure, "
+                "and draw random numbers from the global generators, which are replayed"
+            )
 
     def _restore(self) -> None:
         for p, kept in zip(self._parameters, self._kept, strict=True):

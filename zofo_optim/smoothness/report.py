@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,8 @@ _HEAD = (
     "trace H",
     "largest",
     "effective dim.",
+    "GD below",
+    "ZO below",
 )
 
 
@@ -56,6 +59,25 @@ class BlockSmoothness:
         return self.trace / abs(self.largest) if self.largest else None
 
     @property
+    def stable_lr(self) -> float | None:
+        """2 / largest: up to which rate plain gradient descent is stable on this batch.
+
+        None where ``largest`` is None or not above 0: a negative curvature bounds no rate.
+        """
+        return 2 / self.largest if self.largest is not None and self.largest > 0 else None
+
+    @property
+    def stable_lr_zo(self) -> float | None:
+        """2 / (tr H + 2 |largest|): likewise for plain steps along one direction, at least.
+
+        Of the mean square; with q directions a step nearly q times that. None where the trace is
+        not above two standard errors.
+        """
+        if not self.trace > 2 * self.trace_error:
+            return None
+        return 2 / (self.trace + 2 * abs(self.largest or 0.0))
+
+    @property
     def participation_ratio(self) -> float | None:
         """(tr H)^2 / ||H||_F^2: how many equal eigenvalues have these two; None where H is 0."""
         return self.trace**2 / self.frobenius**2 if self.frobenius else None
@@ -63,7 +85,10 @@ class BlockSmoothness:
 
 @dataclass(frozen=True)
 class Smoothness(Mapping[str, BlockSmoothness]):
-    """What :func:`measure_smoothness` found, by the names of the blocks; printed as a table."""
+    """What :func:`measure_smoothness` found, by the names of the blocks; printed as a table.
+
+    "GD below" and "ZO below" are :attr:`BlockSmoothness.stable_lr` and ``stable_lr_zo``.
+    """
 
     loss: float
     """The mean over the closures, at the weights."""
@@ -74,6 +99,8 @@ class Smoothness(Mapping[str, BlockSmoothness]):
     blocks: dict[str, BlockSmoothness] = field(repr=False)
 
     def __getitem__(self, name: str) -> BlockSmoothness:
+        if name not in self.blocks:
+            raise KeyError(f"no block {name!r}, there are {', '.join(map(repr, self.blocks))}")
         return self.blocks[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -133,12 +160,28 @@ class Smoothness(Mapping[str, BlockSmoothness]):
 
 def _line(name: str, block: BlockSmoothness) -> tuple[str, ...]:
     dimension = block.effective_dimension
+    error = block.trace_error / abs(block.largest) if block.largest else 0.0
     return (
         name,
         f"{block.parameters:,}",
         f"{block.gradient_norm:.3g}",
-        f"{block.frobenius:.3g} ± {block.frobenius_error:.1g}",
-        f"{block.trace:.3g} ± {block.trace_error:.1g}",
+        _with_error(block.frobenius, block.frobenius_error),
+        _with_error(block.trace, block.trace_error),
         "" if block.largest is None else f"{block.largest:.3g}",
-        "" if dimension is None else f"{dimension:.3g}",
+        "" if dimension is None else _with_error(dimension, error),
+        _rate(block.stable_lr),
+        _rate(block.stable_lr_zo),
     )
+
+
+def _with_error(value: float, error: float) -> str:
+    """Both to the error's first digit."""
+    if not (0 < error < math.inf) or not 1e-3 <= error < 1e6:
+        return f"{value:.3g} ± {error:.1g}"
+    place = math.floor(math.log10(error))
+    digits = max(0, -place)
+    return f"{round(value, -place):,.{digits}f} ± {round(error, -place):,.{digits}f}"
+
+
+def _rate(limit: float | None) -> str:
+    return "" if limit is None else f"{limit:.1e}"

@@ -27,8 +27,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 @contextmanager
-def bar(progress: bool, total: int) -> Generator[Callable[[], Any], None, None]:
-    """What to call after each of ``total`` directions.
+def bar(
+    progress: bool, total: int, unit: str = "directions"
+) -> Generator[Callable[[], Any], None, None]:
+    """What to call after each of ``total``.
 
     Raises:
         ImportError: tqdm is missing.
@@ -40,5 +42,5 @@ def bar(progress: bool, total: int) -> Generator[Callable[[], Any], None, None]:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-    with tqdm(total=total, desc="smoothness", unit=" directions") as shown:
+    with tqdm(total=total, desc="smoothness", unit=f" {unit}") as shown:
         yield shown.update

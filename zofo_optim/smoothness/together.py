@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..evaluation import Closure, losses_of_examples
-from .seeing import SeeingAutocast
+from .seeing import SeeingShort
 
 
 class Together:
@@ -46,7 +46,7 @@ class Together:
                 self.evaluations += 1
             if self.evaluations + self.gradients > 1:
                 return closure()
-            with SeeingAutocast() as seeing:
+            with SeeingShort() as seeing:
                 returned = closure()
             self.autocasts = seeing.seen
             return returned
