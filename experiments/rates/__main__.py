@@ -7,8 +7,8 @@
 The settings are those of the grid of `experiments.directions`, whose best rates are read from its
 committed results. Each is set up as its runs are, and `suggest_hyperparameters` and `find_lr` are
 asked before the first step (parts `suggest` and `sweep`). The shares of lr* that are suggested were
-fitted to the settings that `found.HELD_OUT` does not name; `--only calibration` asks for these
-alone.
+fitted to the settings that `found.OTHERS` does not name; `--only calibration` asks for these
+alone. A check on tasks whose best rates nobody knew is in blind.py.
 
 `OUT/MODEL.json` receives the rows, `OUT/table.md` and `OUT/rates.png` are of all models there.
 
@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from zofo_optim import HybridZOFO, find_lr, suggest_hyperparameters
+from zofo_optim import HybridZOFO, find_lr
 
 from ..commands import Ending, quiet_on_one_thread, run_parts
 from ..directions.grid import Cell, cells, study_of
@@ -36,9 +35,10 @@ from ..finetune import Runs, machine, model_name, versions
 from ..models import DEFAULT_MODEL_PACKAGE
 from ..options import OUT, Options, option, parse
 from ..settings import OF_ZEROTH_ORDER
-from ..training import closure_of, prepared, write
-from . import report
-from .found import Searched, is_held_out, searched
+from ..training import write
+from . import blind, report
+from .asked import setting, suggested
+from .found import Searched, is_other, searched
 
 PARTS = ("suggest", "sweep", "report")
 ABOUT = "Compare the rates that the library suggests before training with those that a grid found."
@@ -47,9 +47,6 @@ FIXED = (OF_ZEROTH_ORDER - {"mu"}) | {
     *("no_save", "overwrite", "report_to"),
 }
 """Options that the grid sets, or that are of trainings."""
-BATCHES = 4
-SWEPT = 16
-"""Batches that a range test has."""
 
 
 @dataclass
@@ -59,7 +56,7 @@ class RatesOptions(Options):
     do: list[str] = option(
         list(PARTS), f"some of {', '.join(PARTS)}", choices=PARTS, metavar="PART"
     )
-    only: str = option("all", "settings", choices=("all", "calibration", "held-out"))
+    only: str = option("all", "settings", choices=("all", "calibration", "other"))
     sweep_steps: int = option(60, "of each range test, at least 10")
     out: Path = option(Path("runs/rates"), OUT)
 
@@ -122,52 +119,30 @@ class Command:
 
     def _cells(self) -> Iterator[tuple[Cell, Searched]]:
         """Those that are asked for and have a best rate."""
-        wanted = {"all": (True, False), "calibration": (False,), "held-out": (True,)}
+        wanted = {"all": (True, False), "calibration": (False,), "other": (True,)}
         for cell in (cell for some in cells(study_of(self._name)) for cell in some):
             best = searched(self._name, cell)
-            if best is not None and is_held_out(cell) in wanted[self._options.only]:
+            if best is not None and is_other(cell) in wanted[self._options.only]:
                 yield cell, best
 
     def _setting(self, cell: Cell, best: Searched) -> tuple[HybridZOFO, list[Any]]:
-        """As a run of the grid begins: its optimizer, and closures of batches."""
-        fixed: dict[str, Any] = {**cell.options, cell.rate: best.best}
+        """At the grid's best rates; no suggestion depends on them."""
+        rates = {cell.rate: best.best}
         if cell.after is not None:
             beside = searched(self._name, cell.after)
             assert beside is not None
-            fixed["lr_fo"] = beside.best
-        settings = self._runs.settings(cell.task, cell.method, 0, **fixed)
-        problem = self._runs.problem(settings)
-        model, optimizer = prepared(settings, problem)
-        model.train()
-        draw = torch.Generator().manual_seed(settings.seed)
-        order = torch.randperm(len(problem.train), generator=draw).tolist()
-        size = settings.batch_size
-        closures = [
-            closure_of(settings, problem, model, problem.train.batch(order[i : i + size]))
-            for i in range(0, min(SWEPT * size, len(order) - size + 1), size)
-        ]
-        return optimizer, closures
+            rates["lr_fo"] = beside.best
+        return setting(self._runs, cell, rates)
 
     def _suggested(self, cell: Cell, best: Searched) -> dict[str, Any]:
         optimizer, closures = self._setting(cell, best)
-        started = time.perf_counter()
-        found = suggest_hyperparameters(optimizer, closures[:BATCHES])
         return {
-            "model": self._name,
-            "task": cell.task,
-            "method": cell.method,
-            "kind": cell.kind,
-            "rate": cell.rate,
-            "held_out": is_held_out(cell),
+            **suggested(self._name, cell, optimizer, closures),
+            "other": is_other(cell),
             "best": best.best,
             "losses": {f"{rate:g}": loss for rate, loss in best.losses.items()},
             "at_an_end": best.is_at_an_end,
             "preset": not best.losses,
-            "suggested": getattr(found.practical, cell.rate),
-            "mu": found.practical.mu,
-            "said": str(found),
-            "seconds": time.perf_counter() - started,
-            "evaluations": found.evaluations,
             "find_lr": None,
         }
 
@@ -177,7 +152,7 @@ class Command:
         if not files:
             raise DataError(f"--out must hold suggestions, got {str(self._options.out)!r}")
         rows = [r for f in files for r in json.loads(f.read_text(encoding="utf-8"))["rows"]]
-        report.render(self._options.out, rows)
+        report.render(self._options.out, rows, blind.rows(self._options.out / blind.FOLDER))
 
 
 def _swept(optimizer: HybridZOFO, closures: Sequence[Any], rate: str, steps: int) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from ..presets import preset
 RUNS = Path(__file__).parents[1] / "results" / "directions" / "runs.csv"
 SEARCHED = "0"
 """The seed of the runs at every rate."""
-HELD_OUT = ("winogrande", "prefix")
-"""Tasks and adapters that no number of the formula was fitted to."""
+OTHERS = ("winogrande", "prefix")
+"""A task and an adapter that the formula was not fitted to; their best rates had been seen."""
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,5 @@ def searched(model: str, cell: Cell, runs: Path = RUNS) -> Searched | None:
     return None
 
 
-def is_held_out(cell: Cell) -> bool:
-    return any(name in (cell.task, *cell.method.split("-")) for name in HELD_OUT)
+def is_other(cell: Cell) -> bool:
+    return any(name in (cell.task, *cell.method.split("-")) for name in OTHERS)
