@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 Conditions = dict[str, dict[str, float]]
 """By quantity, the conditions on it: the formula, and its value."""
 
 _POSITIVE = ("L_x", "L_y", "L_x_max", "L_y_max", "gap")
-_MOST_EPOCHS = 2**1000
-"""Beyond it there is no float."""
+_MOST = 2**1000
+"""Of a count: beyond it there is no float."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Constants:
 
     A bound of curvature is one of the whole Hessian, as in Definition 2.1: H <= diag(L_x I, L_y I)
     and H >= -diag(L_x I, L_y I). Where x and y do not interact it is the largest magnitude of an
-    eigenvalue of each block; otherwise twice as much is enough for a convex f.
+    eigenvalue of each block. Where they do, twice as much is enough if f is convex, and for
+    ``L_x_max`` and ``L_y_max`` if every single component is.
 
     Args:
         L_x: bound of the curvature of f in x, above 0.
@@ -41,7 +43,7 @@ class Constants:
         n: components, which is steps in an epoch, at least 1.
 
     Raises:
-        TypeError: a value is no number, or ``d_x`` or ``n`` no int.
+        TypeError: a value is no real number, or ``d_x`` or ``n`` no integer.
         ValueError: a value is out of its range.
     """
 
@@ -56,11 +58,11 @@ class Constants:
     n: int
 
     def __post_init__(self) -> None:
-        for name in ("d_x", "n"):
-            _check_count(name, getattr(self, name))
         for one in fields(self):
-            if one.name not in ("d_x", "n"):
-                _check_number(one.name, getattr(self, one.name), one.name in _POSITIVE)
+            name, value = one.name, getattr(self, one.name)
+            count = name in ("d_x", "n")
+            plain = _count(name, value) if count else _number(name, value, name in _POSITIVE)
+            object.__setattr__(self, name, plain)  # NumPy's numbers do not raise on overflow
         for name in ("L_x", "L_y"):
             whole, single = getattr(self, name), getattr(self, name + "_max")
             if single < whole:
@@ -85,11 +87,18 @@ class StepSizes:
     """For "lr_zo", "lr_fo", "mu" and "epochs", the condition that binds."""
     conditions: Mapping[str, Mapping[str, float]]
     """All conditions: upper bounds of the step sizes, lower bounds of ``epochs``, by formula."""
+    proof: str
+    """Whose conditions they are, "corrected" or "paper"."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether ``epochs`` fulfil their own condition."""
+        return self.epochs >= self.conditions["epochs"][self.binding["epochs"]]
 
     @property
     def guaranteed(self) -> bool:
-        """Whether ``epochs`` are enough for the theorem to promise anything."""
-        return self.epochs >= self.conditions["epochs"][self.binding["epochs"]]
+        """Whether a proof that holds promises what was asked for; never with ``proof="paper"``."""
+        return self.proof == "corrected" and self.enough
 
     def __str__(self) -> str:
         width = max(len(name) for some in self.conditions.values() for name in some)
@@ -103,8 +112,10 @@ class StepSizes:
                 mark = "  binds" if name == self.binding[quantity] else ""
                 lines.append(f"  {sign} {name:{width}} {bound:.3e}{mark}")
         lines.append(f"constants hold where f - f* <= {self.level:.3e}")
-        if not self.guaranteed:
+        if not self.enough:
             lines.append("nothing is promised: too few epochs")
+        if self.proof == "paper":
+            lines.append("nothing is promised: the printed proof leaves out the data's noise")
         return "\n".join(lines)
 
 
@@ -114,7 +125,7 @@ def theorem_step_sizes(
     epsilon: float,
     delta: float,
     epochs: int | None = None,
-    proof: str = "paper",
+    proof: str = "corrected",
 ) -> StepSizes:
     """Largest step sizes for an average squared gradient of at most epsilon^2.
 
@@ -127,49 +138,67 @@ def theorem_step_sizes(
         delta: probability of failure, in (0, 1).
         epochs: T. None: the fewest that are enough with the rates that belong to them. Given
             fewer than that, the rates are those of the formulas, and ``guaranteed`` is False.
-        proof: "paper" has the conditions that Theorem C.1 prints, with the one on ``mu`` derived
-            anew. They leave out noise, and there are problems where they fail. "corrected" has
-            those of the proof in docs/theory.md, which are in consistent units.
+        proof: "corrected" has the conditions of the proof in docs/theory.md, for full directions;
+            they are in consistent units. "paper" has those that Theorem C.1 prints, with the one
+            on ``mu`` derived anew. Its proof leaves out the data's noise, and there are problems
+            where they fail: ``guaranteed`` is False.
 
     Raises:
-        TypeError: an argument is no number, or ``epochs`` no int.
-        ValueError: an argument is out of its range, or the epochs are more than a float can hold.
+        TypeError: an argument is no real number, or ``epochs`` no integer.
+        ValueError: an argument is out of its range, or so extreme that step sizes, epochs or
+            ``level`` are beyond floats.
 
     Example:
         >>> constants = Constants(
         ...     L_x=10, L_y=1, L_x_max=20, L_y_max=2, sigma=1, G=2, gap=0.5, d_x=1000, n=100)
-        >>> sizes = theorem_step_sizes(constants, epsilon=0.1, delta=0.1, proof="corrected")
+        >>> sizes = theorem_step_sizes(constants, epsilon=0.1, delta=0.1)
         >>> print(sizes.lr_zo, sizes.binding["lr_zo"])
     """
     if not isinstance(constants, Constants):
         raise TypeError(f"constants must be a Constants, got {type(constants).__name__}")
-    _check_number("epsilon", epsilon, positive=True)
-    _check_number("delta", delta, positive=True)
+    epsilon = _number("epsilon", epsilon, positive=True)
+    delta = _number("delta", delta, positive=True)
     if delta >= 1:
         raise ValueError(f"delta must be below 1, got {delta}")
+    if epochs is not None:
+        epochs = _count("epochs", epochs)
     if proof not in _PROOFS:
         raise ValueError(f"proof must be one of {', '.join(map(repr, _PROOFS))}, got {proof!r}")
+    try:
+        return _step_sizes(constants, epsilon, delta, epochs, proof)
+    except (OverflowError, ZeroDivisionError):
+        given = {**vars(constants), "epsilon": epsilon, "delta": delta, "epochs": epochs or 1}
+        raise ValueError(_too_extreme(given)) from None
+
+
+def _step_sizes(
+    constants: Constants, epsilon: float, delta: float, epochs: int | None, proof: str
+) -> StepSizes:
     of_epochs, level_of = _PROOFS[proof]
 
     def conditions(count: int) -> Conditions:
-        try:
-            return of_epochs(constants, epsilon, delta, count)
-        except (OverflowError, ZeroDivisionError):
-            raise ValueError(
-                "epsilon must be large enough for the number of epochs and the step sizes to be "
-                f"floats, got {epsilon} with {constants}"
-            ) from None
+        return of_epochs(constants, epsilon, delta, count)
 
     if epochs is None:
         epochs = _fewest(lambda count: count >= max(conditions(count)["epochs"].values()))
-    else:
-        _check_count("epochs", epochs)
     found = conditions(epochs)
     limits = {name: max if name == "epochs" else min for name in found}
     binding = {name: limits[name](some, key=some.__getitem__) for name, some in found.items()}
     values = {name: found[name][binding[name]] for name in ("lr_zo", "lr_fo", "mu")}
     level = level_of(constants, delta, values["lr_zo"], values["lr_fo"])
-    return StepSizes(**values, epochs=epochs, level=level, binding=binding, conditions=found)
+    needed = found["epochs"][binding["epochs"]]
+    if not all(0 < value < math.inf for value in (*values.values(), needed, level)):
+        raise OverflowError
+    return StepSizes(
+        **values, epochs=epochs, level=level, binding=binding, conditions=found, proof=proof
+    )
+
+
+def _too_extreme(given: Mapping[str, float]) -> str:
+    """Of the argument that is farthest from 1, by its logarithm."""
+    name = max(given, key=lambda one: abs(math.log(given[one])) if given[one] else 0.0)
+    rule = "larger" if given[name] < 1 else "smaller"
+    return f"{name} must be {rule} for step sizes and epochs to be floats, got {given[name]:.3g}"
 
 
 def _paper(c: Constants, epsilon: float, delta: float, count: int) -> Conditions:
@@ -235,8 +264,8 @@ _PROOFS: dict[
         Callable[[Constants, float, float, float], float],
     ],
 ] = {
-    "paper": (_paper, lambda c, delta, zo, fo: 8 * (c.gap + 2 * zo + fo) / delta),
     "corrected": (_corrected, lambda c, delta, zo, fo: 4 * c.gap / delta),
+    "paper": (_paper, lambda c, delta, zo, fo: 8 * (c.gap + 2 * zo + fo) / delta),
 }
 
 
@@ -248,8 +277,8 @@ def _fewest(enough: Callable[[int], bool]) -> int:
     high = 1
     while not enough(high):
         high *= 2
-        if high > _MOST_EPOCHS:
-            raise ValueError("epsilon must be large enough for the epochs to be a float")
+        if high > _MOST:
+            raise OverflowError
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -262,16 +291,25 @@ def _over(value: float, divisor: float) -> float:
     return value / divisor if divisor else math.inf
 
 
-def _check_number(name: str, value: object, positive: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(name: str, value: object, positive: bool) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        rule = "above 0" if positive else "at least 0"
+    rule = "above 0" if positive else "at least 0"
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite and {rule}, got more than a float holds") from None
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be finite and {rule}, got {value}")
+    return number
 
 
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
+    count = int(value)
+    if count < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if count > _MOST:
+        raise ValueError(f"{name} must be at most 2^1000, got an int of {count.bit_length()} bits")
+    return count

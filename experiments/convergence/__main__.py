@@ -10,13 +10,15 @@ real       The library's optimizer on the same problem, and simulated runs besid
 faults     Estimates of the wrong sign or scale, and rates that are too high: these must fail.
 exponents  How epochs grow with 1/epsilon and d_x, beside the bound.
 failures   How often runs fail, against delta; with a problem where the paper's step sizes fail.
+epoch      One epoch's inequality of the proof in docs/theory.md, exactly, on random quadratics; and
+           with constants that are off.
 sampling   Random orders against draws with replacement.
 rates      One learning rate against two.
 lemma      Lemma B.5: bias and variance of estimates, of every kind.
 
 The problem has hybrid generalised smoothness and constants in closed form (problems.py). All but
-`real` and `lemma` simulate Algorithm 1 in numba, without the library: many seeds, many epochs.
-Each part writes OUT/PART.json; the report is OUT/table.md, and figures.
+`real`, `epoch` and `lemma` simulate Algorithm 1 in numba, without the library: many seeds, many
+epochs. Each part writes OUT/PART.json; the report is OUT/table.md, and figures.
 
 Needs, in a checkout: pip install -e ".[experiments]"
 """
@@ -36,7 +38,7 @@ from ..commands import Ending, quiet_on_one_thread, run_parts
 from ..files import DataError
 from ..finetune import versions
 from ..options import COUNT, INDEX, OUT, check_ranges, option, parse
-from . import checks, exponents, failures, lemma, report, sampling
+from . import checks, epoch, exponents, failures, lemma, report, sampling
 
 PARTS = (*report.TABLES, "report")
 ABOUT = "Check the convergence theorem, and the algorithm by it."
@@ -58,8 +60,8 @@ class ConvergenceOptions:
     )
     seeds: int = option(10, "simulated runs of each setting")
     real_seeds: int = option(3, "runs of the library's optimizer")
-    many: int = option(1000, "runs that failures are counted in")
-    corrected_seeds: int = option(1, "those of 70 million epochs; a minute each")
+    many: int = option(1000, "runs that failures are counted in, and quadratics")
+    corrected_seeds: int = option(1, "those of 8 and 70 million epochs; a minute each")
     estimates: int = option(1000, "of each kind, for the lemma")
     out: Path = option(Path("runs/convergence"), OUT)
 
@@ -100,6 +102,9 @@ class Command:
     def failures(self) -> None:
         given = self._options
         self._write("failures", lambda: failures.failures(given.many, given.corrected_seeds))
+
+    def epoch(self) -> None:
+        self._write("epoch", lambda: epoch.power(self._options.many))
 
     def sampling(self) -> None:
         self._write("sampling", lambda: sampling.sampling(5 * self._options.seeds))

@@ -43,6 +43,20 @@ NOISY = Problem(
 )
 """Where it is large: the paper's step sizes fail."""
 NOISY_EPSILON = 0.2**0.5
+MILD = Problem(
+    d_x=4,
+    d_y=1,
+    n=2,
+    A=100.0,
+    B=100.0,
+    coupling=0.0,
+    spread=0.0,
+    noise=2.0,
+    gap_zo=0.01,
+    gap_fo=1e-6,
+)
+"""Where d sigma^2 < 16 gap L_x n: they keep an epsilon^2 below sigma^2/(768 n), too."""
+MILD_EPSILON = 0.002**0.5
 FRACTIONS = (0.9, 0.5, 0.25)
 """epsilon as parts of the gradient's norm at the start."""
 DELTA = 0.1

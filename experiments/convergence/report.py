@@ -153,12 +153,39 @@ def lemma_table(rows: Rows) -> list[str]:
     return lines
 
 
+CONSTANTS = {
+    "limit_x": "lr_zo L n (d + 2) at most 1/72",
+    "limit_y": "lr_fo M n at most 1/2",
+    "left": "1/4 of lr n times the squared gradient is left",
+    "noise_x": "18 (d + 2) n L lr_zo^2 sigma_x^2",
+    "noise_y": "(5/16) n M lr_fo^2 sigma_y^2",
+    "by_mu": "4.42 n L lr_zo^2 kappa",
+}
+
+
+def epoch_table(rows: Rows) -> list[str]:
+    """The last factor without a violation, and the first one with some."""
+    lines = [
+        "One epoch on random quadratics, in expectation, exactly: how many violate the inequality "
+        "of step 4 with a constant off by a factor, to the worse side.",
+        "",
+        *table("constant", "none violated with", "violated with"),
+    ]
+    for row in rows:
+        first = next(place for place, count in enumerate(row["violated"]) if count)
+        factor, count = row["factors"][first], row["violated"][first]
+        some = f"{factor:g}: {count} of {row['problems']}"
+        lines.append(line(CONSTANTS[row["constant"]], f"{row['factors'][first - 1]:g}", some))
+    return lines
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "bound": bound_table,
     "real": real_table,
     "faults": faults_table,
     "exponents": exponents_table,
     "failures": failures_table,
+    "epoch": epoch_table,
     "sampling": sampling_table,
     "rates": rates_table,
     "lemma": lemma_table,

@@ -200,7 +200,7 @@ def test_theory_takes_the_curvatures_as_they_are(method):
     """Two components, quadratics that differ by a slope, so that all constants are known."""
     problem = Quadratic()
     closures = [lambda side=side: problem() + side * problem.y.sum() for side in (1.0, -1.0)]
-    options = dict(method=method, directions=40, epsilon=1.0, delta=0.5, proof="corrected")
+    options = dict(method=method, directions=40, epsilon=1.0, delta=0.5)
     found = suggest_hyperparameters(problem.optimizer, closures, components=50, **options)
     known, exact = found.constants, method != "forward"
     L_x, L_y = ZO_CURVATURES.max().item(), FO_CURVATURES.max().item()
@@ -218,6 +218,7 @@ def test_theory_takes_the_curvatures_as_they_are(method):
     assert found.theory == theorem_step_sizes(
         known, epsilon=1.0, delta=0.5, epochs=None, proof="corrected"
     )
+    assert found.theory.guaranteed
     assert found.theory.lr_zo < found.practical.lr_zo
     assert "What the theorem admits" in str(found)
 

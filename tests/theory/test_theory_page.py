@@ -25,6 +25,17 @@ def test_every_part_is_committed():
     assert {path.stem for path in RESULTS.glob("*.json")} == set(report.TABLES)
 
 
+def no_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+@pytest.mark.parametrize("name", report.TABLES)
+def test_results_are_strict_json(name):
+    """Without NaN and Infinity."""
+    text = (RESULTS / f"{name}.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=no_constant)["part"] == name
+
+
 @pytest.mark.parametrize("name", report.TABLES)
 def test_the_table_is_of_the_json(name):
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["result"]

@@ -33,7 +33,8 @@ def measure(
     """Local estimates; all but ``d_x`` and ``n`` may be larger elsewhere on the sub-level set.
 
     L_x and L_y are the largest curvatures of the mean loss of all batches, L_x_max and L_y_max
-    those of the worst of these; sigma^2 is the unbiased variance of the batches' gradients, of
+    those of the worst of these, of each block: where x and y interact the theorem asks for more;
+    sigma^2 is the unbiased variance of the batches' gradients, of
     zeroth-order ones by their slopes; G is the largest norm of a batch's gradient; gap is the mean
     loss less ``floor``. Where there is no first-order group, the constants of y are those of x.
 

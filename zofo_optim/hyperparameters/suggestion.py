@@ -57,7 +57,7 @@ def suggest_hyperparameters(
     components: int | None = None,
     epochs: int | None = None,
     floor: float = 0.0,
-    proof: str = "paper",
+    proof: str = "corrected",
     method: str = "finite_difference",
     seed: int = 0,
     **smoothness: Any,
@@ -94,7 +94,7 @@ def suggest_hyperparameters(
         components: its n, steps in an epoch; None: as many as closures.
         epochs: its T; None: as many as it needs.
         floor: its f*, a lower bound of the loss.
-        proof: whose conditions, "paper" or "corrected".
+        proof: "corrected", or "paper" for the printed conditions, which guarantee nothing.
         method: of the theorem's curvatures. "finite_difference" and "exact" need gradients of all
             weights; "forward" does without, and takes Frobenius norms for largest curvatures,
             which are upper bounds of them.
