@@ -31,6 +31,7 @@ def losses_along(
     of_examples: bool,
     seed: int = 0,
     mu: float | None = None,
+    distribution: str | None = None,
     said: str,
     buffers: Buffers | None = None,
 ) -> Tensor:
@@ -43,10 +44,11 @@ def losses_along(
         optimizer: whose zeroth-order groups, ``mu``, distribution and structure are taken; of
             their parameters, what the present step moves (``active``).
         closure: returns the loss, or the losses of B examples.
-        points: without gradients.
+        points: without gradients; a ``sign`` may be any multiple.
         of_examples: which of the two.
         seed: other ones give other directions.
         mu: how far the points are; None: as the groups have it.
+        distribution: of the directions; None: the optimizer's.
         said: the caller's name, for messages.
         buffers: those that the closure changes; None: the optimizer's.
 
@@ -64,6 +66,7 @@ def losses_along(
         raise RuntimeError(f"{said} must not be called inside a closure")
     settings = dataclasses.replace(
         optimizer.settings,
+        distribution=distribution or optimizer.settings.distribution,
         estimator="two_sided",
         directions="shared",
         examples_per_direction=1,

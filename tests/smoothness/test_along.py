@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from zofo_optim import HybridZOFO, hybrid_param_groups
 from zofo_optim.smoothness import along_directions
+from zofo_optim.smoothness.forward import curvature_mu, displacement
 
 HESSIAN = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, -1.0], [0.0, -1.0, 1.0]], dtype=torch.float64)
 SLOPE = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -101,3 +102,47 @@ def test_what_it_refuses():
         along_directions(HybridZOFO(groups), lambda: (one + two).sum())
     with pytest.raises(ValueError, match="must have a group with mode='zo'"):
         along_directions(HybridZOFO([one], lr=0.1), lambda: one.sum())
+
+
+def bumpy(mu, dtype=torch.float32):
+    """A loss of 300 weights with curvature, rounded as its type is."""
+    draw = torch.Generator().manual_seed(0)
+    w = Parameter((0.1 * torch.randn(300, generator=draw)).to(dtype), False)
+    wave = torch.randn(300, generator=draw).to(dtype)
+    optimizer = HybridZOFO([w], mode="zo", lr=1.0, mu=mu)
+    return optimizer, lambda: (1 + w @ w + torch.sin(w @ wave)).float()
+
+
+def test_curvature_has_a_displacement_of_its_own():
+    """One that is long enough is kept; from shorter ones it grows to where noise is small."""
+    right = along_directions(*bumpy(1e-3, torch.float64), directions=16).curvatures
+    assert curvature_mu(*bumpy(1e-2)) == 1e-2
+    for mu in (1e-5, 1e-7):
+        optimizer, closure = bumpy(mu)
+        found = displacement(optimizer, closure, 0)
+        assert found.mu == curvature_mu(optimizer, closure) == curvature_mu(optimizer, closure)
+        assert 1e-4 < found.mu < 1e-2
+        assert 2e-8 < found.noise < 1e-6
+        assert 1e-8 < found.least < 1e-6
+        kept = along_directions(optimizer, closure, directions=16, mu=found.mu).curvatures
+        assert (kept - right).square().mean().sqrt() < 0.1 * right.square().mean().sqrt()
+
+
+def test_weights_of_16_bits_are_moved():
+    """By several of their spacings, also where it is autocast that has 16 bits."""
+    assert curvature_mu(*bumpy(1e-6, torch.bfloat16)) > 2.0**-9 * 0.1
+    optimizer, _ = bumpy(1e-6)
+    (w,) = optimizer.param_groups[0]["params"]
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.nn.functional.linear(w, w.view(1, -1)).float().sum()
+
+    assert displacement(optimizer, closure, 0).least > 2.0**-9 * 0.1
+
+
+def test_a_straight_loss_has_no_displacement_that_will_do():
+    """The search ends at a tenth of the weights."""
+    w = Parameter(torch.full((8,), 2.0), False)
+    optimizer = HybridZOFO([w], mode="zo", lr=1.0, mu=1e-4)
+    assert curvature_mu(optimizer, lambda: 1 + w.sum()) == pytest.approx(0.2)

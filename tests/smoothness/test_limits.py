@@ -105,6 +105,37 @@ def test_unknown_zeroth_order_limits():
     assert zeroth_order_limit(nan, curvatures, None, together=1, samples=1) is None
 
 
+def test_noise_is_no_limit():
+    """Curvatures that rounding makes, and those of both signs whose mean is not known."""
+    slopes, curvatures = quadratic(torch.full((50,), 0.3, dtype=torch.float64), 8)
+
+    def limit(curvatures, rounding=0.0, samples=1):
+        return zeroth_order_limit(
+            slopes, curvatures, 0.3, together=1, samples=samples, rounding=rounding
+        )
+
+    assert limit(curvatures) == limit(curvatures, 1.0) == pytest.approx(2 / 15, rel=0.3)
+    assert limit(curvatures, 10.0) is None
+    assert limit(curvatures, 10.0, samples=1000) == pytest.approx(2 / 0.3, rel=0.1)
+    generator = torch.Generator().manual_seed(0)
+    known = [
+        limit(torch.randn(8, generator=generator, dtype=torch.float64)) is not None
+        for _ in range(200)
+    ]
+    assert sum(known) < 80  # half of them are above 0
+
+
+def test_signs_and_many_samples():
+    """H = I: E[u' H u] = ||g||^2 (d / N + 1 - 1 / N) for directions of signs."""
+    d = 10
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randint(0, 2, (8, d), generator=generator).double() * 2 - 1
+    curvatures = torch.full((8,), float(d), dtype=torch.float64)
+    for samples in (1, 5, 200):
+        limit = zeroth_order_limit(v.sum(1), curvatures, 1.0, together=1, samples=samples)
+        assert limit == pytest.approx(2 / (d / samples + 1 - 1 / samples))
+
+
 # ---- Lanczos -----------------------------------------------------------------------------------
 
 

@@ -59,10 +59,53 @@ def test_a_quadratic_is_known(method):
     assert row["trace_zo"] == pytest.approx(12.0, rel=1e-4)
     assert row["stable_lr_zo"] == pytest.approx(2 / 12.0, rel=1e-4)
     assert (row["lr_zo"], row["lr_fo"]) == (1e-3, 1e-2)
-    if method != "forward":
+    assert row["lambda_max_fo"] == pytest.approx(4.0, rel=1e-4)
+    assert row["lambda_min_fo"] == pytest.approx(-2.0, rel=1e-4)
+    if method == "forward":
+        assert row["frobenius_zo"] is row["frobenius_error_zo"] is None  # signs do not tell it
+        assert row["lambda_max_zo"] is None
+    else:
         assert row["gradient_norm_zo"] == pytest.approx(gradient.norm().item(), rel=1e-5)
         assert row["largest_zo"] == pytest.approx(0.5, rel=1e-4)
         assert row["smoothness_zo"] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_negative_extreme_is_no_limit():
+    toy = Quadratic()
+    toy.B = -toy.B
+    row = SmoothnessRecorder(toy.optimizer()).measure(toy)
+    assert row["largest_fo"] == row["lambda_min_fo"] == pytest.approx(-4.0, rel=1e-4)
+    assert row["smoothness_fo"] == -row["largest_fo"]
+    assert row["lambda_max_fo"] == pytest.approx(2.0, rel=1e-4)
+    assert row["stable_lr_fo"] == pytest.approx(1.0, rel=1e-4)
+
+
+def test_limits_know_the_estimator():
+    """The loss is back-propagated 1 + coupling times; 5 directions of signs are in a step."""
+    toy = Quadratic()
+    optimizer = toy.optimizer(estimator="one_sided", coupling=0.5, num_samples=5)
+    row = SmoothnessRecorder(optimizer).measure(toy)
+    assert row["stable_lr_fo"] == pytest.approx(2 / (1.5 * 4), rel=1e-4)
+    assert row["stable_lr_zo"] == pytest.approx(2 / (0.5 * (24 / 5 + 4 / 5)), rel=1e-4)
+    alone = toy.optimizer(estimator="one_sided", coupling=0.5, modes=("fo",))
+    row = SmoothnessRecorder(alone).measure(toy)
+    assert row["stable_lr_fo"] == pytest.approx(2 / 4, rel=1e-4)
+
+
+def test_measurements_go_on_with_lanczos_s_method():
+    h = torch.linspace(-1, 1, 300, dtype=torch.float64)
+    h[-1] = 3.0
+    y = nn.Parameter(torch.ones(300, dtype=torch.float64))
+    optimizer = HybridZOFO([dict(params=[y], lr=1e-3)])
+
+    def found(seed, times):
+        recorder = SmoothnessRecorder(optimizer, products=3, directions=2, seed=seed)
+        for _ in range(times):
+            row = recorder.measure(lambda: (h * y * y).sum() / 2)
+        return row["lambda_max_fo"]
+
+    assert all(found(seed, 1) < 2.9 for seed in range(6))  # the seeds of the six measurements
+    assert found(0, 6) == pytest.approx(3.0, rel=1e-3)
 
 
 def test_gaussian_directions_without_gradients():
@@ -115,6 +158,60 @@ def test_one_measurement_between_starts_the_count_anew():
             assert recorder.measure(toy)["lr_fo"] == rate
 
 
+def measured_in_turn(rates, curvatures, patience=2, load_at=None):
+    """What is warned of along one parameter of these rates and curvatures."""
+    y = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = HybridZOFO([dict(params=[y], lr=1.0)])
+    recorder = SmoothnessRecorder(optimizer, directions=2, patience=patience)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for place, (rate, curvature) in enumerate(zip(rates, curvatures, strict=True)):
+            optimizer.param_groups[0]["lr"] = rate
+            if place == load_at:
+                recorder.load_state_dict(recorder.state_dict())
+            recorder.measure(lambda c=curvature: 10 + c * y.square().sum() / 2)
+    return [str(one.message) for one in caught]
+
+
+def test_a_measurement_without_a_limit_does_not_start_the_count_anew():
+    """Where the loss curves downwards there is no limit, and the rates around it are as before."""
+    assert measured_in_turn([1, 1], [4, -4]) == []
+    (said,) = measured_in_turn([1, 1, 1], [4, -4, 4])
+    assert "2 measurements in a row" in said
+    assert measured_in_turn([1, 1, 1], [4, 1, 4]) == []
+    assert measured_in_turn([1, 1], [4, 4], load_at=1) == []  # rows say nothing of single groups
+
+
+def test_many_times_the_limit_is_warned_of_at_once():
+    assert measured_in_turn([3.9 / 2], [4]) == []
+    (said,) = measured_in_turn([4.1 / 2], [4])
+    assert "group 0 (first-order), 2.05e+00, is above 5.00e-01" in said
+    assert "(step 0, 4.1 times as much)" in said
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([1.0, 9.9], None),
+        ([1.0, 10.1, 11.0], "the loss at step 1 is 10.1, 10.1 times that of the first row, 1"),
+        ([1.0, math.nan, math.nan], "the loss at step 1 is not finite"),
+        ([math.inf], "the loss at step 0 is not finite"),
+        ([-1.0, 10.0], None),
+    ],
+)
+def test_a_loss_that_has_grown_is_warned_of_once(losses, said):
+    y = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    for maximize in (False, True):
+        recorder = SmoothnessRecorder(HybridZOFO([dict(params=[y], lr=1e-9)], maximize=maximize))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step, loss in enumerate(losses):
+                recorder.measure(lambda loss=loss: loss * y.sum() / 3, step=step)
+        found = [str(one.message) for one in caught]
+        expected = [] if said is None or (maximize and "times" in said) else [said]
+        assert [one.partition(":")[0] for one in found] == expected
+
+
 def test_each_group_is_warned_of():
     split = [dict(params=[nn.Parameter(torch.ones(k, dtype=torch.float64))]) for k in (3, 4)]
 
@@ -156,6 +253,29 @@ def test_no_limit_is_said_where_none_is_known(options, mode):
     assert row[f"stable_lr_{mode}"] is None
     assert row[f"lr_{mode}"] == 1e9
     assert row[f"smoothness_{mode}"] > 0
+
+
+@pytest.mark.parametrize("method", ["finite_difference", "forward"])
+def test_a_short_displacement_makes_no_false_alarm(method):
+    """At the mu of 1e-6 that slopes allow, second differences in float32 are rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).requires_grad_(False)
+    x, rows = torch.randn(32, 8), []
+
+    def closure():
+        return 3 + (model(x) - x[:, :1]).square().mean()
+
+    for mu in (1e-2, 1e-6):
+        groups = [dict(params=list(model.parameters()), lr=1e-2, mu=mu, mode="zo")]
+        recorder = SmoothnessRecorder(HybridZOFO(groups), method=method)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rows.append([recorder.measure(closure) for _ in range(3)])
+    for long, short in zip(*rows, strict=True):
+        assert short["stable_lr_zo"] == pytest.approx(long["stable_lr_zo"], rel=0.2)
+        assert short["trace_zo"] == pytest.approx(long["trace_zo"], rel=0.2)
+    first, second, third = (row["evaluations"] for row in rows[1])
+    assert first > 2 * second == 2 * third  # the displacement that was found is kept
 
 
 # ---- a run is not changed ----------------------------------------------------------------------
@@ -267,6 +387,21 @@ def test_micro_batches_are_one_batch(backward):
     assert rows[0] == pytest.approx(rows[1], rel=1e-6)
 
 
+def test_unequal_micro_batches_of_examples():
+    """What the optimizer adds up are means; here of 4 and of 2 examples."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(6, 5, dtype=torch.float64), requires_grad=False)
+    batches = [torch.randn(count, 6, dtype=torch.float64) for count in (4, 2)]
+    options = dict(structure="low_rank", perturbation="streamed", directions="per_example")
+    optimizer = HybridZOFO([("w", w)], lr=1e-3, mode="zo", **options)
+    closures = [lambda x=x: (x @ w).square().sum(1) for x in batches]
+    row = SmoothnessRecorder(optimizer, directions=100, method="forward").measure(closures)
+    assert row["loss"] == pytest.approx(sum(f().mean().item() for f in closures))
+    trace = 2 * 5 * sum(x.square().sum().item() / len(x) for x in batches)
+    assert abs(row["trace_zo"] - trace) < 4 * row["trace_error_zo"]
+    assert row["trace_error_zo"] < 0.1 * trace
+
+
 def test_an_adapter_of_16_bits():
     """With ``method="forward"`` its products come from double backward: it has no differences."""
     toy = Quadratic()
@@ -280,6 +415,35 @@ def test_an_adapter_of_16_bits():
     assert row["largest_fo"] == pytest.approx(4.0, rel=0.02)
     with pytest.raises(TypeError, match="take method='exact'"):
         SmoothnessRecorder(toy.optimizer()).measure(closure)
+
+
+@pytest.mark.parametrize("modes", [("zo", "fo"), ("fo",)])
+def test_a_base_of_16_bits(modes):
+    """Through it an adapter of 32 bits has no differences either, known to the optimizer or not."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8)).requires_grad_(False)
+    head, x, rows = nn.Linear(8, 1), torch.randn(16, 6), []
+    groups = [dict(params=list(base.parameters()), lr=1e-3, mode="zo")] * ("zo" in modes)
+    groups.append(dict(params=list(head.parameters()), lr=1e-2, mode="fo"))
+
+    def closure():
+        return head(base(x.to(base[0].weight.dtype)).float()).square().mean()
+
+    for dtype, method in ((torch.float32, "exact"), (torch.bfloat16, "exact")):
+        base.to(dtype)
+        rows.append(SmoothnessRecorder(HybridZOFO(groups), method=method).measure(closure))
+    if "zo" in modes:
+        rows.append(SmoothnessRecorder(HybridZOFO(groups), method="forward").measure(closure))
+        assert rows[0]["stable_lr_zo"] is not None
+        for name in ("trace_zo", "trace_error_zo", "frobenius_zo", "stable_lr_zo"):
+            assert rows[2][name] is None, name
+        assert rows[1]["stable_lr_zo"] is None
+        assert rows[1]["trace_zo"] == pytest.approx(rows[0]["trace_zo"], rel=0.1)
+    for name in ("frobenius_fo", "largest_fo", "stable_lr_fo"):
+        for row in rows[1:]:
+            assert row[name] == pytest.approx(rows[0][name], rel=0.05), name
+    with pytest.raises(TypeError, match="take method='exact'"):
+        SmoothnessRecorder(HybridZOFO(groups)).measure(closure)
 
 
 def test_autocast_has_no_differences():
@@ -300,6 +464,7 @@ def test_autocast_has_no_differences():
         recorder = SmoothnessRecorder(HybridZOFO(groups), products=20, method=method)
         row = recorder.measure(closure)
         assert row["largest_fo"] == pytest.approx(expected["largest_fo"], rel=0.05)
+        assert row["stable_lr_zo"] is None
 
 
 @pytest.mark.parametrize("modes", [("zo",), ("fo",)])
@@ -312,8 +477,11 @@ def test_one_mode_alone(modes):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_cost_is_counted(method):
-    toy, calls = Quadratic(), []
+def test_cost_is_counted(method, monkeypatch):
+    """Of double backward each pass counts, the first of which is that of the closure's run."""
+    toy, calls, passes = Quadratic(), [], []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(0) or grad(*a, **k))
 
     def closure():
         calls.append(torch.is_grad_enabled())
@@ -321,7 +489,8 @@ def test_cost_is_counted(method):
 
     recorder = SmoothnessRecorder(toy.optimizer(), directions=4, products=3, method=method)
     row = recorder.measure(closure)
-    assert row["gradients"] == sum(calls)
+    assert row["gradients"] == (len(passes) if method == "exact" else sum(calls))
+    assert (len(passes) > 2 * (4 + 3)) == (method == "exact")
     assert row["evaluations"] == len(calls) - sum(calls)
 
 
@@ -329,7 +498,8 @@ def test_a_run_that_has_diverged_is_recorded():
     toy = Quadratic()
     for method in METHODS:
         recorder = SmoothnessRecorder(toy.optimizer(), method=method)
-        row = recorder.measure(lambda: toy() * math.inf)
+        with pytest.warns(UserWarning, match="loss at step 0 is not finite: the run diverges"):
+            row = recorder.measure(lambda: toy() * math.inf)
         assert row["loss"] is None
         assert row["stable_lr_fo"] is None
         assert row["stable_lr_zo"] is None
@@ -397,6 +567,22 @@ def test_scatter_and_plot(tmp_path):
         ]
     recorder.plot(tmp_path / "rows.png")
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_known_is_not_drawn(tmp_path, monkeypatch):
+    """Lines break there, and legends are above the axes."""
+    pytest.importorskip("matplotlib")
+    from zofo_optim.smoothness import plots
+
+    made = []
+    figure = plots.figure
+    monkeypatch.setattr(plots, "figure", lambda *a: made.append(figure(*a)) or made[-1])
+    rows = [{"step": s, "lr_zo": 1.0, "stable_lr_zo": v} for s, v in enumerate([2.0, None, 3.0])]
+    plots.draw_rows(rows, tmp_path / "rows.png")
+    axes = made[0].axes[2]
+    _, stable = axes.lines
+    np.testing.assert_array_equal(stable.get_ydata(), [2.0, math.nan, 3.0])
+    assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1 - 1
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ def test_the_factor_bounds_all_points():
     assert (curvatures <= fit.factor * fit(NORMS) * (1 + 1e-12)).all()
     assert (curvatures > 0.999 * fit.factor * fit(NORMS)).any()
     assert f"{fit.points} points" in str(fit)
+    assert " t^1.00, 60 points" in str(fit)  # an exponent that was given has no error
+    assert " (± " in str(fit_hybrid_smoothness(NORMS, curvatures)).partition(" t^")[2]
 
 
 @pytest.mark.parametrize(

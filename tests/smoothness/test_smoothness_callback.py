@@ -104,6 +104,21 @@ def test_measures_the_loss_of_the_step(accumulate, hybrid, tmp_path):
         assert found[name] == pytest.approx(expected[name], rel=0.02), name
 
 
+def test_what_the_trainer_counts_is_left_alone(tmp_path):
+    class Counting(HybridTrainer):
+        def compute_loss(self, *args, **kwargs):
+            self.seen += 1
+            return super().compute_loss(*args, **kwargs)
+
+    seen = []
+    for callbacks in ([SmoothnessCallback(every=1, method="forward", **FEW)], []):
+        done = trainer(tmp_path, callbacks, cls=Counting, max_steps=1)
+        done.seen = 0
+        done.train()
+        seen.append(done.seen)
+    assert seen[0] == seen[1] > 0
+
+
 def test_a_resumed_training_goes_on_with_its_rows(tmp_path):
     options = dict(max_steps=4, save_strategy="steps", save_steps=2)
     callback = SmoothnessCallback(every=2, **FEW)

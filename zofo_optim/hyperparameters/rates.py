@@ -59,6 +59,14 @@ def rates_of(
 
 def _zeroth_order(found: ZerothOrder, reasons: list[str], warnings: list[str]) -> float | None:
     terms = found.terms
+    if found.is_noise:
+        warnings.append(
+            "lr_zo: no rate could be found; curvatures along random directions are mostly noise of "
+            f"the computed loss, {100 * min(found.noise, 1.0):.0f} % of their mean square by "
+            f"displacements of {found.displacement:.1g}: evaluate the loss in higher precision, "
+            "or take find_lr"
+        )
+        return None
     if math.isnan(terms.lr):
         warnings.append(
             f"lr_zo: no rate could be found; along {found.directions} directions the loss falls by "
@@ -119,7 +127,7 @@ def _mu(found: PerturbationSize, reasons: list[str], warnings: list[str]) -> flo
         f"least one is {100 * found.best_error:.2g} %, at {best} (losses have a noise of "
         f"{found.noise:.1g})."
     )
-    keep = found.error <= FINE or found.best == math.inf
+    keep = found.error <= FINE
     reasons.append(f"{reason} {'Kept.' if keep else 'Suggested is the latter.'}")
     if found.best_error > FINE:
         warnings.append("mu: no size makes slopes exact; evaluate the loss in higher precision")

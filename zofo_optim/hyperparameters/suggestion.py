@@ -136,8 +136,8 @@ def suggest_hyperparameters(
         zo = size = fo = None
         evaluations = 0
         if "zo" in modes:
-            zo, along = zeroth_order.measure(optimizer, some, directions, seed)
-            size = perturbation_size.measure(optimizer, some[0], along, seed)
+            zo, along, far = zeroth_order.measure(optimizer, some, directions, seed)
+            size = perturbation_size.measure(optimizer, some[0], along, far, seed)
             evaluations += zo.evaluations + size.evaluations
         if "fo" in modes:
             fo = first_order.measure(optimizer, some)

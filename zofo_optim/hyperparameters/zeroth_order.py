@@ -14,8 +14,12 @@ Both terms are means over directions, and need no more than forward passes:
     E[u' H u]   = E[r^2 c] / q + (1 - 1/q) E[r_s r_t v_s' H v_t],    c = v' H v the curvature.
 
 The second part, of two directions, is g' H g with plain slopes. For Gaussian v it is
-Cov(r s, c) / 2, which overstates it for directions of low rank; where its estimate is negative it
-is taken as 0. With one direction for each of B examples, q is B.
+Cov(r^2, c) / 2, which overstates it for directions of low rank; where its estimate is negative it
+is taken as 0. Signs' covariance leaves the diagonal of H out, so that this part alone is then
+measured along Gaussian directions. With one direction for each of B examples, q is B.
+
+Slopes and curvatures are those of a displacement at which curvature is more than rounding, mu or a
+longer one: see :func:`zofo_optim.smoothness.forward.curvature_mu`.
 
 H is that of all batches together. How much the full loss f falls is another matter: E[grad f . u]
 is E[r s'], with the slope s' of another batch along the same direction. Where batches disagree it
@@ -36,6 +40,10 @@ from ..evaluation import Closure
 from ..groups_and_state import GroupsAndState
 from ..rules import Rule
 from ..smoothness import Along, along_directions
+from ..smoothness.forward import Displacement, displacement
+
+MOSTLY = 0.5
+"""The share of noise from which on there is no rate."""
 
 
 class Terms(NamedTuple):
@@ -48,7 +56,7 @@ class Terms(NamedTuple):
     bend: float
     """E[u' H u]: how fast it turns."""
     magnitude: float
-    """E[r^2 |c|] / q: how fast it would turn were all curvatures positive."""
+    """Of ``bend``, with |c| and the second part's magnitude: were all curvatures positive."""
 
     @property
     def turns(self) -> bool:
@@ -83,16 +91,42 @@ class ZerothOrder:
     loss: float
     directions: int
     batches: int
+    displacement: float
+    """What curvatures were measured by: ``mu``, or more."""
+    noise: float
+    """The share of rounding in the mean square of curvatures."""
     evaluations: int
     """Of closures, without those that verify."""
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether curvatures are mostly rounding, so that nothing follows from them."""
+        return self.noise > MOSTLY
 
 
 def measure(
     optimizer: GroupsAndState, closures: Sequence[Closure], directions: int, seed: int
-) -> tuple[ZerothOrder, Along]:
+) -> tuple[ZerothOrder, Along, Displacement]:
     """Along the same directions on each batch; see the module. And what the first batch gave."""
     settings = optimizer.settings
-    found = [along_directions(optimizer, c, directions=directions, seed=seed) for c in closures]
+    size = displacement(optimizer, closures[0], seed)
+
+    def along(closure: Closure, distribution: str | None = None) -> Along:
+        return along_directions(
+            optimizer,
+            closure,
+            directions=directions,
+            seed=seed,
+            mu=size.mu,
+            distribution=distribution,
+        )
+
+    found = [along(closure) for closure in closures]
+    if len({one.slopes.shape for one in found}) > 1:
+        raise ValueError(
+            "closures must return the losses of equally many examples, got "
+            f"{[one.slopes.shape[1] for one in found]}: leave the smaller batch out"
+        )
     slopes = torch.stack([along.slopes for along in found])  # (batches, directions[, B])
     curvatures = torch.stack([along.curvatures.reshape(directions, -1).mean(1) for along in found])
     losses = torch.stack([along.loss.mean() for along in found])
@@ -107,9 +141,21 @@ def measure(
     batch = slopes.reshape(*slopes.shape[:2], -1).mean(2)  # (batches, directions)
     bends = curvatures.mean(0)
     samples = steps[0].shape[1]
+    count = len(closures) * (1 + 2 * directions)
+    square = bends.square().mean().item()
+    noise = size.curvature_noise**2 / len(closures)
+    pairs = None
+    if samples > 1 and settings.distribution == "rademacher":
+        more = [along(closure, "gaussian") for closure in closures]
+        count *= 2
+        others = torch.stack([one.slopes.reshape(directions, -1).mean(1) for one in more])
+        forms = torch.stack([one.curvatures.reshape(directions, -1).mean(1) for one in more])
+        scale = shaped.mean(2).square().mean() / batch.square().mean().clamp(min=1e-300)
+        pairs = scale * others.square().mean(0), forms.mean(0)
 
     def terms(kept: Tensor) -> Terms:
-        return terms_of(shaped[:, kept], batch[:, kept], bends[kept], samples)
+        these = None if pairs is None else (pairs[0][kept], pairs[1][kept])
+        return terms_of(shaped[:, kept], batch[:, kept], bends[kept], samples, these)
 
     everything = torch.ones(directions, dtype=torch.bool)
     places = torch.arange(directions)
@@ -124,9 +170,11 @@ def measure(
         losses.mean().item(),
         directions,
         len(closures),
-        len(closures) * (1 + 2 * directions),
+        size.mu,
+        noise / square if square else math.inf,
+        count + size.evaluations,
     )
-    return measured, found[0]
+    return measured, found[0], size
 
 
 def estimates(slopes: Tensor, together: int, samples: int) -> Tensor:
@@ -171,7 +219,13 @@ def after_rule(rule: Rule, slopes: Tensor, directions: int) -> Tensor:
     return torch.stack(shaped).view(directions, -1)
 
 
-def terms_of(shaped: Tensor, slopes: Tensor, curvatures: Tensor, samples: int) -> Terms:
+def terms_of(
+    shaped: Tensor,
+    slopes: Tensor,
+    curvatures: Tensor,
+    samples: int,
+    pairs: tuple[Tensor, Tensor] | None = None,
+) -> Terms:
     """The two expectations, from what each direction gave.
 
     Args:
@@ -179,6 +233,7 @@ def terms_of(shaped: Tensor, slopes: Tensor, curvatures: Tensor, samples: int) -
         slopes: of whole batches, shape (batches, directions).
         curvatures: of all batches together, shape (directions,).
         samples: directions of one step.
+        pairs: r^2 and c along Gaussian directions, for the part of two; None: these are.
     """
     batches = len(slopes)
     means = shaped.mean(2)  # (batches, directions)
@@ -191,9 +246,10 @@ def terms_of(shaped: Tensor, slopes: Tensor, curvatures: Tensor, samples: int) -
     bend = (squares * curvatures).mean() / samples
     magnitude = (squares * curvatures.abs()).mean().item() / samples
     if samples > 1:
-        products = means.square().mean(0)
-        pair = ((products * curvatures).mean() - products.mean() * curvatures.mean()) / 2
+        products, forms = (means.square().mean(0), curvatures) if pairs is None else pairs
+        pair = ((products * forms).mean() - products.mean() * forms.mean()) / 2
         bend = bend + (1 - 1 / samples) * pair.clamp(min=0.0)
+        magnitude += (1 - 1 / samples) * pair.abs().item()
     return Terms(own.mean().item() / batches, others, bend.item(), magnitude)
 
 

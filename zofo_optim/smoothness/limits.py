@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+_SURE = 4.0
+"""Standard errors of rounding."""
+
 
 def first_order_limit(
     group: Mapping[str, Any], largest: float, *, coupling: float = 0.0
@@ -35,7 +38,13 @@ def first_order_limit(
 
 
 def zeroth_order_limit(
-    slopes: Tensor, curvatures: Tensor, largest: float | None, *, together: int, samples: int
+    slopes: Tensor,
+    curvatures: Tensor,
+    largest: float | None,
+    *,
+    together: int,
+    samples: int,
+    rounding: float = 0.0,
 ) -> float | None:
     """2 E[grad f . g] / E[g' H g] of the zeroth-order estimate g of a step along N directions.
 
@@ -53,10 +62,12 @@ def zeroth_order_limit(
             will do for N = 1.
         together: examples that share a direction.
         samples: directions of a step, ``num_samples``; with losses of examples, those of each.
+        rounding: standard deviation of a curvature, of whole batches, by rounding of the loss.
 
     Returns:
         None where the loss does not curve upwards along steps, where all slopes are 0 or not
-        finite, or N > 1 and ``largest`` is not known.
+        finite, or N > 1 and ``largest`` is not known; and where E[g' H g] is not known: it is less
+        than its standard error over directions, or than 4 times that of rounding.
     """
     count = samples
     if slopes.dim() == 2:
@@ -66,8 +77,13 @@ def zeroth_order_limit(
     else:
         parts = slopes.square()
     square = slopes.square().mean().item()
-    noise = (parts * curvatures).mean().item()
+    bent = parts * curvatures
+    noise = bent.mean().item()
     if count > 1 and largest is None:
         return None
     along = noise / count + (1 - 1 / count) * max(largest or 0.0, 0.0) * square
-    return 2 * square / along if along > 0 and square > 0 else None
+    if not (along > 0 and square > 0):
+        return None
+    off = bent - noise / square * slopes.square()  # of the ratio of both means
+    error = max(off.norm().item(), _SURE * rounding * parts.norm().item()) / len(slopes) / count
+    return 2 * square / along if along > error else None

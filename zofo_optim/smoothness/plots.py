@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,14 +37,12 @@ def draw_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -
             (rates, "lr", "-"),
             (rates, "stable_lr", "--"),
         ):
-            found = [
-                (row["step"], row[key])
-                for row in rows
-                if (row.get(key := f"{name}_{mode}") or 0.0) > 0  # a logarithm is drawn
-            ]
-            if found:
+            values = [row.get(f"{name}_{mode}") or 0.0 for row in rows]
+            drawable = [v if v > 0 else math.nan for v in values]  # a logarithm; NaN breaks a line
+            if any(v > 0 for v in values):
                 label = f"{SAID[mode]}{', stable' if name == 'stable_lr' else ''}"
-                axes.plot(*zip(*found, strict=True), style, color=color, label=label, marker=".")
+                steps = [row["step"] for row in rows]
+                axes.plot(steps, drawable, style, color=color, label=label, marker=".")
     for axes, said in (
         (norms, "gradient norm"),
         (curvatures, "smoothness"),
@@ -52,7 +51,7 @@ def draw_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -
         axes.set_ylabel(said)
         if axes.lines:
             axes.set_yscale("log")
-            axes.legend()
+            _legend_above(axes)
     rates.set_xlabel("step")
     drawn.savefig(path)
 
@@ -77,5 +76,10 @@ def draw_scatter(
                 label += f" + {fit.slope:.3g} t^{fit.exponent:.2f}"
             axes.plot(t, fit(t), color=color, label=label)
     axes.set(xlabel="gradient norm t", ylabel="curvature", xscale="log", yscale="log")
-    axes.legend()
+    _legend_above(axes)
     drawn.savefig(path)
+
+
+def _legend_above(axes: Any) -> None:
+    """Where it covers no curve."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)

@@ -6,21 +6,19 @@ import csv
 import json
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checks import caller_level
 from ..evaluation import Closure
 from ..groups_and_state import GroupsAndState
+from .alarms import Alarms
 from .plots import draw_rows
 from .snapshot import METHODS, Snapshots
 
 Row = dict[str, Any]
 FORMAT = "zofo-optim smoothness rows"
 VERSION = 1
-_SAID = {"fo": "first-order", "zo": "zeroth-order"}
 
 
 class SmoothnessRecorder:
@@ -39,17 +37,24 @@ class SmoothnessRecorder:
     optimizers, whose steps are preconditioned. For zeroth order it is
     2 E[grad f . g] / E[g' H g] along directions as steps take them, about 2 / tr H with one; there
     is none where ``zo_rule`` is another than "sgd", some tensors rest (``active``), or groups
-    differ in ``mu``.
+    differ in ``mu``. A limit is None too where the loss curves downwards, or curvature along steps
+    is mostly rounding, or less than its standard error. It is taken at ``mu`` or a longer
+    displacement, for which the first measurement looks, and later ones where noise has grown.
 
     Warns once a group where its rate was above its limit by more than ``margin`` in ``patience``
     measurements in a row: one batch is noise, and a rate a little above the limit is not unusual
-    for a run that learns (Cohen et al. 2021).
+    for a run that learns (Cohen et al. 2021). Measurements without a limit do not count. Warns at
+    once where a rate is more than 4 times its limit, and where the loss is not finite or more than
+    10 times that of the first row.
 
     Cost of a measurement: for each mode, 3 + ``directions`` + ``products`` gradients with
     ``method="finite_difference"``; for zeroth-order groups 1 + 2 ``directions`` evaluations and
-    some 10 to 25 that verify besides. ``evaluations`` and ``gradients`` of a row count its own.
+    some 10 to 25 that verify besides, and 60 to 100 where a displacement is looked for.
+    ``evaluations`` and ``gradients`` of a row count its own: forward passes without a backward, and
+    backward passes.
     Memory: a backward through the base model and ``products`` vectors of its size, or with
-    ``method="forward"`` no backward for zeroth-order groups at all.
+    ``method="forward"`` no backward for zeroth-order groups at all. Between measurements, a float32
+    vector of each block's size that was measured by gradients stays in host memory.
 
     Args:
         optimizer: a :class:`~zofo_optim.HybridZOFO` in one process.
@@ -60,7 +65,10 @@ class SmoothnessRecorder:
         method: "finite_difference" or "exact": see :func:`measure_smoothness`; "forward": the
             zeroth-order groups by losses alone, where a backward through the base model does not
             fit. Then there is no largest eigenvalue of theirs, and a Frobenius norm with full
-            Gaussian directions only; first-order groups are measured by gradients still.
+            Gaussian directions only; first-order groups are measured by gradients still. Where
+            the closure computes in 16 bits, differences are rounding: "finite_difference" is
+            refused, "forward" takes double backward for first-order groups, and zeroth-order
+            groups have no limit, and with "forward" no trace either.
         margin: share of its limit by which a rate may be above it, >= 0.
         patience: measurements in a row that make a warning, at least 1.
         seed: of the directions.
@@ -69,9 +77,10 @@ class SmoothnessRecorder:
         rows: one dictionary a measurement, of numbers and None: ``step``, ``loss``,
             ``evaluations``, ``gradients``, and with ``_zo`` or ``_fo`` at their ends
             ``gradient_norm``, ``smoothness`` (the largest eigenvalue's magnitude, or the Frobenius
-            norm, which is a bound of it), ``largest`` (signed, of largest magnitude),
-            ``frobenius``, ``trace`` and their ``..._error``, ``lr`` (the largest of the groups'),
-            and ``stable_lr`` (the least of their limits).
+            norm, which is a bound of it), ``lambda_max`` and ``lambda_min`` (the ends of the
+            block's spectrum), ``largest`` (the one of larger magnitude), ``frobenius``, ``trace``
+            and their ``..._error``, ``lr`` (the largest of the groups'), and ``stable_lr`` (the
+            least of their limits).
         steps: how often :meth:`step` was called.
 
     Raises:
@@ -112,13 +121,11 @@ class SmoothnessRecorder:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not margin >= 0:
             raise ValueError(f"margin must be a number >= 0, got {margin!r}")
-        self._optimizer = optimizer
-        self._every, self._margin, self._patience, self._seed = every, margin, patience, seed
+        self._every, self._seed = every, seed
         self._snapshots = Snapshots(optimizer, directions, products, method)
         self.rows: list[Row] = []
         self.steps = 0
-        self._beyond: dict[int, int] = {}  # measurements in a row, by group
-        self._warned: set[int] = set()
+        self._alarms = Alarms(optimizer, margin, patience)
 
     def step(self, closure: Closure | Sequence[Closure]) -> Row | None:
         """Measure if it is time; to be called before each step of the optimizer.
@@ -134,7 +141,7 @@ class SmoothnessRecorder:
         Raises:
             RuntimeError: several processes train the model, or called from inside a closure.
             TypeError, ValueError: ``closure`` is none, or its result is no loss; or weights have 16
-                bits, or the closure runs under autocast, where ``method="finite_difference"``.
+                bits, or the closure computes in 16 bits, where ``method="finite_difference"``.
                 Nothing is recorded then.
         """
         row = None if self.steps % self._every else self.measure(closure)
@@ -151,7 +158,7 @@ class SmoothnessRecorder:
         said = self.steps if step is None else step
         row: Row = {"step": said, **self._snapshots.take(closure, self._seed + len(self.rows))}
         self.rows.append(row)
-        self._warn(row)
+        self._alarms.look(self.rows, self._snapshots.rates)
         return row
 
     def scatter(self) -> dict[str, tuple[list[float], list[float]]]:
@@ -216,7 +223,7 @@ class SmoothnessRecorder:
         if state.get("version") != VERSION:
             raise ValueError(f"state must have version {VERSION}, got {state.get('version')!r}")
         self.rows, self.steps = [dict(row) for row in state["rows"]], int(state["steps"])
-        self._beyond.clear()
+        self._alarms.clear()
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw gradient norms, smoothness, and rates beside their limits, by step.
@@ -224,18 +231,3 @@ class SmoothnessRecorder:
         Needs matplotlib.
         """
         draw_rows(self.rows, path)
-
-    def _warn(self, row: Row) -> None:
-        for place, rate, limit in self._snapshots.rates:
-            above = limit is not None and rate > (1 + self._margin) * limit
-            self._beyond[place] = self._beyond.get(place, 0) + 1 if above else 0
-            if self._beyond[place] >= self._patience and place not in self._warned:
-                self._warned.add(place)
-                mode = self._optimizer.param_groups[place]["mode"]
-                warnings.warn(
-                    f"the learning rate of group {place} ({_SAID[mode]}), {rate:.2e}, is above "
-                    f"{limit:.2e}, up to which steps are stable at the curvature of this batch "
-                    f"(step {row['step']}, {self._beyond[place]} measurements in a row above by "
-                    f"more than {self._margin:.0%}): the loss may grow; lower the rate",
-                    stacklevel=caller_level(),
-                )

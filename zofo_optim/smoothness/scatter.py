@@ -48,9 +48,10 @@ class HybridSmoothness:
         return self.constant + self.slope * np.asarray(gradient_norms, float) ** self.exponent
 
     def __str__(self) -> str:
+        fitted = f" (± {self.exponent_error:.1g})" if self.exponent_error else ""
         return (
             f"l(t) = {self.constant:.3g} (± {self.constant_error:.1g}) + {self.slope:.3g} "
-            f"(± {self.slope_error:.1g}) t^{self.exponent:.2f} (± {self.exponent_error:.1g}), "
+            f"(± {self.slope_error:.1g}) t^{self.exponent:.2f}{fitted}, "
             f"{self.points} points, residual {self.residual:.2g}; all lie below {self.factor:.2f} l"
         )
 

@@ -10,6 +10,9 @@ import torch
 from ..evaluation import Closure, losses_of_examples
 from .seeing import SeeingShort
 
+NARROW = (torch.float16, torch.bfloat16)
+"""In which gradients and losses at near points differ by rounding."""
+
 
 class Together:
     """A closure whose loss is the sum of those of several; runs of each are counted.
@@ -17,7 +20,7 @@ class Together:
     Args:
         closure: one, or several.
         of_examples: they return losses of examples, shape (B,); the sum is that of their means,
-            and losses are put in a row.
+            and losses are put in a row, scaled so that their mean is that sum.
 
     Raises:
         TypeError: it is no function, nor a sequence of them.
@@ -34,8 +37,8 @@ class Together:
         """Runs of a closure without gradients."""
         self.gradients = 0
         """Runs with gradients."""
-        self.autocasts = False
-        """Whether the first run had functions under autocast."""
+        self.narrow = False
+        """Whether the first run computed in 16 bits."""
         self.closures = [self._counted(one) for one in found]
 
     def _counted(self, closure: Closure) -> Callable[[], Any]:
@@ -48,7 +51,7 @@ class Together:
                 return closure()
             with SeeingShort() as seeing:
                 returned = closure()
-            self.autocasts = seeing.seen
+            self.narrow = seeing.seen
             return returned
 
         return counted
@@ -58,5 +61,7 @@ class Together:
         if len(returned) == 1:
             return returned[0]
         if self._of_examples:
-            return len(returned) * torch.cat([losses_of_examples(losses) for losses in returned])
+            each = [losses_of_examples(losses) for losses in returned]
+            total = sum(map(len, each))
+            return torch.cat([losses * (total / len(losses)) for losses in each])
         return sum(returned)

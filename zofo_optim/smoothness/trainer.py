@@ -42,7 +42,9 @@ class SmoothnessCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     Attributes:
         recorder: the :class:`SmoothnessRecorder`, once training has begun: its ``rows``, ``save``
-            and ``plot``.
+            and ``plot``. With ``restore_callback_states_from_checkpoint=True`` transformers puts a
+            new callback in this one's place, in ``trainer.callback_handler.callbacks``, which has
+            it then.
 
     Raises:
         TypeError: when training begins, the trainer is no HybridTrainer.

@@ -24,9 +24,12 @@ class Parts:
         self._sizes = [p.numel() for p in tensors]
 
     def fit(self, vector: Tensor) -> bool:
-        """Whether it is such a vector."""
-        alike = vector.device == self._device and vector.dtype == self._dtype
-        return alike and vector.numel() == sum(self._sizes)
+        """Whether it is such a vector, on any device."""
+        return vector.dtype == self._dtype and vector.numel() == sum(self._sizes)
+
+    def placed(self, vector: Tensor) -> Tensor:
+        """On the device of such vectors."""
+        return vector.to(self._device)
 
     def random(self, seed: int) -> Tensor:
         """Normal, the same on every device."""
