@@ -75,11 +75,13 @@ def losses_along(
         coupling=0.0,
         optimizer_in_backward=False,
     )
+    perturbation = StreamedPerturbation(settings, Listener(), Advice())
+    if distribution is not None:  # the optimizer's groups have its own
+        groups = perturbation.groups_of(optimizer.param_groups)
     for group in groups:
         own = (int(group.options["seed"]) + _SEED + seed) % (1 << 64)
         group.options = {**group.options, "seed": own, "mu": group.mu if mu is None else mu}
     devices = {p.device for group in groups for p in group.params}
-    perturbation = StreamedPerturbation(settings, Listener(), Advice())
     evaluator = Evaluator(per_example=of_examples)
     evaluator.buffers = optimizer.buffers if buffers is None else buffers
     random = GlobalRandomState(devices)

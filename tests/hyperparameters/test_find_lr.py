@@ -23,8 +23,8 @@ def test_it_brackets_the_stability_limits():
         assert min(test.losses) < 0.99 * test.losses[0]
     assert found.lr_zo == found.zo.lr
     assert found.lr_fo == found.fo.lr
-    assert found.steps == len(found.zo.losses) + len(found.fo.losses)
-    assert found.evaluations == 1 + found.steps
+    assert found.steps == len(found.zo.losses) + len(found.fo.losses) - 2  # the last ones
+    assert found.evaluations == 2 + found.steps + 2
 
 
 def test_one_kind_of_groups_moves_at_a_time():
@@ -201,3 +201,27 @@ def test_what_cannot_be():
         find_lr(optimizer, lambda: problem() * math.nan)
     with pytest.raises(RuntimeError, match="must not be called inside a closure"):
         optimizer.step(lambda: find_lr(optimizer, problem))
+
+
+def test_ratios_of_groups_are_kept():
+    """One of curvature 400 has a thousandth of the rate: alone, 2 / 400 would be the limit."""
+    y, z = (torch.nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    groups = [dict(params=[y], lr=1.0), dict(params=[z], lr=1e-3)]
+    optimizer = HybridZOFO(groups)
+    found = find_lr(optimizer, lambda: (2 * y.square() + 200 * z.square()).sum())
+    assert found.fo.diverged > 0.5
+    found.apply(optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [found.lr_fo, 1e-3 * found.lr_fo]
+
+
+def test_the_picture_shows_a_small_fall(tmp_path, monkeypatch):
+    """The rise at the end would hide it."""
+    figure = pytest.importorskip("matplotlib.figure")
+    seen = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: seen.append(self))
+    problem = Quadratic(("fo",))
+    found = find_lr(problem.optimizer, lambda: problem() + 1000)
+    found.plot(tmp_path / "rates.png")
+    low, high = seen[0].axes[0].get_ylim()
+    assert low < min(found.fo.smoothed)
+    assert high - low < 3 * (found.fo.losses[0] - min(found.fo.smoothed))

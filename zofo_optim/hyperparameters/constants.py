@@ -13,12 +13,16 @@ from ..theory import Constants
 from .first_order import gradient_norms
 from .zeroth_order import ZerothOrder
 
+_SAID = {"zo": "x", "fo": "y"}
+
 
 class Measured(NamedTuple):
     """Constants, and the smoothness that they are of."""
 
     constants: Constants
     smoothness: Smoothness
+    doubts: tuple[str, ...]
+    """What makes constants other than they should be, in words."""
 
 
 def measure(
@@ -26,7 +30,7 @@ def measure(
     closures: Sequence[Closure],
     zeroth_order: ZerothOrder,
     *,
-    components: int,
+    components: int | None,
     floor: float,
     **options: Any,
 ) -> Measured:
@@ -42,7 +46,7 @@ def measure(
         optimizer: whose groups are x and y.
         closures: batches, the theorem's components, or some of them.
         zeroth_order: what was measured along random directions.
-        components: how many there are in an epoch.
+        components: how many there are in an epoch; None: as many as closures.
         floor: a lower bound of the loss, f*.
         **options: of :func:`zofo_optim.smoothness.measure_smoothness`.
 
@@ -76,6 +80,21 @@ def measure(
         G=math.sqrt(max(squares)),
         gap=gap,
         d_x=whole["zo"].parameters,
-        n=components,
+        n=batches if components is None else components,
     )
-    return Measured(constants, whole)
+    doubts = []
+    if components is None:
+        doubts.append(
+            f"n = {batches}, as many as closures were given; say components= for an epoch's steps"
+        )
+    if batches == 1:
+        doubts.append("sigma = 0, as one batch says nothing of their noise; give more closures")
+    if options.get("method") != "forward":
+        missed = {mode: sum(one[mode].largest is None for one in (whole, *each)) for mode in whole}
+        doubts += [
+            f"L of {_SAID[mode]}: {count} of {1 + batches} largest eigenvalues were not found, and "
+            "Frobenius norms, which are upper bounds, stand in their place"
+            for mode, count in missed.items()
+            if count
+        ]
+    return Measured(constants, whole, tuple(doubts))

@@ -8,33 +8,34 @@ The slope of these batches' loss along -u is phi'(lr) = -grad f(y - lr u) . u, a
 
 the rate of the largest decrease along it; for a quadratic loss it is grad f . u / (u' H u). It is
 sought from a small rate on, by doubling, so that curvature is seen at the length of the step: a
-network's differs much from that at a point. As for zeroth order, these are the batches of the step
+network's differs much from that at a point. Optimizers other than SGD, Adam and AdamW may step by
+much more at first, or later: their updates after 1 and after 300 steps are looked at besides, and
+one that is larger by far is taken. As for zeroth order, these are the batches of the step
 itself: others would say how much of the update is noise, not how long it may be.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..evaluation import Closure, evaluate
+from ..evaluation import Closure, Evaluation, evaluate
+from ..freezing import without_graph
 from ..groups_and_state import GroupsAndState
-from .measured import parameters_of, put_back, relative_rates
+from ..smoothness.bystanders import Bystanders
+from ..smoothness.products import averaged, dot, norm
+from .measured import check_same, parameters_of, put_back
+from .updates import WARM, trial_update
 
-WARM = 30
-"""Trial steps of the copy, at rate 0, before the one that is looked at."""
 BATCHES = 4
 """So many are looked at, at most: the first ones."""
 _SMALL = 1e-3
 """Length of the first displacement, over the weights' norm."""
-_DOUBLINGS = 40
+_DOUBLINGS = 20
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class FirstOrder:
     loss: float
     batches: int
     evaluations: int
-    """With a backward each."""
+    """With a backward each, and one a batch without."""
+    step: int = WARM
+    """The trial step whose update it is."""
+    larger: float = 1.0
+    """How much larger that is than after :data:`WARM` steps."""
 
 
 def measure(optimizer: GroupsAndState, closures: Sequence[Closure]) -> FirstOrder:
@@ -64,7 +69,7 @@ def measure(optimizer: GroupsAndState, closures: Sequence[Closure]) -> FirstOrde
         def gradients(closure: Closure) -> tuple[float, list[Tensor]]:
             nonlocal count
             count += 1
-            return _gradients(closure, params)
+            return _gradients(optimizer, closure, params)
 
         some = closures[:BATCHES]
         found, losses = [], []
@@ -73,12 +78,16 @@ def measure(optimizer: GroupsAndState, closures: Sequence[Closure]) -> FirstOrde
             loss, gradient = gradients(closure)
             found.append(gradient)
             losses.append(loss)
-        update = trial_update(optimizer, params, found)
-        start = [-_dot(gradient, update) for gradient in found]
+            again()
+            count += 1
+            check_same(loss, evaluate(averaged(closure), gradients=False).loss.item())
+        update, step, larger = trial_update(optimizer, params, found)
+        start = [-dot(gradient, update) for gradient in found]
         del found
 
         falls = sum(start) / len(start)
-        small = _SMALL * _norm(params) / _norm(update) if _norm(params) else _SMALL
+        values = [p.detach() for p in params]
+        small = _SMALL * norm(values) / norm(update) if norm(values) else _SMALL
 
         def slope_at(rate: float) -> float:
             slopes = []
@@ -87,7 +96,7 @@ def measure(optimizer: GroupsAndState, closures: Sequence[Closure]) -> FirstOrde
                 with torch.no_grad():
                     for p, u in zip(params, update, strict=True):
                         p.copy_(p - rate * u)
-                slopes.append(-_dot(gradients(closure)[1], update))
+                slopes.append(-dot(gradients(closure)[1], update))
             return sum(slopes) / len(slopes)
 
         near = slope_at(small)
@@ -96,7 +105,7 @@ def measure(optimizer: GroupsAndState, closures: Sequence[Closure]) -> FirstOrde
     error = (spread.std() / len(start) ** 0.5).item() if len(start) > 1 else math.nan
     curvature = (near - falls) / small
     mean = sum(losses) / len(losses)
-    return FirstOrder(lr, -falls, error, curvature, mean, len(some), count)
+    return FirstOrder(lr, -falls, error, curvature, mean, len(some), count, step, larger)
 
 
 def gradient_norms(
@@ -108,11 +117,11 @@ def gradient_norms(
     with put_back(optimizer) as again:
         for closure in closures:
             again()
-            _, gradient = _gradients(closure, params)
-            norms.append(_norm(gradient))
+            _, gradient = _gradients(optimizer, closure, params)
+            norms.append(norm(gradient))
             for total, g in zip(mean, gradient, strict=True):
                 total += g / len(closures)
-    return norms, _norm(mean)
+    return norms, norm(mean)
 
 
 def turning(slope_at: Callable[[float], float], start: float, small: float, near: float) -> float:
@@ -145,62 +154,51 @@ def turning(slope_at: Callable[[float], float], start: float, small: float, near
     return low + (high - low) * at_low / (at_low - at_high)
 
 
-def trial_update(
-    optimizer: GroupsAndState, params: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]]
-) -> list[Tensor]:
-    """What ``fo_optimizer`` takes off the weights at unit rate, once its averages are filled.
+class _Unscaled(Bystanders):
+    """Refuses what a GradScaler has scaled."""
 
-    Of copies in at least single precision, with copies of its state; the rates of groups keep
-    their ratios, and the largest is 1.
+    def look(self, root: Tensor, scaled: bool = False) -> None:
+        if scaled:
+            raise ValueError(
+                "closures must return the loss itself, and leave backward to the optimizer, got "
+                "one that a GradScaler scaled: rates would be wrong by its scale"
+            )
+        super().look(root, scaled)
+
+
+def bystanders_of(optimizer: GroupsAndState) -> Bystanders:
+    """Puts ``.grad`` of leaves outside the optimizer back; refuses losses that are scaled."""
+    return _Unscaled(parameters_of(optimizer))
+
+
+def with_gradients(
+    optimizer: GroupsAndState,
+    closure: Closure,
+    params: Sequence[Tensor],
+    bystanders: Bystanders,
+) -> Evaluation:
+    """One evaluation that leaves the gradients of ``params``, and none of zeroth-order ones.
 
     Raises:
-        ValueError: a group has no rate, or the update is not finite, or is 0.
+        ValueError: a GradScaler scaled the loss.
     """
-    groups = [g for g in optimizer.param_groups if g["mode"] == "fo"]
-    relative, _ = relative_rates(groups)
-    precise = [torch.promote_types(p.dtype, torch.float32) for p in params]
-    shadows = {
-        p: p.detach().to(dtype, copy=True).requires_grad_()
-        for p, dtype in zip(params, precise, strict=True)
-    }
-    trial_groups: list[dict[str, Any]] = [
-        {**group, "params": [shadows[p] for p in group["params"]], "lr": 0.0} for group in groups
-    ]
-    state: defaultdict[Tensor, Any] = defaultdict(dict)
-    for p, shadow in shadows.items():
-        if p in optimizer.state:
-            state[shadow] = copy.deepcopy(optimizer.state[p])
-    trial = optimizer._fo.fresh()
-    trial.rebuild(trial_groups, state)
-    before = [shadow.detach().clone() for shadow in shadows.values()]
-    for step in range(WARM + 1):
-        if step == WARM:
-            for group, rate in zip(trial_groups, relative, strict=True):
-                group["lr"] = rate
-            before = [shadow.detach().clone() for shadow in shadows.values()]
-        for shadow, gradient in zip(
-            shadows.values(), gradients[step % len(gradients)], strict=True
-        ):
-            shadow.grad = gradient.to(shadow.dtype, copy=True)
-        trial.step()
-    update = [b - s.detach() for b, s in zip(before, shadows.values(), strict=True)]
-    size = _norm(update)
-    if not 0 < size < math.inf:
-        raise ValueError(
-            f"fo_optimizer must step by a finite update that is not 0, got one of norm {size} at "
-            "rate 1"
-        )
-    return update
+    resting = parameters_of(optimizer, "zo")
+    with without_graph(resting, check=True), bystanders.in_backward():
+        done = evaluate(averaged(closure), gradients=True, first_order=params, look=bystanders)
+    if done.scaled:
+        bystanders.look(done.loss, scaled=True)
+    return done
 
 
-def _gradients(closure: Closure, params: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+def _gradients(
+    optimizer: GroupsAndState, closure: Closure, params: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
     """The mean loss, and its gradients; 0 where the loss does not depend on a parameter."""
-
-    def averaged() -> Any:
-        loss = closure()
-        return loss.mean() if isinstance(loss, Tensor) and loss.dim() == 1 else loss
-
-    done = evaluate(averaged, gradients=True, first_order=params)
+    bystanders = bystanders_of(optimizer)
+    try:
+        done = with_gradients(optimizer, closure, params, bystanders)
+    finally:
+        bystanders.put_back()
     if not done.backpropagated:
         raise TypeError(
             "closures must return the loss as a tensor with a graph, or call backward themselves: "
@@ -213,12 +211,3 @@ def _gradients(closure: Closure, params: Sequence[Tensor]) -> tuple[float, list[
         found.append(gradient.detach())
         p.grad = None
     return done.loss.item(), found
-
-
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    pairs = zip(a, b, strict=True)
-    return sum(float((x.double() * y.double()).sum()) for x, y in pairs)
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(_dot([t.detach() for t in tensors], [t.detach() for t in tensors]))

@@ -36,6 +36,9 @@ def draw(found: LearningRates, path: str | os.PathLike[str]) -> None:
         axis.plot(test.rates[: len(smooth)], smooth, color="#30638e", label="smoothed")
         if test.lr is not None:
             axis.axvline(test.lr, color="#d1495b", label=f"suggested, {test.lr:.2g}")
+        if test.lowest is not None:  # what it rises to in the end would hide the fall
+            fall = test.losses[0] - min(smooth)
+            axis.set_ylim(test.losses[0] - 1.3 * fall, test.losses[0] + fall)
         axis.set_xscale("log")
         axis.set(xlabel=f"{_SAID[mode]} learning rate", ylabel="loss")
         axis.legend(frameon=False)

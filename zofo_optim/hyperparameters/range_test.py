@@ -15,23 +15,30 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..evaluation import Closure, GlobalRandomState, evaluate
+from ..freezing import without_graph
 from ..optimizer import HybridZOFO
+from ..smoothness.products import averaged
+from .first_order import bystanders_of, with_gradients
 from .measured import (
     Closures,
+    apply_rates,
+    check_descent,
     check_quiet,
+    check_same,
     closures_of,
     parameters_of,
     put_back,
     relative_rates,
+    set_rate,
 )
 from .outcomes import RangeTest, is_too_high, outcome
 from .trial import trial_of
@@ -67,6 +74,10 @@ class LearningRates:
             if test is not None
         )
 
+    def apply(self, optimizer: HybridZOFO) -> None:
+        """Set the groups' rates, before a scheduler is made; see :meth:`.Suggestion.apply`."""
+        apply_rates(optimizer, {"zo": self.lr_zo, "fo": self.lr_fo})
+
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Losses against rates, a panel for each kind of groups.
 
@@ -93,9 +104,10 @@ def find_lr(
     The suggestion is the rate at which the loss falls fastest, step by step: of the rates for one
     step it is the best, lr* of :func:`zofo_optim.suggest_hyperparameters`, as long as the fall
     before it has not used up what there is to learn; then it is lower. A sweep is short: rates that
-    diverge only later are not seen.
+    diverge only later are not seen. ``coupling`` has no part in the first-order sweep: of SGD, take
+    1 / (1 + coupling) of its rate. As those, the rates are for the start of a schedule that decays.
 
-    Takes ``steps`` steps and evaluations a sweep, and one evaluation a closure; of them fewer where
+    Takes ``steps`` steps and evaluations a sweep, and two evaluations a closure; fewer where
     the loss diverges. Memory: a copy of what trains, in the host's, and one of the state of
     ``fo_optimizer``. Weights, gradients, buffers, generators and all of the optimizer are then as
     before, to the bit, also where it raises. Listeners, such as a journal, hear nothing.
@@ -116,9 +128,9 @@ def find_lr(
 
     Raises:
         TypeError, ValueError: an argument's type, or out of its range; a loss that is not finite at
-            the start; sharded weights.
+            the start; sharded weights; ``maximize``; a loss that a GradScaler scaled.
         RuntimeError: called in a closure, between backward and step, or in one of several
-            processes.
+            processes; or a closure's loss is another each time.
 
     Example:
         >>> from itertools import islice
@@ -132,6 +144,7 @@ def find_lr(
     """
     check_quiet(optimizer, "find_lr")
     some = closures_of(closures)
+    check_descent(optimizer, "find_lr")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 10:
         raise ValueError(f"steps must be an int >= 10, got {steps!r}")
     if not 1 < early_stop < math.inf:
@@ -142,33 +155,50 @@ def find_lr(
     ranges = {mode: known[mode] for mode in known if mode in modes}
     found: dict[str, RangeTest] = {}
     count = taken = 0
-    with put_back(optimizer, parameters_of(optimizer)) as again:
+    trained = parameters_of(optimizer, "fo") if "fo" in modes else []
+    bystanders = bystanders_of(optimizer)
+    with ExitStack() as stack:
+        again = stack.enter_context(put_back(optimizer, parameters_of(optimizer)))
+        stack.callback(bystanders.put_back)
         devices = {p.device for p in parameters_of(optimizer)}
         draws = GlobalRandomState(devices)
 
         def clean(closure: Closure) -> float:
             nonlocal count
             count += 1
+            return replayed(lambda: _loss(closure))
+
+        def replayed(run: Callable[[], float]) -> float:
             after = GlobalRandomState(devices)
             draws.restore()
             try:
                 with optimizer.buffers.as_before():
-                    return _loss(closure)
+                    return run()
             finally:
                 after.restore()
+
+        def with_backward(closure: Closure) -> float:
+            nonlocal count
+            count += 1
+            done = with_gradients(optimizer, closure, trained, bystanders)
+            return done.loss.item()
 
         starts = [clean(closure) for closure in some]
         if not all(map(math.isfinite, starts)):
             raise ValueError(f"closures must return finite losses at the start, got {starts}")
+        for closure, start in zip(some, starts, strict=True):
+            one = partial(with_backward, closure)
+            check_same(start, replayed(one) if trained else clean(closure))
         for mode, (low, high) in ranges.items():
             if not parameters_of(optimizer, mode):
                 continue
-            with optimizer.buffers.as_before():
+            resting = parameters_of(optimizer, "zo") if mode == "fo" else []
+            with optimizer.buffers.as_before(), without_graph(resting):
                 again()
                 rates = np.geomspace(low, high, steps).tolist()
                 trial = trial_of(optimizer, mode)
-                losses = _sweep(trial, some, rates, starts, clean, early_stop)
-            taken += len(losses)
+                losses, steps_of_it = _sweep(trial, some, rates, starts, clean, early_stop)
+            taken += steps_of_it
             found[mode] = outcome(rates, losses, early_stop, steps)
             again()
     return LearningRates(found.get("zo"), found.get("fo"), count, taken)
@@ -181,19 +211,21 @@ def _sweep(
     starts: Sequence[float],
     clean: Any,
     early_stop: float,
-) -> list[float]:
-    """Losses before each step, until one is too high."""
+) -> tuple[list[float], int]:
+    """Losses before each step, until one is too high; and how many steps were taken."""
     relative, _ = relative_rates(trial.param_groups)
     start = sum(starts) / len(starts)
     losses: list[float] = []
+    steps = 0
     for number, rate in enumerate(rates):
         which = number % len(closures)
         losses.append(start + clean(closures[which]) - starts[which])
         if is_too_high(losses[-1], start, early_stop):
             break
         for group, ratio in zip(trial.param_groups, relative, strict=True):
-            _set_rate(group, rate * ratio)
+            set_rate(group, rate * ratio)
         trial.zero_grad()
+        steps += 1
         try:
             with warnings.catch_warnings():  # of these groups alone, at rates far too high
                 warnings.simplefilter("ignore", UserWarning)
@@ -201,25 +233,12 @@ def _sweep(
         except FloatingPointError:  # nonfinite="raise": it has diverged
             losses[-1] = math.inf
             break
-    return losses
+    return losses, steps
 
 
 def _loss(closure: Closure) -> float:
     """The mean loss, without gradients."""
-
-    def averaged() -> Any:
-        loss = closure()
-        return loss.mean() if isinstance(loss, Tensor) and loss.dim() == 1 else loss
-
-    return evaluate(averaged, gradients=False).loss.item()
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        with torch.no_grad():
-            group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
+    return evaluate(averaged(closure), gradients=False).loss.item()
 
 
 def _checked(name: str, given: Any) -> tuple[float, float]:

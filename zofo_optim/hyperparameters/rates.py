@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .first_order import FirstOrder
 from .perturbation_size import FINE, PerturbationSize
+from .updates import WARM
 from .zeroth_order import ZerothOrder
 
 OF_ZEROTH_ORDER = 0.15
@@ -36,6 +37,8 @@ class Rates:
             if value is not None
         ]
         lines += [f"- {reason}" for reason in self.reasons]
+        if not self.lr_zo is self.lr_fo is None:
+            lines.append("- Rates are for the start of a schedule that decays, linear or cosine.")
         return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings)])
 
 
@@ -116,6 +119,11 @@ def _first_order(found: FirstOrder, reasons: list[str], warnings: list[str]) -> 
     if not math.isnan(found.slope_error) and not found.slope_error < _NOISY * found.slope:
         warnings.append(
             f"lr_fo: that slope has a standard error of {found.slope_error:.1g}; give more batches"
+        )
+    if found.larger > 1:
+        warnings.append(
+            f"lr_fo: fo_optimizer's update at step {found.step} is {found.larger:.2g} times that "
+            f"after {WARM}, and the larger one was taken; it may be larger still at another step"
         )
     return OF_FIRST_ORDER * found.lr
 

@@ -8,11 +8,22 @@ from typing import Any
 
 from ..optimizer import HybridZOFO
 from ..smoothness import Smoothness
+from ..smoothness.eigenvalues import check_scipy
+from ..smoothness.measuring import METHODS
+from ..smoothness.products import check_step
 from ..theory import Constants, StepSizes, theorem_step_sizes
 from . import constants as theorem
 from . import first_order, perturbation_size, zeroth_order
 from .first_order import FirstOrder
-from .measured import Closures, check_quiet, closures_of, gradients_aside, relative_rates
+from .measured import (
+    Closures,
+    apply_rates,
+    check_descent,
+    check_quiet,
+    closures_of,
+    gradients_aside,
+    relative_rates,
+)
 from .perturbation_size import PerturbationSize
 from .rates import Rates, rates_of
 from .zeroth_order import ZerothOrder
@@ -38,12 +49,28 @@ class Suggestion:
     """That it was given: local estimates."""
     smoothness: Smoothness | None = None
     """Which they come from."""
+    doubts: tuple[str, ...] = ()
+    """What makes the constants other than they should be."""
+
+    def apply(self, optimizer: HybridZOFO) -> None:
+        """Set the groups' rates and mu to the practical ones, before a scheduler is made.
+
+        Where several first-order groups have rates, the largest becomes ``lr_fo``, and their ratios
+        are kept. What is None is left as it is.
+
+        Raises:
+            TypeError: ``optimizer`` is no HybridZOFO.
+            RuntimeError: a scheduler was made already.
+        """
+        rates = self.practical
+        apply_rates(optimizer, {"zo": rates.lr_zo, "fo": rates.lr_fo}, rates.mu)
 
     def __str__(self) -> str:
         lines = [str(self.practical)]
         if self.theory is not None:
             lines += ["", "What the theorem admits, by constants as they are here:"]
             lines += [str(self.constants), str(self.theory)]
+            lines += [f"! {doubt}" for doubt in self.doubts]
         return "\n".join(lines)
 
 
@@ -60,7 +87,9 @@ def suggest_hyperparameters(
     proof: str = "corrected",
     method: str = "finite_difference",
     seed: int = 0,
-    **smoothness: Any,
+    step: float | None = None,
+    largest: bool = True,
+    progress: bool = False,
 ) -> Suggestion:
     """Rates of both kinds of groups, and mu, from curvature measured at the weights as they are.
 
@@ -76,8 +105,9 @@ def suggest_hyperparameters(
     measured here, so they are local estimates, not bounds over the sub-level set. Theory's rates
     are for a guarantee, and far below the practical ones.
 
-    Takes, for zeroth order, (1 + 2 ``directions``) evaluations a batch, 34 for mu, and some 10 to
-    25 a batch that verify; for first order some 10 gradients of each batch, at most 4;
+    Takes, for zeroth order, (1 + 2 ``directions``) evaluations a batch (twice as many with
+    several directions of signs in a step), 50 to 100 for mu and noise, and 10 to 25 that verify in
+    each round; for first order some 10 gradients of each batch, at most 4;
     and for theory what :func:`zofo_optim.smoothness.measure_smoothness` takes, once a batch and
     once for all. Memory beside that of a step: a copy of the first-order weights in the host's
     memory, and of their gradients for at most 4 batches, update and state. No weight, gradient,
@@ -99,7 +129,7 @@ def suggest_hyperparameters(
             weights; "forward" does without, and takes Frobenius norms for largest curvatures,
             which are upper bounds of them.
         seed: of the directions.
-        **smoothness: further options of ``measure_smoothness``.
+        step, largest, progress: of ``measure_smoothness``, for the theorem's curvatures.
 
     Returns:
         :class:`Suggestion`; ``print`` it for the reasoning.
@@ -107,11 +137,13 @@ def suggest_hyperparameters(
     Raises:
         TypeError: an argument's type; or a loss without a graph, with first-order groups.
         ValueError: an argument out of its range; weights are sharded; zeroth-order groups differ in
-            ``mu`` or ``lr``, so that they have no common rate; ``active`` or the antithetic
-            estimator, which are not measured.
+            ``mu`` or ``lr``, so that they have no common rate; ``active``, ``maximize`` or the
+            antithetic estimator, which are not measured; a loss that a GradScaler scaled;
+            ``fo_optimizer`` moves weights at rate 0, as Rprop does.
+        ImportError: scipy is missing, with ``epsilon``.
         FloatingPointError: a loss is not finite.
         RuntimeError: called in a closure, between backward and step, or in one of several
-            processes.
+            processes; or a closure's loss is another each time.
 
     Example:
         >>> from itertools import islice
@@ -124,7 +156,9 @@ def suggest_hyperparameters(
     """
     check_quiet(optimizer, "suggest_hyperparameters")
     some = closures_of(closures)
+    check_descent(optimizer, "suggest_hyperparameters")
     _check(optimizer, directions, seed)
+    _check_theory(components, epochs, floor, proof, method, step)
     modes = {group["mode"] for group in optimizer.param_groups if group["params"]}
     if epsilon is not None and "zo" not in modes:
         raise ValueError("epsilon needs an optimizer with a group of mode='zo', got none")
@@ -132,6 +166,8 @@ def suggest_hyperparameters(
         raise ValueError(
             f"epsilon must be above 0 and delta in (0, 1), got {epsilon!r} and {delta!r}"
         )
+    if epsilon is not None and method != "forward" and largest:
+        check_scipy()
     with gradients_aside(optimizer):
         zo = size = fo = None
         evaluations = 0
@@ -149,19 +185,47 @@ def suggest_hyperparameters(
             optimizer,
             some,
             zo,
-            components=len(some) if components is None else components,
+            components=components,
             floor=floor,
             method=method,
             directions=directions,
             seed=seed,
-            **smoothness,
+            step=step,
+            largest=largest,
+            progress=progress,
         )
         theory = theorem_step_sizes(
             measured.constants, epsilon=epsilon, delta=delta, epochs=epochs, proof=proof
         )
     return Suggestion(
-        practical, zo, size, fo, evaluations, theory, measured.constants, measured.smoothness
+        practical,
+        zo,
+        size,
+        fo,
+        evaluations,
+        theory,
+        measured.constants,
+        measured.smoothness,
+        measured.doubts,
     )
+
+
+def _check_theory(
+    components: Any, epochs: Any, floor: Any, proof: Any, method: Any, step: Any
+) -> None:
+    """What only ``epsilon`` has a use for, before anything is measured."""
+    for name, value in (("components", components), ("epochs", epochs)):
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ):
+            raise ValueError(f"{name} must be an int >= 1 or None, got {value!r}")
+    if not isinstance(floor, (int, float)) or not math.isfinite(floor):
+        raise ValueError(f"floor must be a finite number, got {floor!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    check_step(step)
+    any_ones = Constants(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 1)
+    theorem_step_sizes(any_ones, epsilon=1.0, delta=0.5, proof=proof)
 
 
 def _check(optimizer: HybridZOFO, directions: Any, seed: Any) -> None:
