@@ -57,8 +57,7 @@ groups = hybrid_param_groups(model, zo=dict(lr=1e-6, mu=1e-3), fo=dict(lr=1e-3))
 optimizer = HybridZOFO(groups, fo_optimizer=torch.optim.AdamW)
 found = suggest_hyperparameters(optimizer, closure)
 print(found)
-for group in optimizer.param_groups:
-    group["lr"] = found.practical.lr_zo if group["mode"] == "zo" else found.practical.lr_fo
+found.apply(optimizer)  # before a scheduler is made
 
 recorder = SmoothnessRecorder(optimizer, every=20)
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, args.steps)

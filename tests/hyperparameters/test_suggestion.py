@@ -17,8 +17,9 @@ from torch.nn import Parameter
 
 from zofo_optim import HybridZOFO, Normalized, find_lr, suggest_hyperparameters
 from zofo_optim.hyperparameters.first_order import turning
-from zofo_optim.hyperparameters.rates import OF_FIRST_ORDER, OF_ZEROTH_ORDER
+from zofo_optim.hyperparameters.rates import OF_FIRST_ORDER, OF_ZEROTH_ORDER, rates_of
 from zofo_optim.hyperparameters.updates import WARM, trial_update
+from zofo_optim.hyperparameters.zeroth_order import Terms, ZerothOrder
 from zofo_optim.smoothness import along_directions
 from zofo_optim.smoothness.forward import displacement
 from zofo_optim.theory import theorem_step_sizes
@@ -573,3 +574,17 @@ def test_arguments_are_checked_before_anything_is_measured():
     uneven = [lambda b=b: w.square().sum().expand(b) for b in (2, 3)]
     with pytest.raises(ValueError, match=r"equally many examples, got \[2, 3\]"):
         suggest_hyperparameters(optimizer, uneven)
+
+
+@pytest.mark.parametrize("error", [0.1, 3.0, math.nan])
+def test_where_the_rate_is_not_known_the_trace_bounds_it(error):
+    """lr* is 4 / 2 = 2; by the trace it is 4 / (4 (7 + 2)) = 1/9."""
+    terms = Terms(gain=4.0, others=4.0, bend=2.0, magnitude=2.0, spread=4.0)
+    values = dict(norms=(2.0,), mean_norm_squared=4.0, loss=1.0, directions=8, batches=1)
+    found = ZerothOrder(
+        terms, error, 7.0, 1.0, **values, displacement=1e-3, noise=0.0, evaluations=17
+    )
+    rates = rates_of(found, None, None)
+    lr = 2.0 if error < 2 else 1 / 9
+    assert rates.lr_zo == pytest.approx(0.15 * lr)
+    assert any("may be anything" in warning for warning in rates.warnings) == (lr < 2)

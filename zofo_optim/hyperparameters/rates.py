@@ -94,13 +94,19 @@ def _zeroth_order(found: ZerothOrder, reasons: list[str], warnings: list[str]) -
         warnings.append(
             f"lr_zo: lr* has a standard error of {found.error:.1g}; take more directions"
         )
+    if found.lr < terms.lr:
+        warnings.append(
+            f"lr_zo: lr* may be anything, so {found.lr:.2g} was taken in its place, by the trace "
+            f"of H and twice its error ({found.trace + 2 * found.trace_error:.3g}): take more "
+            "directions or batches"
+        )
     if terms.others < 0.1 * terms.gain:
         warnings.append(
             f"lr_zo: a step that lowers its batch's loss by {terms.gain:.2g} a unit of rate lowers "
             f"that of other batches by {terms.others:.2g}: noise prevails; let the rate decay, or "
             "take larger batches"
         )
-    return OF_ZEROTH_ORDER * terms.lr
+    return OF_ZEROTH_ORDER * found.lr
 
 
 def _first_order(found: FirstOrder, reasons: list[str], warnings: list[str]) -> float | None:

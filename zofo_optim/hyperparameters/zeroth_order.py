@@ -57,6 +57,8 @@ class Terms(NamedTuple):
     """E[u' H u]: how fast it turns."""
     magnitude: float
     """Of ``bend``, with |c| and the second part's magnitude: were all curvatures positive."""
+    spread: float
+    """E[r^2] / q, by which tr H is multiplied where slopes and curvatures are independent."""
 
     @property
     def turns(self) -> bool:
@@ -97,6 +99,19 @@ class ZerothOrder:
     """The share of rounding in the mean square of curvatures."""
     evaluations: int
     """Of closures, without those that verify."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether lr* is known to within its own size; a jackknife may give NaN."""
+        return self.error < self.terms.lr
+
+    @property
+    def lr(self) -> float:
+        """``terms.lr``; where it is not told, at most what the trace's upper bound admits."""
+        safe = self.terms.spread * (self.trace + 2 * self.trace_error)
+        if self.is_told or not safe > 0:
+            return self.terms.lr
+        return min(self.terms.lr, self.terms.gain / safe)
 
     @property
     def is_noise(self) -> bool:
@@ -250,7 +265,8 @@ def terms_of(
         pair = ((products * forms).mean() - products.mean() * forms.mean()) / 2
         bend = bend + (1 - 1 / samples) * pair.clamp(min=0.0)
         magnitude += (1 - 1 / samples) * pair.abs().item()
-    return Terms(own.mean().item() / batches, others, bend.item(), magnitude)
+    spread = squares.mean().item() / samples
+    return Terms(own.mean().item() / batches, others, bend.item(), magnitude, spread)
 
 
 def _crossed(slopes: Tensor) -> float:

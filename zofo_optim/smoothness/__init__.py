@@ -6,7 +6,7 @@ Of the base model and of the adapter, as Ma, Yu, Huang 2026 measure them (App. D
 """
 
 from .eigenvalues import Eigenvalue, largest_eigenvalue
-from .forward import Along, along_directions
+from .forward import Along, along_directions, curvature_mu
 from .measuring import measure_smoothness
 from .products import HessianProducts
 from .recorder import SmoothnessRecorder
@@ -22,6 +22,7 @@ __all__ = [
     "Smoothness",
     "SmoothnessRecorder",
     "along_directions",
+    "curvature_mu",
     "fit_hybrid_smoothness",
     "largest_eigenvalue",
     "measure_smoothness",
