@@ -27,7 +27,8 @@ from ..evaluation import Closure, Evaluation, evaluate
 from ..freezing import without_graph
 from ..groups_and_state import GroupsAndState
 from ..smoothness.bystanders import Bystanders
-from ..smoothness.products import averaged, dot, norm
+from ..smoothness.closures import averaged
+from ..smoothness.vectors import dot, norm
 from .measured import check_same, parameters_of, put_back
 from .updates import WARM, trial_update
 

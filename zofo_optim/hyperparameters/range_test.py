@@ -26,7 +26,7 @@ import numpy as np
 from ..evaluation import Closure, GlobalRandomState, evaluate
 from ..freezing import without_graph
 from ..optimizer import HybridZOFO
-from ..smoothness.products import averaged
+from ..smoothness.closures import averaged
 from .first_order import bystanders_of, with_gradients
 from .measured import (
     Closures,

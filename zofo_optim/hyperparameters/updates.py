@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..groups_and_state import GroupsAndState
-from ..smoothness.products import norm
+from ..smoothness.vectors import norm
 from .measured import relative_rates
 
 WARM = 30

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .products import HessianProducts
+from .vectors import Parts
 
 _VECTORS = 12
 """That Lanczos' method keeps; smaller matrices are made whole."""
@@ -80,14 +79,13 @@ def largest_eigenvalue(
         NotConverged: it does not converge, as where products are mostly rounding.
     """
     linalg = check_scipy()
-    parameters = products.parameters
-    size = sum(p.numel() for p in parameters)
-    kind = np.float64 if all(p.dtype == torch.float64 for p in parameters) else np.float32
+    parts = Parts(products.parameters)
+    size, kind = parts.size, np.float64 if parts.dtype == torch.float64 else np.float32
 
     def multiply(x: Vector) -> Vector:
-        v = _shaped(x.reshape(-1), parameters)
-        hv = products(v, step=SHARP * products.step)
-        return np.concatenate([part.reshape(-1).double().cpu().numpy() for part in hv]).astype(kind)
+        v = parts.split(torch.from_numpy(np.ascontiguousarray(x, kind).reshape(-1)))
+        hv: Vector = parts.flat(products(v, step=SHARP * products.step)).cpu().numpy()
+        return hv
 
     if size <= _VECTORS:
         columns = np.stack([multiply(row) for row in np.eye(size, dtype=kind)])
@@ -114,13 +112,3 @@ def largest_eigenvalue(
             f"H u differs by {residual:.2g} from the eigenvalue's {value:.2g} u: {_WHY}"
         )
     return Eigenvalue(value, vector)
-
-
-def _shaped(x: Vector, parameters: Sequence[Tensor]) -> list[Tensor]:
-    found, start = [], 0
-    for p in parameters:
-        part = x[start : start + p.numel()].reshape(p.shape)
-        tensor = torch.from_numpy(np.ascontiguousarray(part)).reshape(p.shape)  # also of none
-        found.append(tensor.to(p.device, p.dtype))
-        start += p.numel()
-    return found

@@ -14,8 +14,8 @@ from ..estimators import Point
 from ..evaluation import Closure
 from ..groups_and_state import GroupsAndState
 from ..probing import losses_along
-from .products import dot, scale_of
 from .seeing import SeeingShort
+from .vectors import dot, scale_of
 
 _LINES = 4
 """Directions that a displacement is chosen along."""

@@ -14,11 +14,12 @@ from ..checks import caller_level
 from ..evaluation import Closure
 from ..optimizer import HybridZOFO
 from .blocks import Block
+from .closures import averaged
 from .forward import along
-from .products import averaged, scale_of
 from .report import BlockSmoothness, Smoothness
 from .sampled import bar, mean_and_error
 from .seeing import SeeingShort
+from .vectors import scale_of
 
 _RELATIVE_STEP = 1e-2
 """Of the norm of the weights; differences of gradients are taken over shorter ones."""

@@ -15,9 +15,10 @@ from ..evaluation import Closure
 from .blocks import blocks_of
 from .eigenvalues import NotConverged, check_scipy, largest_eigenvalue
 from .forward_only import measure_forward
-from .products import HessianProducts, check_step, dot, norm
+from .products import HessianProducts, check_step
 from .report import BlockSmoothness, Smoothness
 from .sampled import bar, drawn, mean_and_error
+from .vectors import dot, norm
 
 _SHORTER = 0.25
 _ALIKE = 1.25

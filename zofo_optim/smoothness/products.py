@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from zofo_kernels import interruptible
 
@@ -20,15 +19,15 @@ from ..evaluation import Closure, GlobalRandomState, evaluate, scalar_loss
 from ..modes import undisturbed
 from ..watch import ClosureWatch
 from .bystanders import Bystanders, nodes
+from .closures import NoBackward, averaged, check_graph, no_graph, scaled
 from .seeing import SeeingShort
+from .vectors import norm, scale_of
 
 METHODS = ("finite_difference", "exact")
 _RELATIVE_STEP = 1e-4
 """Of the norm of the weights; see :class:`HessianProducts`."""
 _SAME = 1e-4
 """What losses at the same weights may differ by: GPUs sum in any order."""
-_LEAST_SCALE = 1e-2
-"""What the root mean square of weights counts as at least: an adapter may start at 0."""
 
 
 class HessianProducts:
@@ -216,9 +215,9 @@ class HessianProducts:
                 self._check_versions()
                 self.reached |= any(p.grad is not None for p in self._parameters)
                 if not (self.reached or (self._may_miss and isinstance(done.returned, Tensor))):
-                    raise _no_graph(done.returned)
+                    raise no_graph(done.returned)
                 if done.scaled:
-                    raise _scaled()
+                    raise scaled()
                 for mean, p in zip(total, self._parameters, strict=True):
                     if p.grad is not None:
                         g = p.grad.to_dense() if p.grad.is_sparse else p.grad
@@ -242,21 +241,21 @@ class HessianProducts:
             try:
                 with (
                     torch.enable_grad(),
-                    _NoBackward(),
+                    NoBackward(),
                     watch,
                     interruptible(),
                 ):
                     returned = averaged(closure)()
                 loss = scalar_loss(returned)
                 self._check_versions()
-                _check_graph(loss)
+                check_graph(loss)
                 ours = {id(p) for p in self._parameters}
                 leaves = {id(getattr(node, "variable", loss)) for node in nodes(loss)} | {id(loss)}
                 self.reached |= loss.requires_grad and bool(ours & leaves)
                 if not (self.reached or (self._may_miss and isinstance(returned, Tensor))):
-                    raise _no_graph(returned)
+                    raise no_graph(returned)
                 if watch.unscaled(loss) is not loss or watch.holds_a_scale(loss):
-                    raise _scaled()
+                    raise scaled()
             finally:
                 watch.stop()
                 torch.set_grad_enabled(False)
@@ -311,40 +310,6 @@ class HessianProducts:
                 )
 
 
-def scale_of(parameters: Sequence[Tensor]) -> float:
-    """The norm of all, whose root mean square counts as 0.01 at least."""
-    size = sum(p.numel() for p in parameters)
-    return max(norm([p.detach() for p in parameters]), _LEAST_SCALE * math.sqrt(size))
-
-
-class _NoBackward(TorchFunctionMode):
-    """Closures that call backward themselves leave the graph whole."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.backward or func is torch.autograd.backward:
-            return None
-        return func(*args, **(kwargs or {}))
-
-
-def norm(tensors: Sequence[Tensor]) -> float:
-    """Of all together."""
-    return math.sqrt(dot(tensors, tensors))
-
-
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Summed in float64 over tensors; products are of 32 bits at least."""
-    return sum(
-        float(torch.sum(_wide(x) * _wide(y), dtype=torch.float64))
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def check_step(step: Any) -> None:
     """Raise ValueError where it is neither None nor a finite number > 0."""
     number = isinstance(step, (int, float)) and not isinstance(step, bool)
@@ -355,35 +320,3 @@ def check_step(step: Any) -> None:
 def _put_back(p: Tensor, required: bool, gradient: Tensor | None) -> None:
     p.requires_grad_(required)
     p.grad = gradient
-
-
-def averaged(closure: Closure) -> Closure:
-    """Losses of examples become their mean."""
-
-    def mean() -> Any:
-        loss = closure()
-        return loss.mean() if isinstance(loss, Tensor) and loss.dim() == 1 else loss
-
-    return mean
-
-
-def _no_graph(returned: Any) -> TypeError:
-    kind = type(returned).__name__
-    return TypeError(
-        f"closure must return the loss as a tensor with a graph to the parameters, got {kind}"
-        + (" without one to these" if isinstance(returned, Tensor) else f" {returned!r:.80}")
-    )
-
-
-def _check_graph(loss: Tensor) -> None:
-    """Re-entrant checkpointing hides the layers from double backward, which would give 0."""
-    for node in nodes(loss):
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            raise TypeError(
-                "closure must not use re-entrant checkpointing where method='exact', which has no "
-                "second derivative: take use_reentrant=False, or method='finite_difference'"
-            )
-
-
-def _scaled() -> ValueError:
-    return ValueError("closure must return the loss itself, got one that a GradScaler scaled")
