@@ -41,7 +41,7 @@ def test_the_run_that_diverged():
     assert f"the suggested {row['suggested']:.2g}." in PAGE
     assert "lr* has a standard error of nan" in row["said"]
     (trace,) = re.findall(r"the trace of H is (\S+) ", row["said"])
-    assert f"is {OF_ZEROTH_ORDER / float(trace):.2g} here;" in PAGE
+    assert f"is {OF_ZEROTH_ORDER / float(trace):.2g} here." in PAGE
 
 
 def test_shares():
