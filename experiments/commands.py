@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Collection, Sequence
 
 import torch
@@ -33,6 +34,12 @@ def run_parts(
     for part in parts:
         if part in wanted:
             getattr(command, part)()
+
+
+def parts_first(argv: Sequence[str] | None, parts: Collection[str]) -> list[str]:
+    """Arguments in which the first ones may name parts, without ``--do``."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return ["--do", *given] if given and given[0] in parts else given
 
 
 class Ending:

@@ -240,6 +240,16 @@ def _numbers(scores: Any, said: str) -> Tensor:
     return torch.from_numpy(found)
 
 
+def averaged(closure: Closure) -> Closure:
+    """Losses of examples become their mean."""
+
+    def mean() -> Any:
+        loss = closure()
+        return loss.mean() if isinstance(loss, Tensor) and loss.dim() == 1 else loss
+
+    return mean
+
+
 class Runs:
     """The runs of one closure that belong to one estimate; a context manager.
 

@@ -26,7 +26,6 @@ Needs, in a checkout: pip install -e ".[experiments]"
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..commands import Ending, quiet_on_one_thread, run_parts
+from ..commands import Ending, parts_first, quiet_on_one_thread, run_parts
 from ..files import DataError
 from ..finetune import versions
 from ..options import COUNT, INDEX, OUT, check_ranges, option, parse
@@ -124,9 +123,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0] in PARTS:
-        given = ["--do", *given]
+    given = parts_first(argv, PARTS)
     options, parser = parse(ConvergenceOptions, "experiments.convergence", ABOUT, given, epilog="")
     console = Console()
     quiet_on_one_thread()

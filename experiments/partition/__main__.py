@@ -23,7 +23,6 @@ Needs, in a checkout: pip install -e ".[experiments]"
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..commands import Ending, quiet_on_one_thread, run_parts
+from ..commands import Ending, parts_first, quiet_on_one_thread, run_parts
 from ..files import DataError
 from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
 from . import costs, plan, report
@@ -171,9 +170,7 @@ def in_order(some: Sequence[Searches]) -> list[tuple[Searches, Cell]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0] in PARTS:
-        given = ["--do", *given]
+    given = parts_first(argv, PARTS)
     options, parser = parse(PartitionOptions, "experiments.partition", ABOUT, given, epilog="")
     console = Console()
     quiet_on_one_thread()

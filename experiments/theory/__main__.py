@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..commands import Ending, quiet_on_one_thread
+from ..commands import Ending, parts_first, quiet_on_one_thread
 from ..finetune import model_name, versions
 from ..options import parse
 from ..training import write
@@ -73,9 +72,7 @@ def write_table(out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0] in FIGURES:
-        given = ["--do", *given]
+    given = parts_first(argv, FIGURES)
     options, parser = parse(TheoryOptions, "experiments.theory", ABOUT, given, epilog="")
     console = Console()
     quiet_on_one_thread()

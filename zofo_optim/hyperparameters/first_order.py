@@ -23,11 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..evaluation import Closure, Evaluation, evaluate
+from ..evaluation import Closure, Evaluation, averaged, evaluate
 from ..freezing import without_graph
 from ..groups_and_state import GroupsAndState
 from ..smoothness.bystanders import Bystanders
-from ..smoothness.closures import averaged
 from ..smoothness.vectors import dot, norm
 from .measured import check_same, parameters_of, put_back
 from .updates import WARM, trial_update

@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation import Closure, GlobalRandomState, evaluate
+from ..evaluation import Closure, GlobalRandomState, averaged, evaluate
 from ..freezing import without_graph
 from ..optimizer import HybridZOFO
-from ..smoothness.closures import averaged
 from .first_order import bystanders_of, with_gradients
 from .measured import (
     Closures,

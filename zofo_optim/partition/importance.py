@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..buffers import Buffers
 from ..costs.candidates import requiring
-from ..evaluation import Closure, GlobalRandomState, evaluate
+from ..evaluation import Closure, GlobalRandomState, averaged, evaluate
 from ..modes import undisturbed
 from .trial_step import Told, TrialStep
 
@@ -139,16 +139,12 @@ def _run(
             with torch.no_grad():
                 use(p)
 
-    def averaged() -> Any:
-        loss = closure()
-        return loss.mean() if isinstance(loss, Tensor) and loss.dim() == 1 else loss
-
     handles = [
         p.register_post_accumulate_grad_hook(come)  # type: ignore[no-untyped-call]
         for p in tensors
     ]
     try:
-        done = evaluate(averaged, gradients=True)
+        done = evaluate(averaged(closure), gradients=True)
         if not done.backpropagated and not found:
             raise TypeError(
                 "closure must return the loss as a tensor with a graph, or call backward itself, "

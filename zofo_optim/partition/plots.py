@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from ..pictures import COLORS, GREY, figure
+
 if TYPE_CHECKING:
     from .partition import Partition
 
-_COLORS = {"fo": "#d1495b", "zo": "#30638e", "frozen": "#b0b0b0"}
+_COLORS = {**COLORS, "frozen": GREY}
 _SAID = {"fo": "first-order", "zo": "zeroth-order", "frozen": "frozen"}
 _NAMED = 60
 """So many tensors are told by name."""
@@ -16,18 +18,13 @@ _NAMED = 60
 
 def draw(partition: Partition, path: str | os.PathLike[str]) -> None:
     """Importance above, cost below, a bar for each tensor; see :meth:`Partition.plot`."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError(
-            "Partition.plot needs matplotlib: pip install matplotlib, or zofo-optim[experiments]"
-        ) from error
     rows = partition.rows
     named = 0 < len(rows) <= _NAMED
     size = (min(4 + 0.12 * len(rows), 16), 7 if named else 5)
-    figure = Figure(figsize=size, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    drawn = figure("Partition.plot", size)
+    from matplotlib.patches import Patch
+
+    above, below = drawn.subplots(2, 1, sharex=True)
     colors = [_COLORS[row.mode] for row in rows]
     places = range(len(rows))
     if any(row.importance is not None for row in rows):
@@ -45,4 +42,4 @@ def draw(partition: Partition, path: str | os.PathLike[str]) -> None:
     present = [mode for mode in _COLORS if any(row.mode == mode for row in rows)]
     above.legend(handles=[Patch(color=_COLORS[mode], label=_SAID[mode]) for mode in present])
     above.set_title(f"policy {partition.policy}, budget {partition.budget} of {partition.of}")
-    figure.savefig(path)
+    drawn.savefig(path)

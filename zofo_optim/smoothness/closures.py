@@ -1,4 +1,4 @@
-"""Closures as measurements take them: their losses averaged, and what is refused of them."""
+"""What measurements refuse of closures, and closures that call backward themselves."""
 
 from __future__ import annotations
 
@@ -8,18 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..evaluation import Closure
 from .bystanders import nodes
-
-
-def averaged(closure: Closure) -> Closure:
-    """Losses of examples become their mean."""
-
-    def mean() -> Any:
-        loss = closure()
-        return loss.mean() if isinstance(loss, Tensor) and loss.dim() == 1 else loss
-
-    return mean
 
 
 def no_graph(returned: Any) -> TypeError:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..buffers import Buffers
 from ..checks import caller_level
-from ..evaluation import Closure
+from ..evaluation import Closure, averaged
 from ..optimizer import HybridZOFO
 from .blocks import Block
-from .closures import averaged
 from .forward import along
 from .report import BlockSmoothness, Smoothness
 from .sampled import bar, mean_and_error

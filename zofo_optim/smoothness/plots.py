@@ -9,21 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..pictures import COLORS, figure
+
 if TYPE_CHECKING:
     from .scatter import HybridSmoothness
 
-COLORS = {"fo": "#d1495b", "zo": "#30638e"}
 SAID = {"fo": "first-order (adapter)", "zo": "zeroth-order (base)"}
-
-
-def figure(who: str, size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"{who} needs matplotlib: pip install matplotlib, or zofo-optim[experiments]"
-        ) from error
-    return Figure(figsize=size, layout="constrained")
 
 
 def draw_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:

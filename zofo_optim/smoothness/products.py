@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zofo_kernels import interruptible
 
 from ..buffers import Buffers
-from ..evaluation import Closure, GlobalRandomState, evaluate, scalar_loss
+from ..evaluation import Closure, GlobalRandomState, averaged, evaluate, scalar_loss
 from ..modes import undisturbed
 from ..watch import ClosureWatch
 from .bystanders import Bystanders, nodes
-from .closures import NoBackward, averaged, check_graph, no_graph, scaled
+from .closures import NoBackward, check_graph, no_graph, scaled
 from .seeing import SeeingShort
 from .vectors import norm, scale_of
 
