@@ -12,6 +12,7 @@ from sharded import (
     every_variant,
     fsdp,
     full,
+    least_growth,
     optimizer_of,
     replayed,
     same,
@@ -27,7 +28,6 @@ from torch.distributed.fsdp import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from experiments.measure import growth
 from zofo_optim import HybridZOFO
 
 results = launched(__file__, 2)
@@ -317,8 +317,7 @@ def memory(rank, size):
 
     step()  # which also verifies
     shards = sum(p.to_local().nbytes for p in model.parameters())
-    # buffers that another thread has sent are freed sooner or later: the least of some
-    return shards, *(min(growth(call).most for _ in range(4)) for call in (forward, step))
+    return shards, least_growth(forward), least_growth(step)
 
 
 def test_a_step_takes_the_memory_of_the_shards_and_of_a_layer(results):

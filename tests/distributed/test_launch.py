@@ -40,8 +40,12 @@ def test_each_rank_returns_its_result(results):
 def test_a_failure_shows_the_traceback_and_the_others_do_not_wait(results):
     with pytest.raises(pytest.fail.Exception) as failed:
         results["one_rank_fails"]
-    assert "ValueError: of rank 1 alone" in str(failed.value)
-    assert "closed by peer" in str(failed.value).lower()
+    said = str(failed.value)
+    assert "ValueError: of rank 1 alone" in said
+    # the other's exchange fails as well: gloo has a message of its own for each moment of it
+    assert "rank 0: Traceback" in said
+    assert "all_reduce" in said
+    assert "Timed out" not in said
 
 
 def test_later_cases_are_not_harmed(results):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import case, launched, run_cases
+from sharded import least_growth
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -16,7 +17,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from experiments.measure import growth
 from zofo_optim import HybridZOFO, hybrid_param_groups
 
 results = launched(__file__, 1, 2, 4)
@@ -338,10 +338,6 @@ def memory(rank, size):
         largest = model.blocks[0].up.weight.numel() * 4
         found[name] = more / largest, sum(p.numel() for p in model.parameters()) * 4 / largest
     return found
-
-
-def least_growth(call):
-    return min(growth(call).most for _ in range(4))  # it misses what other threads free
 
 
 def test_memory_is_that_of_a_forward_pass_and_one_copy(results):
