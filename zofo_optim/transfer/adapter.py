@@ -1,0 +1,208 @@
+"""Carry a trained adapter from a small model to a large one, without a graph of the large one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .activations import Tap, at_rest, inputs_of, plain, positions, record
+from .kept import bridge_of, kept_key_units, kept_layers, kept_units
+from .kinds import Fitted, Kind, Pair
+from .layers import layer_map, linear_cka, stack_of
+from .lora import LoRA
+from .projections import METHODS, Projection, fit, measured, selection
+from .report import TransferReport
+
+
+def transfer_adapter(
+    small: nn.Module,
+    large: nn.Module,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    layers: str | Mapping[int, int] | None = None,
+    width: str | None = None,
+    tokens: int = 4096,
+    adapter_name: str = "default",
+    seed: int = 0,
+) -> tuple[nn.Module, TransferReport]:
+    """Plug the adapter of a small model into a large one of its family, by forward passes alone.
+
+    Jin, Zhang, Zong (EMNLP 2023): the adapter learns on a small model by gradients; the large model
+    is never back-propagated through, not even here. Both models read the same unlabelled text;
+    linear maps between their activations carry the adapter. LoRA keeps its rank: A Q and P B, with
+    Q from what the large model's module reads to what the small one's does, and P between their
+    outputs. Prompts and prefixes are mapped as points, bottleneck adapters as two maps around the
+    same inner units. Trained heads (peft's ``modules_to_save``) come along.
+
+    Memory: a forward pass of each model in turn; on the CPU the activations, ``tokens`` rows in
+    float32 of each place where an adapter reads or writes. Time: a pass over ``batches`` of each
+    model, and for each map an eigenvalue decomposition of a square matrix of its input's width.
+
+    Args:
+        small: a PeftModel with LoRA, prefix or prompt tuning, or a model with bottlenecks
+            (:func:`add_bottlenecks`). It is left as it was.
+        large: a transformers model of the same class without an adapter: larger, or the one of
+            which :func:`bridge_model` made ``small``. It gets the adapter in place, and none of its
+            parameters requires a gradient afterwards; if anything fails, it is as it was.
+        batches: unlabelled text as both models take it, mappings with ``input_ids`` and perhaps
+            ``attention_mask``, (texts, tokens); labels are left out. One text in four is held out.
+            None: only where nothing is to be fitted, with ``width="same"`` and layers that are
+            given; nothing is measured then.
+        layers: for which layers of the large model the adapter is whose: "spread", "nearest",
+            "similar", or a mapping from large to small, see :func:`layer_map`. None: the layers
+            that a bridge kept; else "nearest" for prefixes, which each layer needs, and "spread"
+            for others.
+        width: how activations are mapped: "least_squares" (with a ridge, chosen on the held-out
+            texts), "procrustes" (a rotation and a scale), "same" (not at all: both models have
+            the same units, or ``small`` is a bridge with some of the large model's). None: "same"
+            for a bridge, else "least_squares".
+        tokens: at most so many are taken of the batches.
+        adapter_name: of the adapter in ``small``, and in ``large``.
+        seed: of the choice of tokens.
+
+    Returns:
+        The large model with the adapter (a PeftModel; for bottlenecks the model itself), and what
+        was carried, and how well.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: naming the layer, what cannot be mapped; or naming the argument, a value that
+            cannot be.
+    """
+    config = getattr(plain(small), "config", None)
+    bridge = bridge_of(config) is not None
+    width = width or ("same" if bridge else "least_squares")
+    if width not in METHODS:
+        raise ValueError(f"width must be one of {', '.join(METHODS)}, got {width!r}")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens must be a positive integer, got {tokens!r}")
+    make = _kind_of(small, large, adapter_name)
+    read = None if batches is None else inputs_of(batches)
+    if read is None and (width != "same" or layers == "similar"):
+        raise ValueError(
+            f"batches must be given to fit what width={width!r}, layers={layers!r} need, got None"
+        )
+    places = None if read is None else positions(read, tokens, seed)
+    stacks = stack_of(plain(small)), stack_of(large)
+
+    def recorded(model: nn.Module, taps: Iterable[Tap]) -> dict[Tap, Any]:
+        assert read is not None
+        assert places is not None
+        with at_rest(model):
+            return record(model, taps, read, places)
+
+    if layers is None and bridge:
+        layers = kept_layers(config)
+    similarity = None
+    if layers == "similar":
+        of_layers = [
+            [Tap(stack.layer(number), "output") for number in range(stack.size)] for stack in stacks
+        ]
+        rows = [recorded(m, taps) for m, taps in zip((small, large), of_layers, strict=True)]
+        similarity = linear_cka(
+            *(
+                [found[tap].fitted for tap in taps]
+                for found, taps in zip(rows, of_layers, strict=True)
+            )
+        )
+    counts = stacks[0].size, stacks[1].size
+    mapped = layer_map(layers, *counts, every=make.every, similarity=similarity)
+    kind: Kind = make(small, adapter_name, large, mapped)
+    with torch.no_grad():
+        fixed = {pair: _same(pair, config) for pair in kind.pairs} if width == "same" else {}
+        maps: dict[Pair, Fitted] = {pair: Fitted(found) for pair, found in fixed.items()}
+        if read is not None:
+            ours = recorded(small, (pair.small for pair in kind.pairs))
+            theirs = recorded(large, (pair.large for pair in kind.pairs))
+            for pair in kind.pairs:
+                if width != "same" and pair.to == "large":
+                    _check_spanned(pair, len(ours[pair.small].fitted))
+                ends = (ours[pair.small], theirs[pair.large])
+                source, target = ends if pair.to == "large" else ends[::-1]
+                found = (
+                    measured(fixed[pair], source, target, pair.offset)
+                    if pair in fixed
+                    else fit(source, target, width, pair.offset)
+                )
+                back = None
+                if pair.to == "large":
+                    back = (
+                        Projection(found.matrix.T)
+                        if pair in fixed
+                        else fit(target, source, width, pair.offset)
+                    )
+                maps[pair] = Fitted(found, source, target, back)
+        state, carried = kind.carried(maps)
+        model = kind.attach(state)
+    model.requires_grad_(False)
+    taken = 0 if places is None else int(sum(place.tokens.sum() for place in places))
+    unmapped = tuple(sorted(set(range(counts[1])) - set(mapped)))
+    return model, TransferReport(tuple(carried), mapped, width, unmapped, taken)
+
+
+def _kind_of(small: Any, large: Any, adapter: str) -> Any:
+    """The class for the adapter of the small model; checks that there is one, and room for it."""
+    if hasattr(large, "peft_config") or hasattr(large, "bottlenecks"):
+        raise ValueError(
+            "large must have no adapter yet, got one with: model.unload() takes peft's off, "
+            "model.merge_and_unload() merges it"
+        )
+    configs = getattr(small, "peft_config", None)
+    if configs is None:
+        raise ValueError(
+            "small must have an adapter: of peft, or bottlenecks, got a "
+            f"{type(small).__name__} without"
+        )
+    if adapter not in configs:
+        raise ValueError(
+            f"adapter_name must be one of the small model's, {', '.join(configs)}, got {adapter!r}"
+        )
+    kinds = {"LORA": LoRA}
+    name = getattr(configs[adapter].peft_type, "value", configs[adapter].peft_type)
+    if name not in kinds:
+        raise ValueError(
+            f"small must have an adapter of peft's types {', '.join(kinds)}, or bottlenecks, got "
+            f"{name}"
+        )
+    return kinds[name]
+
+
+def _check_spanned(pair: Pair, rows: int) -> None:
+    """That the rows can tell where each direction of the small model's activation goes.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    width = pair.widths[0]
+    if not pair.spanned:
+        raise ValueError(
+            f"layer {pair.large.module!r} cannot be mapped by activations: the small model's "
+            f"{pair.small.module!r} has {width} outputs, more than inputs, so that text does not "
+            "show all their directions; adapt other layers, or train on a bridge_model of large"
+        )
+    if rows < width:
+        raise ValueError(
+            f"layer {pair.large.module!r} cannot be mapped on {rows} rows of activations: there "
+            f"must be as many as it has units in the small model, {width}; give more batches, or "
+            "more tokens"
+        )
+
+
+def _same(pair: Pair, config: Any) -> Projection:
+    """The map of units that are the same in both models; a bridge has some of them."""
+    name, side = pair.large
+    if side in ("keys", "values"):
+        kept = kept_key_units(config, int(name.rpartition(".")[2]))
+    else:
+        kept = kept_units(config, name, side)
+    small, large = pair.widths
+    if small != (large if kept is None else len(kept)):
+        raise ValueError(
+            f"layer {name!r} cannot be mapped with width='same': its {side} has {large} units and "
+            f"that of the small model's {pair.small.module!r} {small}; take 'least_squares'"
+        )
+    found = selection(kept, large)
+    return found if pair.to == "small" else Projection(found.matrix.T.contiguous())

@@ -1,0 +1,247 @@
+"""LoRA: a change of rank r of a weight, B A, read and written in the large model's bases."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .activations import Tap, plain
+from .heads import Head
+from .kinds import Fitted, Pair, State, module_of, widths_of
+from .layers import Stack, stack_of
+from .projections import relative
+from .report import Carried
+
+
+class LoRA:
+    """See :class:`~zofo_optim.transfer.kinds.Kind`.
+
+    The small model's module adds B A x. Its input there is told from the large model's, x = Q X,
+    without an offset, as the change has no bias to carry one; its change is written by P, which
+    maps deviations of outputs: the large model's module adds (P B) (A Q) X, of the same rank.
+    """
+
+    every = False
+
+    def __init__(
+        self, small: Any, adapter: str, large: nn.Module, layers: Mapping[int, int]
+    ) -> None:
+        self._config, self._adapter = small.peft_config[adapter], adapter
+        self._small, self._large = small, large
+        _check(self._config)
+        base = plain(small)
+        stacks = stack_of(base), stack_of(large)
+        self._modules: dict[str, tuple[str, Any]] = {}
+        """By name in the large model: the name in the small one, and its module there."""
+        for name, module in base.named_modules():
+            if adapter in getattr(module, "lora_A", ()) or adapter in getattr(
+                module, "lora_embedding_A", ()
+            ):
+                if module.lora_variant.get(adapter) is not None:
+                    raise ValueError(
+                        f"layer {name!r} cannot be mapped: its LoRA must be plain, got "
+                        f"{type(module.lora_variant[adapter]).__name__}"
+                    )
+                for other in _counterparts(name, stacks, layers):
+                    self._modules[other] = (name, module)
+        if not self._modules:
+            raise ValueError(f"layers must map a layer with an adapter, got {dict(layers)}")
+        self._heads = [
+            Head(name, wrapper.modules_to_save[adapter], large)
+            for name, wrapper in base.named_modules()
+            if adapter in getattr(wrapper, "modules_to_save", ())
+        ]
+        self._ends = {other: self._pairs(other) for other in self._modules}
+        self.pairs = [pair for ends in self._ends.values() for pair in ends if pair is not None]
+        self.pairs += [head.pair for head in self._heads]
+
+    def _pairs(self, other: str) -> tuple[Pair | None, Pair | None]:
+        """Of what the module reads, and of what it writes; tokens are the same in both models."""
+        name, module = self._modules[other]
+        counterpart = module_of(self._large, other)
+        ours, theirs = widths_of(name, module), widths_of(other, counterpart)
+        embeds = bool(module.lora_embedding_A)
+        if embeds != isinstance(counterpart, nn.Embedding) or (embeds and ours[0] != theirs[0]):
+            raise ValueError(
+                f"layer {other!r} cannot be mapped: it has {theirs[0]} inputs "
+                f"({type(counterpart).__name__}) where the small model's {name!r} has {ours[0]} "
+                f"({type(module.get_base_layer()).__name__})"
+            )
+        place, spanned = self._written(name, module, ours)
+        reads = Pair(Tap(name, "input"), Tap(other, "input"), (ours[0], theirs[0]), "small", "none")
+        writes = Pair(
+            place,
+            Tap(_renamed(place.module, name, other), place.side),
+            (ours[1], theirs[1]),
+            "large",
+            "centred",
+            spanned,
+        )
+        if embeds:
+            return None, writes
+        if counterpart is _speaks(self._large):
+            if ours[1] != theirs[1]:
+                raise ValueError(
+                    f"layer {other!r} cannot be mapped: it has {theirs[1]} outputs where the small "
+                    f"model's {name!r} has {ours[1]}, and these are tokens"
+                )
+            return reads, None
+        return reads, writes
+
+    def _written(self, name: str, module: Any, widths: tuple[int, int]) -> tuple[Tap, bool]:
+        """Where what the module writes is seen in all its directions, if anywhere.
+
+        A layer with more outputs than inputs fills no more directions than it has inputs. Inner
+        units of a feed-forward are seen after its non-linearity, where the next layer reads them.
+        """
+        if widths[1] <= widths[0] or module.lora_embedding_A:
+            return Tap(name, "output"), True
+        parent = name.rpartition(".")[0]
+        readers = [
+            f"{parent}.{part}"
+            for part, child in plain(self._small).get_submodule(parent).named_modules()
+            if _reads(child, widths[1])
+        ]
+        return Tap(readers[0] if readers else name, "input" if readers else "output"), bool(readers)
+
+    def carried(self, maps: Mapping[Pair, Fitted]) -> tuple[State, list[Carried]]:
+        """See :class:`~zofo_optim.transfer.kinds.Kind`."""
+        state: State = {}
+        rows = []
+        for other, (name, module) in self._modules.items():
+            tensors, row = self._one(other, name, module, maps)
+            state.update({f"base_model.model.{other}.{key}": t for key, t in tensors.items()})
+            rows.append(row)
+        for head in self._heads:
+            more, row = head.carried(maps)
+            state.update({f"base_model.model.{key}": tensor for key, tensor in more.items()})
+            rows.append(row)
+        return state, rows
+
+    def _one(
+        self, other: str, name: str, module: Any, maps: Mapping[Pair, Fitted]
+    ) -> tuple[State, Carried]:
+        """A module's tensors by their names in it."""
+        reads, writes = self._ends[other]
+        keys, a, small_b, bias = _matrices(module, self._adapter)
+        written = None if writes is None else maps[writes].map
+        b = small_b
+        if written is not None:
+            b = written.matrix @ b
+            bias = None if bias is None else written.matrix @ bias
+        read = None if reads is None else maps[reads]
+        back = None if writes is None else maps[writes].back
+        change = None
+        if read is not None:
+            if read.source is not None and read.target is not None:
+                wanted = read.target.held @ a.T @ small_b.T
+                found = read.map(read.source.held) @ a.T @ b.T
+                change = relative(found if back is None else found @ back.matrix.T, wanted)
+            a = a @ read.map.matrix
+        tensors = dict(zip(keys, (a, b), strict=True))
+        if bias is not None:
+            tensors["lora_B.bias"] = bias
+        read_error, written_error = (
+            None if end is None else end.error for end in (read and read.map, written)
+        )
+        return tensors, Carried("lora", name, other, read_error, written_error, change)
+
+    def attach(self, state: State) -> nn.Module:
+        """See :class:`~zofo_optim.transfer.kinds.Kind`."""
+        import peft
+
+        config = self._config_of_large()
+        model: nn.Module = peft.get_peft_model(self._large, config, adapter_name=self._adapter)  # type: ignore[arg-type]
+        peft.set_peft_model_state_dict(model, state, adapter_name=self._adapter)
+        return model
+
+    def _config_of_large(self) -> Any:
+        """The small adapter's, with the large model's modules by their whole names."""
+        config = copy.deepcopy(self._config)
+        ranks, alphas = {}, {}
+        for other, (_, module) in self._modules.items():
+            rank = ranks[other] = module.r[self._adapter]
+            unit = math.sqrt(rank) if module.use_rslora.get(self._adapter) else rank
+            alphas[other] = module.scaling[self._adapter] * unit
+        config.r = Counter(ranks.values()).most_common(1)[0][0]
+        config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+        config.rank_pattern = {re.escape(n): r for n, r in ranks.items() if r != config.r}
+        config.alpha_pattern = {
+            re.escape(n): a for n, a in alphas.items() if a != config.lora_alpha
+        }
+        config.target_modules = set(self._modules)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.base_model_name_or_path = getattr(self._large, "name_or_path", None)
+        config.init_lora_weights = True  # others look at the weights, and all are overwritten
+        config.inference_mode = True
+        return config
+
+
+def _matrices(module: Any, adapter: str) -> tuple[tuple[str, str], Tensor, Tensor, Tensor | None]:
+    """Names of A and B, both, (r, in) and (out, r), and the bias of B; float32 on the CPU."""
+    if module.lora_embedding_A:
+        a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+        return ("lora_embedding_A", "lora_embedding_B"), _cpu(a), _cpu(b), None
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    bias = None if b.bias is None else _cpu(b.bias)
+    return ("lora_A.weight", "lora_B.weight"), _cpu(a.weight), _cpu(b.weight), bias
+
+
+def _speaks(model: Any) -> Any:
+    """The layer whose outputs are tokens, if the model has one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _reads(module: nn.Module, width: int) -> bool:
+    """Whether it narrows a hidden state of this width."""
+    try:
+        inputs, outputs = widths_of("", module)
+    except ValueError:
+        return False
+    return inputs == width > outputs and not isinstance(module, nn.Embedding)
+
+
+def _renamed(place: str, name: str, other: str) -> str:
+    """The large model's name of a place beside the module of the small one."""
+    parent, of_other = name.rpartition(".")[0], other.rpartition(".")[0]
+    return other if place == name else f"{of_other}{place.removeprefix(parent)}"
+
+
+def _check(config: Any) -> None:
+    for name, plain_value in (
+        ("bias", "none"),
+        ("use_dora", False),
+        ("layer_replication", None),
+        ("target_parameters", None),
+        ("trainable_token_indices", None),
+        ("megatron_config", None),
+    ):
+        value = getattr(config, name, plain_value)
+        if value != plain_value and value:
+            raise ValueError(
+                f"small must have a plain LoRA, with {name}={plain_value!r}, got {value!r}"
+            )
+
+
+def _counterparts(
+    name: str, stacks: tuple[Stack, Stack], layers: Mapping[int, int]
+) -> Iterator[str]:
+    """The large model's modules that take the adapter of a small one's."""
+    inside = stacks[0].split(name)
+    if inside is None:
+        yield name
+        return
+    number, rest = inside
+    for large, small in layers.items():
+        if small == number:
+            yield f"{stacks[1].layer(large)}.{rest}"
+
+
+def _cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu()
