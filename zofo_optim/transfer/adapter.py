@@ -24,6 +24,7 @@ def transfer_adapter(
     *,
     layers: str | Mapping[int, int] | None = None,
     width: str | None = None,
+    rescale: bool = True,
     tokens: int = 4096,
     adapter_name: str = "default",
     seed: int = 0,
@@ -59,6 +60,9 @@ def transfer_adapter(
             texts), "procrustes" (a rotation and a scale), "same" (not at all: both models have
             the same units, or ``small`` is a bridge with some of the large model's). None: "same"
             for a bridge, else "least_squares".
+        rescale: whether a change gets back the size that it loses where activations are told only
+            in part: in each layer of the large model it becomes as large beside the output's
+            deviations as it was in the small one. Not with ``width="same"``.
         tokens: at most so many are taken of the batches.
         adapter_name: of the adapter in ``small``, and in ``large``.
         seed: of the choice of tokens.
@@ -134,7 +138,7 @@ def transfer_adapter(
                         if pair in fixed
                         else fit(target, source, width, pair.offset)
                     )
-                maps[pair] = Fitted(found, source, target, back)
+                maps[pair] = Fitted(found, source, target, rescale and pair not in fixed, back)
         state, carried = kind.carried(maps)
         model = kind.attach(state)
     model.requires_grad_(False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .activations import Tap, plain
 from .heads import Head
-from .kinds import Fitted, Pair, State, module_of, widths_of
+from .kinds import Fitted, Pair, State, lost, module_of, widths_of
 from .layers import Stack, stack_of
 from .projections import relative
 from .report import Carried
@@ -129,28 +129,28 @@ class LoRA:
     ) -> tuple[State, Carried]:
         """A module's tensors by their names in it."""
         reads, writes = self._ends[other]
-        keys, a, small_b, bias = _matrices(module, self._adapter)
-        written = None if writes is None else maps[writes].map
-        b = small_b
-        if written is not None:
-            b = written.matrix @ b
-            bias = None if bias is None else written.matrix @ bias
         read = None if reads is None else maps[reads]
-        back = None if writes is None else maps[writes].back
+        write = None if writes is None else maps[writes]
+        keys, small_a, small_b, bias = _matrices(module, self._adapter)
+        a = small_a if read is None else small_a @ read.map.matrix
+        b = small_b if write is None else write.map.matrix @ small_b
+        large_bias = bias if bias is None or write is None else write.map.matrix @ bias
         change = None
-        if read is not None:
-            if read.source is not None and read.target is not None:
-                wanted = read.target.held @ a.T @ small_b.T
-                found = read.map(read.source.held) @ a.T @ b.T
-                change = relative(found if back is None else found @ back.matrix.T, wanted)
-            a = a @ read.map.matrix
+        if read is not None and read.source is not None and read.target is not None:
+            ours = _changes(read.target.held, small_a, small_b, bias)
+            theirs = _changes(read.source.held, a, b, large_bias)
+            if write is not None and write.rescaled:
+                scale = lost(ours, theirs, write)
+                b, theirs = scale * b, scale * theirs
+                large_bias = None if large_bias is None else scale * large_bias
+            if write is not None and write.back is not None:
+                theirs = theirs @ write.back.matrix.T
+            change = relative(theirs, ours)
         tensors = dict(zip(keys, (a, b), strict=True))
-        if bias is not None:
-            tensors["lora_B.bias"] = bias
-        read_error, written_error = (
-            None if end is None else end.error for end in (read and read.map, written)
-        )
-        return tensors, Carried("lora", name, other, read_error, written_error, change)
+        if large_bias is not None:
+            tensors["lora_B.bias"] = large_bias
+        errors = [None if end is None else end.map.error for end in (read, write)]
+        return tensors, Carried("lora", name, other, errors[0], errors[1], change)
 
     def attach(self, state: State) -> nn.Module:
         """See :class:`~zofo_optim.transfer.kinds.Kind`."""
@@ -191,6 +191,12 @@ def _matrices(module: Any, adapter: str) -> tuple[tuple[str, str], Tensor, Tenso
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     bias = None if b.bias is None else _cpu(b.bias)
     return ("lora_A.weight", "lora_B.weight"), _cpu(a.weight), _cpu(b.weight), bias
+
+
+def _changes(rows: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """(n, in) to what LoRA adds, (n, out), without its scaling."""
+    found = rows @ a.T @ b.T
+    return found if bias is None else found + bias
 
 
 def _speaks(model: Any) -> Any:
