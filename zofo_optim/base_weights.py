@@ -139,13 +139,15 @@ def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     load_tensors(model, path)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """A safetensors file that is there whole, or not at all; its folder is made."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
-    save_file(dict(tensors), fresh, metadata={"format": "pt"})
+    save_file(dict(tensors), fresh, metadata={"format": "pt", **(metadata or {})})
     fresh.replace(path)
     return path
 

@@ -7,6 +7,18 @@ carry it to the large one::
 """
 
 from .adapter import transfer_adapter
+from .bottleneck_files import bottleneck_state, load_bottlenecks, save_bottlenecks
+from .bottlenecks import Bottleneck, add_bottlenecks, without_bottlenecks
 from .report import Carried, TransferReport
 
-__all__ = ["Carried", "TransferReport", "transfer_adapter"]
+__all__ = [
+    "Bottleneck",
+    "Carried",
+    "TransferReport",
+    "add_bottlenecks",
+    "bottleneck_state",
+    "load_bottlenecks",
+    "save_bottlenecks",
+    "transfer_adapter",
+    "without_bottlenecks",
+]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .bottlenecks import without_bottlenecks
 from .projections import Rows
 
 HELD = 4
@@ -107,14 +108,14 @@ def record(
     with _hooked(model, wanted) as seen:
         for batch, place in zip(batches, places, strict=True):
             seen.clear()
-            forward(model, batch)
+            forward(plain(model), batch)
             for tap in wanted:
                 if len(seen[tap]) != 1:
                     raise ValueError(
                         f"module {tap.module!r} must be used once in a forward pass to be mapped, "
                         f"got {len(seen[tap])} times"
                     )
-                for rows, new in zip(found[tap], _taken(tap, seen[tap][0], place), strict=True):
+                for rows, new in zip(found[tap], taken(tap, seen[tap][0], place), strict=True):
                     rows.append(new)
     return {tap: Rows(torch.cat(found[tap][0]), torch.cat(found[tap][1])) for tap in wanted}
 
@@ -136,8 +137,10 @@ def at_rest(model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             model.eval()
-            if hasattr(model, "disable_adapter"):
-                peft: Any = model
+            stack.enter_context(without_bottlenecks(model))
+            peft: Any = model
+            # virtual tokens are no part of the plain model
+            if hasattr(peft, "peft_config") and not peft.active_peft_config.is_prompt_learning:
                 stack.enter_context(peft.disable_adapter())
             yield
     finally:
@@ -190,7 +193,7 @@ def _first(value: Any, tap: Tap) -> Tensor:
     raise ValueError(f"module {tap.module!r} must have a tensor as {tap.side}, got none")
 
 
-def _taken(tap: Tap, value: Tensor, place: Positions) -> tuple[Tensor, Tensor]:
+def taken(tap: Tap, value: Tensor, place: Positions) -> tuple[Tensor, Tensor]:
     """The rows of a batch's activation, to fit on and held out."""
     texts, length = place.tokens.shape
     if value.dim() == 2 and len(value) == texts * length:

@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from .activations import Tap, at_rest, inputs_of, plain, positions, record
+from .activations_cache import CACHED, record_cache
+from .bottleneck_map import Bottlenecks
 from .kept import bridge_of, kept_key_units, kept_layers, kept_units
 from .kinds import Fitted, Kind, Pair
 from .layers import layer_map, linear_cka, stack_of
 from .lora import LoRA
 from .projections import METHODS, Projection, fit, measured, selection
+from .prompts import Prefix, Prompt
 from .report import TransferReport
 
 
@@ -95,8 +98,13 @@ def transfer_adapter(
     def recorded(model: nn.Module, taps: Iterable[Tap]) -> dict[Tap, Any]:
         assert read is not None
         assert places is not None
+        cached: list[Tap] = []
+        others: list[Tap] = []
+        for tap in taps:
+            (cached if tap.side in CACHED else others).append(tap)
         with at_rest(model):
-            return record(model, taps, read, places)
+            found = record(model, others, read, places) if others else {}
+            return {**found, **record_cache(model, cached, read, places)}
 
     if layers is None and bridge:
         layers = kept_layers(config)
@@ -113,7 +121,9 @@ def transfer_adapter(
             )
         )
     counts = stacks[0].size, stacks[1].size
-    mapped = layer_map(layers, *counts, every=make.every, similarity=similarity)
+    mapped = {}
+    if make.every is not None:
+        mapped = layer_map(layers, *counts, every=make.every, similarity=similarity)
     kind: Kind = make(small, adapter_name, large, mapped)
     with torch.no_grad():
         fixed = {pair: _same(pair, config) for pair in kind.pairs} if width == "same" else {}
@@ -143,7 +153,7 @@ def transfer_adapter(
         model = kind.attach(state)
     model.requires_grad_(False)
     taken = 0 if places is None else int(sum(place.tokens.sum() for place in places))
-    unmapped = tuple(sorted(set(range(counts[1])) - set(mapped)))
+    unmapped = tuple(sorted(set(range(counts[1] if mapped else 0)) - set(mapped)))
     return model, TransferReport(tuple(carried), mapped, width, unmapped, taken)
 
 
@@ -154,6 +164,8 @@ def _kind_of(small: Any, large: Any, adapter: str) -> Any:
             "large must have no adapter yet, got one with: model.unload() takes peft's off, "
             "model.merge_and_unload() merges it"
         )
+    if hasattr(small, "bottlenecks"):
+        return Bottlenecks
     configs = getattr(small, "peft_config", None)
     if configs is None:
         raise ValueError(
@@ -164,7 +176,7 @@ def _kind_of(small: Any, large: Any, adapter: str) -> Any:
         raise ValueError(
             f"adapter_name must be one of the small model's, {', '.join(configs)}, got {adapter!r}"
         )
-    kinds = {"LORA": LoRA}
+    kinds = {"LORA": LoRA, "PREFIX_TUNING": Prefix, "PROMPT_TUNING": Prompt}
     name = getattr(configs[adapter].peft_type, "value", configs[adapter].peft_type)
     if name not in kinds:
         raise ValueError(

@@ -73,6 +73,15 @@ class Head:
         return state, Carried("head", self.name, self.name, through.error)
 
 
+def heads_of(base: nn.Module, adapter: str, large: nn.Module) -> list[Head]:
+    """The heads of one of peft's adapters; ``base`` is the model within peft's."""
+    return [
+        Head(name, wrapper.modules_to_save[adapter], large)
+        for name, wrapper in base.named_modules()
+        if adapter in getattr(wrapper, "modules_to_save", ())
+    ]
+
+
 def _chain(name: str, head: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The linear layers of a head, in order; all its parameters are theirs."""
     found = [(part, m) for part, m in head.named_modules() if isinstance(m, nn.Linear)]

@@ -50,8 +50,8 @@ class Kind(Protocol):
     Making one checks that it can be carried, as far as shapes and settings tell.
     """
 
-    every: ClassVar[bool]
-    """Whether each layer of the large model needs one."""
+    every: ClassVar[bool | None]
+    """Whether each layer of the large model needs one; None: it is in no layer."""
     pairs: list[Pair]
 
     def carried(self, maps: Mapping[Pair, Fitted]) -> tuple[State, list[Carried]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,20 @@ def stack_of(model: nn.Module) -> Stack:
             f"layers (an nn.ModuleList), got {outer or 'none'}"
         )
     return Stack(outer[0], count)
+
+
+def counterparts(
+    name: str, stacks: tuple[Stack, Stack], layers: Mapping[int, int]
+) -> Iterator[str]:
+    """The large model's modules that take the adapter of a small one's."""
+    inside = stacks[0].split(name)
+    if inside is None:
+        yield name
+        return
+    number, rest = inside
+    for large, small in layers.items():
+        if small == number:
+            yield f"{stacks[1].layer(large)}.{rest}"
 
 
 def layer_map(

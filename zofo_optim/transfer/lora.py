@@ -6,15 +6,15 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from .activations import Tap, plain
-from .heads import Head
+from .heads import heads_of
 from .kinds import Fitted, Pair, State, lost, module_of, widths_of
-from .layers import Stack, stack_of
+from .layers import counterparts, stack_of
 from .projections import relative
 from .report import Carried
 
@@ -48,15 +48,11 @@ class LoRA:
                         f"layer {name!r} cannot be mapped: its LoRA must be plain, got "
                         f"{type(module.lora_variant[adapter]).__name__}"
                     )
-                for other in _counterparts(name, stacks, layers):
+                for other in counterparts(name, stacks, layers):
                     self._modules[other] = (name, module)
         if not self._modules:
             raise ValueError(f"layers must map a layer with an adapter, got {dict(layers)}")
-        self._heads = [
-            Head(name, wrapper.modules_to_save[adapter], large)
-            for name, wrapper in base.named_modules()
-            if adapter in getattr(wrapper, "modules_to_save", ())
-        ]
+        self._heads = heads_of(base, adapter, large)
         self._ends = {other: self._pairs(other) for other in self._modules}
         self.pairs = [pair for ends in self._ends.values() for pair in ends if pair is not None]
         self.pairs += [head.pair for head in self._heads]
@@ -233,20 +229,6 @@ def _check(config: Any) -> None:
             raise ValueError(
                 f"small must have a plain LoRA, with {name}={plain_value!r}, got {value!r}"
             )
-
-
-def _counterparts(
-    name: str, stacks: tuple[Stack, Stack], layers: Mapping[int, int]
-) -> Iterator[str]:
-    """The large model's modules that take the adapter of a small one's."""
-    inside = stacks[0].split(name)
-    if inside is None:
-        yield name
-        return
-    number, rest = inside
-    for large, small in layers.items():
-        if small == number:
-            yield f"{stacks[1].layer(large)}.{rest}"
 
 
 def _cpu(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class Carried:
     """
 
     kind: str
-    """"lora", "head", "prompt", "prefix" or "bottleneck"."""
+    """"lora", "head", "prompt", "keys" or "values" (of a prefix), or "bottleneck"."""
     small: str
     """The module's name in the small model."""
     large: str
@@ -49,7 +49,9 @@ class TransferReport:
 
     def __str__(self) -> str:
         said = ", ".join(f"{small} -> {large}" for large, small in self.layers.items())
-        lines = [f"width: {self.width}, on {self.tokens} tokens", f"layers: {said}"]
+        lines = [f"width: {self.width}, on {self.tokens} tokens"]
+        if self.layers:
+            lines.append(f"layers: {said}")
         if self.unmapped:
             lines.append(f"no adapter: {', '.join(map(str, self.unmapped))}")
         names = max([len(row.large) for row in self.rows], default=0)
