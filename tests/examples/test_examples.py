@@ -29,6 +29,10 @@ PROMISES = {
     "save_merge_generate.py": [r"trained: '(.*)'\nmerged:  '\1'\n", "the same text: True"],
     "fsdp2.py": ["the first holds 30,880 of 30,880 weights"],
     "suggested_rates.py": [r"loss (?P<high>\S+) -> (?P<low>\S+)"],
+    "transfer.py": [
+        r"the whole model: accuracy (?P<low>\S+),(?s:.*)with the adapter.*accuracy (?P<high>\S+),",
+        r"with the adapter.*loss (?P<high>\S+)\nrefined .*loss (?P<low>\S+)",
+    ],
     "own_csv.py": ["'The parcel never arrived.' is about 'delivery'"],
 }
 """What is printed beside the loss, if not instead of it."""
@@ -39,6 +43,7 @@ WITHOUT_LOSS = {
     "population_on_vllm.py",
     "score_trainer.py",
     "suggested_rates.py",
+    "transfer.py",
 }
 
 

@@ -25,10 +25,10 @@ def made(cls, config, seed):
         return cls(config).eval()
 
 
-def llama(layers=2, hidden=16, intermediate=12, labels=None, seed=0):
+def llama(layers=2, hidden=16, intermediate=16, labels=None, seed=0):
     """A language model, or with ``labels`` a classifier; weights so large that layers matter.
 
-    With ``intermediate`` at most ``hidden`` the outputs of every linear layer span their space.
+    With ``intermediate`` as large as ``hidden`` the outputs of all linear layers span their space.
     """
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -52,7 +52,7 @@ def bert(layers=2, hidden=16, labels=3, seed=0):
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
-        intermediate_size=12,
+        intermediate_size=16,
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=32,
@@ -74,7 +74,7 @@ def gpt2(layers=2, seed=0):
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=16,
-        n_inner=12,
+        n_inner=16,
         n_layer=layers,
         n_head=2,
         n_positions=32,
@@ -257,6 +257,36 @@ def with_lora(model, seed=3, task="CAUSAL_LM", **options):
     options = {"r": 4, "lora_alpha": 4, **options}
     tuned = peft.get_peft_model(model, peft.LoraConfig(task_type=task, **options))
     return randomised(tuned, seed).eval()
+
+
+@torch.no_grad()
+def within_outputs(tuned, batches, size=0.3, seed=5):
+    """``tuned`` with LoRA's changes inside what its modules write without them; in place.
+
+    A map between outputs is known there only: after a LayerNorm deviations from the mean lack one
+    direction.
+    """
+    generator, outputs, handles = torch.Generator().manual_seed(seed), {}, []
+    layers = {n: m for n, m in tuned.named_modules() if hasattr(m, "lora_A")}
+    for name, layer in layers.items():
+        taken = outputs.setdefault(name, [])
+        handles.append(
+            layer.register_forward_hook(
+                lambda m, args, out, to=taken: to.append(out.flatten(0, -2))
+            )
+        )
+    with tuned.disable_adapter():
+        for batch in batches:
+            tuned(**batch)
+    for handle in handles:
+        handle.remove()
+    for name, layer in layers.items():
+        rows = torch.cat(outputs[name])
+        b = layer.lora_B["default"].weight
+        mixed = torch.randn(len(rows), b.shape[1], generator=generator)
+        change = (rows - rows.mean(0)).T @ mixed
+        b.copy_(size * change / change.square().mean().sqrt())
+    return tuned
 
 
 @torch.no_grad()

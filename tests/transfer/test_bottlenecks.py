@@ -176,7 +176,7 @@ def test_what_is_refused_changes_nothing(options, message):
 
 
 def test_a_width_that_is_not_the_hidden_size_is_named_when_it_runs():
-    model = add_bottlenecks(families.llama(), ["act_fn"], 3)
+    model = add_bottlenecks(families.llama(intermediate=12), ["act_fn"], 3)
     with pytest.raises(ValueError, match=r"16 wide.*got one of shape \(4, 8, 12\)"):
         model(**BATCH)
 

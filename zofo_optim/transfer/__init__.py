@@ -9,6 +9,7 @@ carry it to the large one::
 from .adapter import transfer_adapter
 from .bottleneck_files import bottleneck_state, load_bottlenecks, save_bottlenecks
 from .bottlenecks import Bottleneck, add_bottlenecks, without_bottlenecks
+from .groups import zo_param_groups
 from .report import Carried, TransferReport
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "save_bottlenecks",
     "transfer_adapter",
     "without_bottlenecks",
+    "zo_param_groups",
 ]

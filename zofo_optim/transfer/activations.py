@@ -130,7 +130,7 @@ def forward(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no adapter in here; afterwards modes and flags are as before."""
+    """Evaluation mode, no adapter, and no parameter that requires gradients; then as before."""
     training = {module: module.training for module in model.modules()}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -142,6 +142,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             # virtual tokens are no part of the plain model
             if hasattr(peft, "peft_config") and not peft.active_peft_config.is_prompt_learning:
                 stack.enter_context(peft.disable_adapter())
+            model.requires_grad_(False)
             yield
     finally:
         for module, mode in training.items():

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activations import Tap, at_rest, inputs_of, plain, positions, record
-from .activations_cache import CACHED, record_cache
+from .activations import inputs_of, plain, positions
 from .bottleneck_map import Bottlenecks
-from .kept import bridge_of, kept_key_units, kept_layers, kept_units
-from .kinds import Fitted, Kind, Pair
-from .layers import layer_map, linear_cka, stack_of
+from .intact import all_or_nothing, without_input_gradients
+from .kept import bridge_of, kept_layers
+from .kinds import Kind
+from .layers import layer_map, stack_of
 from .lora import LoRA
-from .projections import METHODS, Projection, fit, measured, selection
+from .maps import Text, fixed_maps, maps_of, similarity_of
+from .projections import METHODS
 from .prompts import Prefix, Prompt
 from .report import TransferReport
 
@@ -92,68 +93,31 @@ def transfer_adapter(
         raise ValueError(
             f"batches must be given to fit what width={width!r}, layers={layers!r} need, got None"
         )
-    places = None if read is None else positions(read, tokens, seed)
+    text = None if read is None else Text(read, positions(read, tokens, seed))
     stacks = stack_of(plain(small)), stack_of(large)
-
-    def recorded(model: nn.Module, taps: Iterable[Tap]) -> dict[Tap, Any]:
-        assert read is not None
-        assert places is not None
-        cached: list[Tap] = []
-        others: list[Tap] = []
-        for tap in taps:
-            (cached if tap.side in CACHED else others).append(tap)
-        with at_rest(model):
-            found = record(model, others, read, places) if others else {}
-            return {**found, **record_cache(model, cached, read, places)}
 
     if layers is None and bridge:
         layers = kept_layers(config)
     similarity = None
-    if layers == "similar":
-        of_layers = [
-            [Tap(stack.layer(number), "output") for number in range(stack.size)] for stack in stacks
-        ]
-        rows = [recorded(m, taps) for m, taps in zip((small, large), of_layers, strict=True)]
-        similarity = linear_cka(
-            *(
-                [found[tap].fitted for tap in taps]
-                for found, taps in zip(rows, of_layers, strict=True)
-            )
-        )
-    counts = stacks[0].size, stacks[1].size
+    if layers == "similar" and text is not None:
+        similarity = similarity_of((small, large), stacks, text)
     mapped = {}
     if make.every is not None:
-        mapped = layer_map(layers, *counts, every=make.every, similarity=similarity)
+        mapped = layer_map(
+            layers, stacks[0].size, stacks[1].size, every=make.every, similarity=similarity
+        )
     kind: Kind = make(small, adapter_name, large, mapped)
     with torch.no_grad():
-        fixed = {pair: _same(pair, config) for pair in kind.pairs} if width == "same" else {}
-        maps: dict[Pair, Fitted] = {pair: Fitted(found) for pair, found in fixed.items()}
-        if read is not None:
-            ours = recorded(small, (pair.small for pair in kind.pairs))
-            theirs = recorded(large, (pair.large for pair in kind.pairs))
-            for pair in kind.pairs:
-                if width != "same" and pair.to == "large":
-                    _check_spanned(pair, len(ours[pair.small].fitted))
-                ends = (ours[pair.small], theirs[pair.large])
-                source, target = ends if pair.to == "large" else ends[::-1]
-                found = (
-                    measured(fixed[pair], source, target, pair.offset)
-                    if pair in fixed
-                    else fit(source, target, width, pair.offset)
-                )
-                back = None
-                if pair.to == "large":
-                    back = (
-                        Projection(found.matrix.T)
-                        if pair in fixed
-                        else fit(target, source, width, pair.offset)
-                    )
-                maps[pair] = Fitted(found, source, target, rescale and pair not in fixed, back)
+        fixed = fixed_maps(kind.pairs, config) if width == "same" else {}
+        maps = maps_of(kind.pairs, fixed, small, large, text, width, rescale)
         state, carried = kind.carried(maps)
+    with all_or_nothing(large):
+        without_input_gradients(large)  # peft forgets a hook of before its own
         model = kind.attach(state)
-    model.requires_grad_(False)
-    taken = 0 if places is None else int(sum(place.tokens.sum() for place in places))
-    unmapped = tuple(sorted(set(range(counts[1] if mapped else 0)) - set(mapped)))
+        model.requires_grad_(False)
+        without_input_gradients(large)
+    taken = 0 if text is None else int(sum(place.tokens.sum() for place in text.places))
+    unmapped = tuple(sorted(set(range(stacks[1].size if mapped else 0)) - set(mapped)))
     return model, TransferReport(tuple(carried), mapped, width, unmapped, taken)
 
 
@@ -184,41 +148,3 @@ def _kind_of(small: Any, large: Any, adapter: str) -> Any:
             f"{name}"
         )
     return kinds[name]
-
-
-def _check_spanned(pair: Pair, rows: int) -> None:
-    """That the rows can tell where each direction of the small model's activation goes.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    width = pair.widths[0]
-    if not pair.spanned:
-        raise ValueError(
-            f"layer {pair.large.module!r} cannot be mapped by activations: the small model's "
-            f"{pair.small.module!r} has {width} outputs, more than inputs, so that text does not "
-            "show all their directions; adapt other layers, or train on a bridge_model of large"
-        )
-    if rows < width:
-        raise ValueError(
-            f"layer {pair.large.module!r} cannot be mapped on {rows} rows of activations: there "
-            f"must be as many as it has units in the small model, {width}; give more batches, or "
-            "more tokens"
-        )
-
-
-def _same(pair: Pair, config: Any) -> Projection:
-    """The map of units that are the same in both models; a bridge has some of them."""
-    name, side = pair.large
-    if side in ("keys", "values"):
-        kept = kept_key_units(config, int(name.rpartition(".")[2]))
-    else:
-        kept = kept_units(config, name, side)
-    small, large = pair.widths
-    if small != (large if kept is None else len(kept)):
-        raise ValueError(
-            f"layer {name!r} cannot be mapped with width='same': its {side} has {large} units and "
-            f"that of the small model's {pair.small.module!r} {small}; take 'least_squares'"
-        )
-    found = selection(kept, large)
-    return found if pair.to == "small" else Projection(found.matrix.T.contiguous())

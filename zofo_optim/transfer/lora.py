@@ -18,6 +18,9 @@ from .layers import counterparts, stack_of
 from .projections import relative
 from .report import Carried
 
+_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""Of peft's ways to start, those that leave the base model's weights as they are."""
+
 
 class LoRA:
     """See :class:`~zofo_optim.transfer.kinds.Kind`.
@@ -229,6 +232,13 @@ def _check(config: Any) -> None:
             raise ValueError(
                 f"small must have a plain LoRA, with {name}={plain_value!r}, got {value!r}"
             )
+    if config.init_lora_weights not in _KEEP_THE_BASE:
+        raise ValueError(
+            "small must have a LoRA that started beside the base model's own weights, with "
+            f"init_lora_weights one of {_KEEP_THE_BASE}, got {config.init_lora_weights!r}, which "
+            "takes its first B A out of them: convert it by peft's save_pretrained("
+            "path_initial_model_for_weight_conversion=)"
+        )
 
 
 def _cpu(tensor: Tensor) -> Tensor:
