@@ -3,12 +3,13 @@
 Train an adapter on a small model of the family, or on a bridge (a slice of the large model), and
 carry it to the large one::
 
-    from zofo_optim.transfer import transfer_adapter
+    from zofo_optim.transfer import bridge_model, transfer_adapter
 """
 
 from .adapter import transfer_adapter
 from .bottleneck_files import bottleneck_state, load_bottlenecks, save_bottlenecks
 from .bottlenecks import Bottleneck, add_bottlenecks, without_bottlenecks
+from .bridge import bridge_model
 from .groups import zo_param_groups
 from .report import Carried, TransferReport
 
@@ -18,6 +19,7 @@ __all__ = [
     "TransferReport",
     "add_bottlenecks",
     "bottleneck_state",
+    "bridge_model",
     "load_bottlenecks",
     "save_bottlenecks",
     "transfer_adapter",

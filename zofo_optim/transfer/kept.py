@@ -41,8 +41,9 @@ def kept_units(config: Any, module: str, side: str) -> Tensor | None:
     bridge = bridge_of(config)
     for inner, cut in ({} if bridge is None else bridge["cut"]).items():
         outer = module.removesuffix(f".{inner}")
-        if outer != module and side in cut:
-            return kept_part(config, int(outer.rpartition(".")[2]), cut[side])
+        layer = outer.rpartition(".")[2]
+        if outer != module and layer.isdigit() and side in cut:
+            return kept_part(config, int(layer), cut[side])
     return None
 
 
