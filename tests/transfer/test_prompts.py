@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from zofo_optim.transfer import add_bottlenecks, transfer_adapter
+from zofo_optim.transfer import add_bottlenecks, bridge_model, transfer_adapter
 
 TEXTS = families.texts(24)
 BATCH = families.texts(1, seed=5)[0]
@@ -168,6 +168,46 @@ def test_bottlenecks_and_a_head():
     model, report = check(small, families.rotated(plain), plain, 3)
     assert [row.kind for row in report.rows] == ["bottleneck", "bottleneck", "head"]
     assert model.bottlenecks["modules_to_save"] == ["score"]
+
+
+# ---- bridges ------------------------------------------------------------------------------------
+
+
+def prefix_of(model, heads=2, size=4):
+    """By layer: keys and values, (layers, 2, tokens, heads * size)."""
+    saved = model.get_prompt_embedding_to_save("default")
+    return saved.unflatten(1, (-1, 2, heads * size)).permute(1, 2, 0, 3)
+
+
+def test_layers_that_a_bridge_lacks_get_the_prefix_of_the_nearest_by_their_text():
+    large = families.llama(layers=4)
+    bridge = tuned(bridge_model(copy.deepcopy(large), None, layers=[0, 3]), "prefix")
+    model, report = transfer_adapter(bridge, copy.deepcopy(large), TEXTS)
+    assert report.layers == {0: 0, 1: 0, 2: 1, 3: 1}
+    ours, theirs = prefix_of(bridge), prefix_of(model)
+    for layer, kept in ((0, 0), (3, 1)):
+        assert torch.equal(theirs[layer], ours[kept])
+    for layer, kept in ((1, 0), (2, 1)):
+        assert not torch.allclose(theirs[layer], ours[kept], atol=0.1)
+    errors = {(row.large, row.kind): row.output_error for row in report.rows}
+    assert errors["model.layers.0", "keys"] == 0.0
+    with pytest.raises(ValueError, match=r"batches must be given to map layer 'model.layers.1'"):
+        transfer_adapter(bridge, copy.deepcopy(large))
+
+
+def test_prompts_and_bottlenecks_of_a_bridge_stay_as_they_are():
+    large = families.llama(layers=4)
+    bridge = tuned(bridge_model(large, None, layers=[0, 3]), "prompt")
+    model, _ = transfer_adapter(bridge, copy.deepcopy(large))
+    saved = (part.get_prompt_embedding_to_save("default") for part in (bridge, model))
+    assert torch.equal(*saved)
+    bridge = bottlenecked(bridge_model(large, None, layers=[0, 3]))
+    model, _ = transfer_adapter(bridge, copy.deepcopy(large))
+    state = {name: tensor for name, tensor in model.state_dict().items() if "bottleneck" in name}
+    assert len(state) == 16
+    ours = bridge.state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, ours[name.replace("layers.3", "layers.1")])
 
 
 # ---- what is refused ----------------------------------------------------------------------------

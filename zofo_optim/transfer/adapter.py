@@ -11,7 +11,7 @@ from torch import nn
 from .activations import inputs_of, plain, positions
 from .bottleneck_map import Bottlenecks
 from .intact import all_or_nothing, without_input_gradients
-from .kept import bridge_of, kept_layers
+from .kept import kept_layers, nearest_kept
 from .kinds import Kind
 from .layers import layer_map, stack_of
 from .lora import LoRA
@@ -55,7 +55,7 @@ def transfer_adapter(
         batches: unlabelled text as both models take it, mappings with ``input_ids`` and perhaps
             ``attention_mask``, (texts, tokens); labels are left out. One text in four is held out.
             None: only where nothing is to be fitted, with ``width="same"`` and layers that are
-            given; nothing is measured then.
+            given; nothing is measured then. A bridge's prefixes need text for layers that it lacks.
         layers: for which layers of the large model the adapter is whose: "spread", "nearest",
             "similar", or a mapping from large to small, see :func:`layer_map`. None: the layers
             that a bridge kept; else "nearest" for prefixes, which each layer needs, and "spread"
@@ -81,8 +81,8 @@ def transfer_adapter(
             cannot be.
     """
     config = getattr(plain(small), "config", None)
-    bridge = bridge_of(config) is not None
-    width = width or ("same" if bridge else "least_squares")
+    kept = kept_layers(config)
+    width = width or ("least_squares" if kept is None else "same")
     if width not in METHODS:
         raise ValueError(f"width must be one of {', '.join(METHODS)}, got {width!r}")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
@@ -96,8 +96,8 @@ def transfer_adapter(
     text = None if read is None else Text(read, positions(read, tokens, seed))
     stacks = stack_of(plain(small)), stack_of(large)
 
-    if layers is None and bridge:
-        layers = kept_layers(config)
+    if layers is None and kept is not None:
+        layers = nearest_kept(kept, stacks[1].size) if make.every else kept
     similarity = None
     if layers == "similar" and text is not None:
         similarity = similarity_of((small, large), stacks, text)
@@ -108,7 +108,7 @@ def transfer_adapter(
         )
     kind: Kind = make(small, adapter_name, large, mapped)
     with torch.no_grad():
-        fixed = fixed_maps(kind.pairs, config) if width == "same" else {}
+        fixed = fixed_maps(kind.pairs, config, stacks) if width == "same" else {}
         maps = maps_of(kind.pairs, fixed, small, large, text, width, rescale)
         state, carried = kind.carried(maps)
     with all_or_nothing(large):

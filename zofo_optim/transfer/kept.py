@@ -22,6 +22,14 @@ def kept_layers(config: Any) -> dict[int, int] | None:
     return None if bridge is None else {large: k for k, large in enumerate(bridge["layers"])}
 
 
+def nearest_kept(kept: dict[int, int], count: int) -> dict[int, int]:
+    """For each of so many layers of the large model, the bridge's that was nearest to it."""
+    return {
+        layer: kept[min(kept, key=lambda other: (abs(other - layer), other))]
+        for layer in range(count)
+    }
+
+
 def kept_units(config: Any, module: str, side: str) -> Tensor | None:
     """Which units of one side of a large model's module a bridge kept.
 

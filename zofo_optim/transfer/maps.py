@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .activations import Positions, Tap, at_rest, record
 from .activations_cache import CACHED, record_cache
-from .kept import kept_key_units, kept_units
+from .kept import kept_key_units, kept_layers, kept_units
 from .kinds import Fitted, Pair
 from .layers import Stack, linear_cka
 from .projections import Projection, Rows, fit, measured, selection
@@ -42,17 +42,35 @@ def similarity_of(models: Sequence[nn.Module], stacks: Sequence[Stack], text: Te
     return linear_cka(*found)
 
 
-def fixed_maps(pairs: Iterable[Pair], config: Any) -> dict[Pair, Projection]:
+def fixed_maps(
+    pairs: Iterable[Pair], config: Any, stacks: tuple[Stack, Stack]
+) -> dict[Pair, Projection]:
     """The maps of units that are the same in both models; a bridge has some of them.
+
+    Keys and values are each layer's own: a bridge shares those of the layers that it kept.
 
     Args:
         pairs: what is to be mapped.
         config: the small model's.
+        stacks: the models' layers.
 
     Raises:
         ValueError: naming a layer whose units are not the same.
     """
-    return {pair: _same(pair, config) for pair in pairs}
+    kept = kept_layers(config)
+
+    def shared(pair: Pair) -> bool:
+        if kept is None or pair.large.side not in CACHED:
+            return True
+        ours, theirs = (
+            stack.split(tap.module)
+            for stack, tap in zip(stacks, (pair.small, pair.large), strict=True)
+        )
+        assert ours is not None
+        assert theirs is not None
+        return kept.get(theirs[0]) == ours[0]
+
+    return {pair: _same(pair, config) for pair in pairs if shared(pair)}
 
 
 def maps_of(
@@ -69,8 +87,12 @@ def maps_of(
     Raises:
         ValueError: naming a layer whose activations cannot tell the map.
     """
+    missing = next((pair.large.module for pair in pairs if pair not in fixed), None)
     if text is None:
+        if missing is not None:
+            raise ValueError(f"batches must be given to map layer {missing!r}, got None")
         return {pair: Fitted(fixed[pair]) for pair in pairs}
+    method = "least_squares" if method == "same" else method
     found = {}
     ours = text.rows(small, (pair.small for pair in pairs))
     theirs = text.rows(large, (pair.large for pair in pairs))
