@@ -28,7 +28,6 @@ def transfer_adapter(
     *,
     layers: str | Mapping[int, int] | None = None,
     width: str | None = None,
-    rescale: bool = True,
     tokens: int = 4096,
     adapter_name: str = "default",
     seed: int = 0,
@@ -60,13 +59,11 @@ def transfer_adapter(
             "similar", or a mapping from large to small, see :func:`layer_map`. None: the layers
             that a bridge kept; else "nearest" for prefixes, which each layer needs, and "spread"
             for others.
-        width: how activations are mapped: "least_squares" (with a ridge, chosen on the held-out
-            texts), "procrustes" (a rotation and a scale), "same" (not at all: both models have
-            the same units, or ``small`` is a bridge with some of the large model's). None: "same"
-            for a bridge, else "least_squares".
-        rescale: whether a change gets back the size that it loses where activations are told only
-            in part: in each layer of the large model it becomes as large beside the output's
-            deviations as it was in the small one. Not with ``width="same"``.
+        width: how activations are mapped: "procrustes" (a rotation and a scale, so that sizes are
+            kept), "least_squares" (with a ridge, chosen on the held-out texts), "same" (not at all:
+            both models have the same units, or ``small`` is a bridge with some of the large
+            model's). None: "same" for a bridge, else "procrustes": least squares leaves out what it
+            cannot tell, and with it much of a change that lies where activations vary little.
         tokens: at most so many are taken of the batches.
         adapter_name: of the adapter in ``small``, and in ``large``.
         seed: of the choice of tokens.
@@ -82,7 +79,7 @@ def transfer_adapter(
     """
     config = getattr(plain(small), "config", None)
     kept = kept_layers(config)
-    width = width or ("least_squares" if kept is None else "same")
+    width = width or (METHODS[0] if kept is None else "same")
     if width not in METHODS:
         raise ValueError(f"width must be one of {', '.join(METHODS)}, got {width!r}")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
@@ -109,7 +106,7 @@ def transfer_adapter(
     kind: Kind = make(small, adapter_name, large, mapped)
     with torch.no_grad():
         fixed = fixed_maps(kind.pairs, config, stacks) if width == "same" else {}
-        maps = maps_of(kind.pairs, fixed, small, large, text, width, rescale)
+        maps = maps_of(kind.pairs, fixed, small, large, text, width)
         state, carried = kind.carried(maps)
     with all_or_nothing(large):
         without_input_gradients(large)  # peft forgets a hook of before its own

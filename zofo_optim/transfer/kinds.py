@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from .activations import Tap
@@ -38,8 +37,6 @@ class Fitted(NamedTuple):
     map: Projection
     source: Rows | None = None
     target: Rows | None = None
-    rescaled: bool = False
-    """Whether a change that is written through the map gets back its size; see :func:`lost`."""
     back: Projection | None = None
     """The other way, where the map is to the large model: what it loses, there and back."""
 
@@ -59,29 +56,6 @@ class Kind(Protocol):
 
     def attach(self, state: State) -> nn.Module:
         """Put the adapter into the large model: the only thing that changes it."""
-
-
-def lost(ours: Tensor, theirs: Tensor, write: Fitted) -> float:
-    """By how much a carried change is too small beside the output that it is added to.
-
-    A map that tells one model's activations from the other's only in part leaves out what it cannot
-    tell, and so shrinks a change, twice where it is read and written. Sizes are Frobenius norms of
-    rows, outputs' of deviations from the mean.
-
-    Args:
-        ours: what the adapter adds in the small model, (n, out).
-        theirs: the same in the large model.
-        write: the map between their outputs, with rows.
-    """
-    if write.source is None or write.target is None:
-        return 1.0
-
-    def share(change: Tensor, output: Tensor) -> float:
-        spread = float(torch.linalg.vector_norm(output - output.mean(0)))
-        return float(torch.linalg.vector_norm(change)) / spread if spread else 0.0
-
-    before, after = share(ours, write.source.held), share(theirs, write.target.held)
-    return before / after if before and after else 1.0
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:

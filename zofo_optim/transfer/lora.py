@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .activations import Tap, plain
 from .heads import heads_of
-from .kinds import Fitted, Pair, State, lost, module_of, widths_of
+from .kinds import Fitted, Pair, State, module_of, widths_of
 from .layers import counterparts, stack_of
 from .projections import relative
 from .report import Carried
@@ -138,10 +138,6 @@ class LoRA:
         if read is not None and read.source is not None and read.target is not None:
             ours = _changes(read.target.held, small_a, small_b, bias)
             theirs = _changes(read.source.held, a, b, large_bias)
-            if write is not None and write.rescaled:
-                scale = lost(ours, theirs, write)
-                b, theirs = scale * b, scale * theirs
-                large_bias = None if large_bias is None else scale * large_bias
             if write is not None and write.back is not None:
                 theirs = theirs @ write.back.matrix.T
             change = relative(theirs, ours)

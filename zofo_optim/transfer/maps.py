@@ -12,7 +12,7 @@ from .activations_cache import CACHED, record_cache
 from .kept import kept_key_units, kept_layers, kept_units
 from .kinds import Fitted, Pair
 from .layers import Stack, linear_cka
-from .projections import Projection, Rows, fit, measured, selection
+from .projections import METHODS, Projection, Rows, fit, measured, selection
 
 
 class Text(NamedTuple):
@@ -80,7 +80,6 @@ def maps_of(
     large: nn.Module,
     text: Text | None,
     method: str,
-    rescale: bool,
 ) -> dict[Pair, Fitted]:
     """A map for each pair: the fixed one, or else one that is fitted on the text; and its error.
 
@@ -92,7 +91,7 @@ def maps_of(
         if missing is not None:
             raise ValueError(f"batches must be given to map layer {missing!r}, got None")
         return {pair: Fitted(fixed[pair]) for pair in pairs}
-    method = "least_squares" if method == "same" else method
+    method = METHODS[0] if method == "same" else method
     found = {}
     ours = text.rows(small, (pair.small for pair in pairs))
     theirs = text.rows(large, (pair.large for pair in pairs))
@@ -109,7 +108,7 @@ def maps_of(
             if pair.to == "large":
                 _check_spanned(pair, len(source.fitted))
                 back = fit(target, source, method, pair.offset)
-        found[pair] = Fitted(there, source, target, rescale and pair not in fixed, back)
+        found[pair] = Fitted(there, source, target, back)
     return found
 
 

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-METHODS = ("least_squares", "procrustes", "same")
+METHODS = ("procrustes", "least_squares", "same")
+"""The first is the default."""
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Tried for least squares, in units of the mean square of an input; 0 only where rows suffice."""
 
@@ -75,8 +76,8 @@ def fit(source: Rows, target: Rows, method: str, offset: Offset) -> Projection:
         source, target: paired rows, (n, in) and (n, out).
         method: "least_squares", with the ridge of :data:`RIDGES` that has the smallest error on
             the held rows; or "procrustes": orthonormal columns (rows, where it narrows) times one
-            scale. Where it narrows, it is the transpose of what widens best, as the narrowing
-            problem has no closed form.
+            scale, by which mapped rows are as large as those that are wanted. Where it narrows, it
+            is the transpose of what widens best, as the narrowing problem has no closed form.
         offset: see :data:`Offset`.
     """
     means = [rows.fitted.double().mean(0) * (offset != "none") for rows in (source, target)]
@@ -94,7 +95,7 @@ def _procrustes(x: Tensor, y: Tensor) -> Tensor:
     u, _, vh = torch.linalg.svd(x.T @ y if narrows else y.T @ x, full_matrices=False)
     matrix: Tensor = (u @ vh).T if narrows else u @ vh
     mapped = x @ matrix.T
-    scale: Tensor = (mapped * y).sum() / mapped.square().sum().clamp_min(1e-300)
+    scale: Tensor = torch.linalg.vector_norm(y) / torch.linalg.vector_norm(mapped).clamp_min(1e-300)
     return matrix * scale
 
 
