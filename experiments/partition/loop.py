@@ -61,6 +61,25 @@ def run(
         partitions=partitions,
     )
     setting_up = time.process_time() - started
+    return {
+        **train(problem, setup, seed=seed, steps=steps, batch=batch, evaluations=evaluations),
+        "test": asdict(problem.test.score(setup.model)),
+        "test_examples": len(problem.test),
+        "scored": problem.form.scored,
+        "setting_up_seconds": setting_up,
+        "fo_tensors": setup.tensors if setup.predicted else [],
+        "predicted": setup.predicted,
+    }
+
+
+def train(
+    problem: Problem, setup: Setup, *, seed: int, steps: int, batch: int, evaluations: int
+) -> Result:
+    """Take the steps, and load the weights of the best evaluation.
+
+    Returns:
+        What :func:`run` does, but for the test and for partitions.
+    """
     schedule = torch.optim.lr_scheduler.LambdaLR(setup.optimizer, lambda step: 1 - step / steps)
     record = _Record(problem, setup)
     record.evaluate(0)
@@ -73,19 +92,12 @@ def run(
         if step in ends:
             record.evaluate(step)
     record.load_best()
-    optimizer = setup.optimizer
     return {
         "curve": record.curve,
         "best": record.best,
-        "test": asdict(problem.test.score(setup.model)),
-        "test_examples": len(problem.test),
-        "scored": problem.form.scored,
-        "skipped_steps": int(optimizer.skipped_steps),
-        "setting_up_seconds": setting_up,
+        "skipped_steps": int(setup.optimizer.skipped_steps),
         "parameters_fo": setup.count("fo"),
         "parameters_zo": setup.count("zo"),
-        "fo_tensors": setup.tensors if setup.predicted else [],
-        "predicted": setup.predicted,
     }
 
 

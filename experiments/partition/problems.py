@@ -45,8 +45,11 @@ def default_models() -> list[str]:
     return [DEFAULT_MODEL_PACKAGE, str(Path(data).resolve() / "models" / "stories260k")]
 
 
-def load(model: str, task: str, data: str, sizes: Sizes) -> Problem:
+def load(model: str, task: str, data: str, sizes: Sizes, head: str = "prompts") -> Problem:
     """
+    Args:
+        head: an encoder's first one, of :data:`experiments.heads.HEADS`.
+
     Raises:
         DataError: the data is not there, or has another form.
         ModelError: the model cannot be loaded, or not for this task.
@@ -57,7 +60,7 @@ def load(model: str, task: str, data: str, sizes: Sizes) -> Problem:
         model, FORMS[task], parts, dtype=torch.float32, device=torch.device("cpu")
     )
     if not problem.causal:
-        set_head(problem, "prompts")
+        set_head(problem, head)
     return problem
 
 

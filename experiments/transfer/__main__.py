@@ -1,0 +1,156 @@
+"""Adapters of small models in a large one that is never differentiated: what they are worth.
+
+    ZOFO_DATA=path/with/all python -m experiments.transfer --out runs/transfer
+    python -m experiments.transfer runs --minutes 50    what has begun by then
+    python -m experiments.transfer variants             layer maps, projections and scales
+    python -m experiments.transfer costs                memory of the large model
+    python -m experiments.transfer report
+
+Jin, Zhang, Zong (EMNLP 2023) train an adapter on a small model, or on a bridge model, a pruned
+slice of the large one, and plug it into the large one. MiniLM (6 layers) and stories260k (5) are
+the large models here, slices of 3 and 2 layers the small ones; SST-2 and WiC. Beside them: no
+adapter, a probe, LoRA by gradients on the large model, zeroth order alone, and zeroth order after
+the transfer. The grid is in grid.py. Whatever touches the large model, but for LoRA by gradients,
+runs where a tensor saved for a backward is an error (guard.py).
+
+`OUT/MODEL/TASK/METHOD/RATE/seed-N.json` is a run, with the small model's adapter beside it; one
+that is there is not made again. `OUT/MODEL/TASK/variants/` holds other ways to carry the adapters
+of seed 0 over, `OUT/MODEL/TASK/costs.json` memory. The report, `OUT/table.md` and `table.json`,
+leaves out methods that are not finished.
+
+Needs, in a checkout: pip install -e ".[experiments]"
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ..commands import Ending, parts_first, quiet_on_one_thread, run_parts
+from ..files import DataError
+from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
+from ..partition.problems import Sizes, default_models
+from . import costs, report, variants
+from .grid import STUDIES, cells, study_of
+from .runs import FIRST_HEADS, Searches
+
+PARTS = ("runs", "variants", "costs", "report")
+ABOUT = "Compare adapters of small models, carried over, with what trains the large model."
+NAMES = list(dict.fromkeys(cell.name for study in STUDIES for cell in cells(study)))
+RANGES = {
+    **{"seeds": INDEX, "minutes": POSITIVE},
+    **dict.fromkeys(("train_size", "dev_size", "test_size"), COUNT),
+}
+
+
+@dataclass
+class TransferOptions:
+    """The command line of `transfer`."""
+
+    do: list[str] = option(
+        list(PARTS),
+        f"some of {', '.join(PARTS)}; also as first words of the command line",
+        choices=PARTS,
+        metavar="PART",
+    )
+    models: list[str] = option(
+        [], "hub ids or folders; default: MiniLM, and models/stories260k in ZOFO_DATA"
+    )
+    tasks: list[str] = option(list(FIRST_HEADS), "of the models' own", choices=list(FIRST_HEADS))
+    methods: list[str] = option([], f"some of {', '.join(NAMES)}; default: all", choices=NAMES)
+    data: str | None = option(None, "folder with the tasks' data; default: ZOFO_DATA")
+    seeds: list[int] = option([0, 1, 2], "of the best rate; rates are searched on 0")
+    minutes: float | None = option(None, "no method begins after so many; default: all do")
+    train_size: int = option(1000, "training examples, at most")
+    dev_size: int = option(200, "examples to choose rates and weights by, at most")
+    test_size: int = option(1000, "examples of the final scores, at most")
+    out: Path = option(Path("runs/transfer"), OUT)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, RANGES)
+
+
+class Command:
+    """The parts of one command line."""
+
+    def __init__(self, options: TransferOptions, console: Console) -> None:
+        self._options, self._console = options, console
+        self._models = options.models or default_models()
+
+    def _searches(self, made: bool) -> list[Searches]:
+        """Of every model and task, the first tasks of all models first."""
+        given = self._options
+        data = given.data or os.environ.get("ZOFO_DATA")
+        if made and not data:
+            raise DataError("--data must be given, or ZOFO_DATA be set, got neither")
+        found = [
+            Searches(
+                study_of(model),
+                task,
+                model,
+                given.out,
+                given.seeds,
+                data=data if made else None,
+                sizes=Sizes(given.train_size, given.dev_size, given.test_size),
+                console=self._console,
+            )
+            for model in self._models
+            for task in study_of(model).tasks
+            if task in given.tasks
+        ]
+        return sorted(found, key=lambda one: one.study.tasks.index(one.task))
+
+    def runs(self) -> None:
+        """All that are not there, those that tell most first."""
+        asked, minutes = self._options.methods, self._options.minutes
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        for searches in self._searches(made=True):
+            for cell in cells(searches.study):
+                if asked and cell.name not in asked:
+                    continue
+                if deadline is not None and time.monotonic() > deadline:
+                    self._console.print(
+                        f"{minutes:g} minutes are over: {searches.name}, {searches.task}: "
+                        f"{cell.name} and what follows"
+                    )
+                    return
+                searches.results(cell)
+
+    def variants(self) -> None:
+        """Other ways to carry the adapters of the first seed over."""
+        for searches in self._searches(made=True):
+            variants.make(searches, self._console)
+
+    def costs(self) -> None:
+        """Memory of the large model."""
+        for searches in self._searches(made=True):
+            costs.measure(searches, self._console)
+
+    def report(self) -> None:
+        """Tables of all that is finished."""
+        out = self._options.out
+        if not out.is_dir():
+            raise DataError(f"--out must be a folder with runs, got {str(out)!r}, which is none")
+        report.render(out, self._searches(made=False))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parts_first(argv, PARTS)
+    options, parser = parse(TransferOptions, "experiments.transfer", ABOUT, given, epilog="")
+    console = Console()
+    quiet_on_one_thread()
+    with Ending(parser, console) as ending:
+        run_parts(Command(options, console), PARTS, options.do)
+    if ending.code:
+        return ending.code
+    console.print(f"Runs and tables: {options.out}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
