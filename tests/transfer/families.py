@@ -47,12 +47,12 @@ def llama(layers=2, hidden=16, intermediate=16, labels=None, seed=0):
     return made(classes[labels is not None], config, seed)
 
 
-def bert(layers=2, hidden=16, labels=3, seed=0):
+def bert(layers=2, hidden=16, intermediate=16, labels=3, seed=0):
     """A classifier whose norms have weights and offsets of their own."""
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
-        intermediate_size=16,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=32,

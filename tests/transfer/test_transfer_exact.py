@@ -83,6 +83,30 @@ def test_feed_forwards_that_widen(pair):
     check_same(model, small)
 
 
+def test_a_gate_is_seen_at_its_activation():
+    """The large model has the other sign in ``up`` and ``down``: products differ, gates do not."""
+    plain = families.llama(intermediate=40)
+    large = copy.deepcopy(plain)
+    with torch.no_grad():
+        for layer in large.model.layers:
+            layer.mlp.up_proj.weight.neg_()
+            layer.mlp.down_proj.weight.neg_()
+    torch.testing.assert_close(logits(large, UNSEEN), logits(plain, UNSEEN))
+    small = families.with_lora(plain, target_modules=["gate_proj", "up_proj"])
+    model, _ = carry(small, families.rotated(large))
+    check_same(model, small)
+
+
+def test_a_feed_forward_in_two_parts():
+    """BERT's ``intermediate`` and ``output``; units in another order."""
+    plain = families.bert(intermediate=64)
+    large = families.permuted(plain)
+    small = families.with_lora(plain, task="SEQ_CLS", target_modules=["intermediate.dense"])
+    model, report = carry(small, large, families.texts(40))
+    check_same(model, small, tolerance=5e-3)
+    assert max(row.output_error for row in report.rows if row.kind == "lora") < 1e-3
+
+
 def test_what_widens_is_refused():
     """Where no layer reads its units: query, key and value in one."""
     plain = families.gpt2()

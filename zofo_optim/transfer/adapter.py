@@ -10,6 +10,7 @@ from torch import nn
 
 from .activations import inputs_of, plain, positions
 from .bottleneck_map import Bottlenecks
+from .checks import check_arrived, check_models, check_small_peft, follow_mode
 from .intact import all_or_nothing, without_input_gradients
 from .kept import kept_layers, nearest_kept
 from .kinds import Kind
@@ -50,7 +51,8 @@ def transfer_adapter(
             (:func:`add_bottlenecks`). It is left as it was.
         large: a transformers model of the same class without an adapter: larger, or the one of
             which :func:`bridge_model` made ``small``. It gets the adapter in place, and none of its
-            parameters requires a gradient afterwards; if anything fails, it is as it was.
+            parameters requires a gradient afterwards; new modules are in its mode, of training or
+            evaluation; if anything fails, it is as it was.
         batches: unlabelled text as both models take it, mappings with ``input_ids`` and perhaps
             ``attention_mask``, (texts, tokens); labels are left out. One text in four is held out.
             None: only where nothing is to be fitted, with ``width="same"`` and layers that are
@@ -58,7 +60,7 @@ def transfer_adapter(
         layers: for which layers of the large model the adapter is whose: "spread", "nearest",
             "similar", or a mapping from large to small, see :func:`layer_map`. None: the layers
             that a bridge kept; else "nearest" for prefixes, which each layer needs, and "spread"
-            for others.
+            for others; the only value for prompts, which are in no layer.
         width: how activations are mapped: "procrustes" (a rotation and a scale, so that sizes are
             kept), "least_squares" (with a ridge, chosen on the held-out texts), "same" (not at all:
             both models have the same units, or ``small`` is a bridge with some of the large
@@ -77,6 +79,8 @@ def transfer_adapter(
         ValueError: naming the layer, what cannot be mapped; or naming the argument, a value that
             cannot be.
     """
+    check_models(small, large)
+    make = _kind_of(small, adapter_name)
     config = getattr(plain(small), "config", None)
     kept = kept_layers(config)
     width = width or (METHODS[0] if kept is None else "same")
@@ -84,7 +88,8 @@ def transfer_adapter(
         raise ValueError(f"width must be one of {', '.join(METHODS)}, got {width!r}")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens must be a positive integer, got {tokens!r}")
-    make = _kind_of(small, large, adapter_name)
+    if make.every is None and layers is not None:
+        raise ValueError(f"layers must be None for prompts, which are in no layer, got {layers!r}")
     read = None if batches is None else inputs_of(batches)
     if read is None and (width != "same" or layers == "similar"):
         raise ValueError(
@@ -110,7 +115,11 @@ def transfer_adapter(
         state, carried = kind.carried(maps)
     with all_or_nothing(large):
         without_input_gradients(large)  # peft forgets a hook of before its own
+        known, training = set(large.modules()), large.training
         model = kind.attach(state)
+        if make is not Bottlenecks:
+            check_arrived(model, state, adapter_name)
+        follow_mode(model, known, training)
         model.requires_grad_(False)
         without_input_gradients(large)
     taken = 0 if text is None else int(sum(place.tokens.sum() for place in text.places))
@@ -118,27 +127,19 @@ def transfer_adapter(
     return model, TransferReport(tuple(carried), mapped, width, unmapped, taken)
 
 
-def _kind_of(small: Any, large: Any, adapter: str) -> Any:
-    """The class for the adapter of the small model; checks that there is one, and room for it."""
-    if hasattr(large, "peft_config") or hasattr(large, "bottlenecks"):
-        raise ValueError(
-            "large must have no adapter yet, got one with: model.unload() takes peft's off, "
-            "model.merge_and_unload() merges it"
-        )
+def _kind_of(small: Any, adapter: str) -> Any:
+    """The class for the adapter of the small model; checks that there is one."""
     if hasattr(small, "bottlenecks"):
         return Bottlenecks
-    configs = getattr(small, "peft_config", None)
-    if configs is None:
+    if not hasattr(small, "peft_config"):
         raise ValueError(
             "small must have an adapter: of peft, or bottlenecks, got a "
             f"{type(small).__name__} without"
         )
-    if adapter not in configs:
-        raise ValueError(
-            f"adapter_name must be one of the small model's, {', '.join(configs)}, got {adapter!r}"
-        )
+    check_small_peft(small, adapter)
     kinds = {"LORA": LoRA, "PREFIX_TUNING": Prefix, "PROMPT_TUNING": Prompt}
-    name = getattr(configs[adapter].peft_type, "value", configs[adapter].peft_type)
+    kind = small.peft_config[adapter].peft_type
+    name = getattr(kind, "value", kind)
     if name not in kinds:
         raise ValueError(
             f"small must have an adapter of peft's types {', '.join(kinds)}, or bottlenecks, got "

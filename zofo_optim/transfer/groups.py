@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..groups import check_module, options_of, param_groups, split_of
 from ..zeroth_order import ZerothOrder
+from .bottlenecks import adapters_of, saved_modules
 
 
 def zo_param_groups(
@@ -67,10 +68,16 @@ def zo_param_groups(
 
 
 def _adapter_parameters(model: Any) -> Iterator[Tensor]:
-    """Of peft's active adapters: it holds each by its name in dictionaries of modules."""
-    for module in model.modules():
+    """Of bottlenecks and the modules that trained with them, or of peft's active adapters."""
+    if hasattr(model, "bottlenecks"):
+        saved = saved_modules(model, model.bottlenecks)
+        for module in (*adapters_of(model).values(), *saved.values()):
+            yield from module.parameters()
+    if not hasattr(model, "get_base_model"):  # transformers has a method active_adapters()
+        return
+    for module in model.modules():  # peft holds each by its name in dictionaries of modules
         if isinstance(module, nn.ModuleDict | nn.ParameterDict):
-            for name in getattr(model, "active_adapters", ()):
+            for name in model.active_adapters:
                 if name in module:
                     part: Any = module[name]
                     yield from part.parameters() if isinstance(part, nn.Module) else (part,)

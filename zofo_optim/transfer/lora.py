@@ -15,6 +15,7 @@ from .activations import Tap, plain
 from .heads import heads_of
 from .kinds import Fitted, Pair, State, module_of, widths_of
 from .layers import counterparts, stack_of
+from .outputs import seen_at
 from .projections import relative
 from .report import Carried
 
@@ -39,7 +40,7 @@ class LoRA:
         self._small, self._large = small, large
         _check(self._config)
         base = plain(small)
-        stacks = stack_of(base), stack_of(large)
+        self._stacks = stacks = stack_of(base), stack_of(large)
         self._modules: dict[str, tuple[str, Any]] = {}
         """By name in the large model: the name in the small one, and its module there."""
         for name, module in base.named_modules():
@@ -72,16 +73,11 @@ class LoRA:
                 f"({type(counterpart).__name__}) where the small model's {name!r} has {ours[0]} "
                 f"({type(module.get_base_layer()).__name__})"
             )
-        place, spanned = self._written(name, module, ours)
         reads = Pair(Tap(name, "input"), Tap(other, "input"), (ours[0], theirs[0]), "small", "none")
-        writes = Pair(
-            place,
-            Tap(_renamed(place.module, name, other), place.side),
-            (ours[1], theirs[1]),
-            "large",
-            "centred",
-            spanned,
-        )
+        seen = seen_at(plain(self._small), self._stacks[0], name)
+        place = Tap(name, "output") if seen is None else seen
+        ends = place, Tap(self._renamed(place.module, name, other), place.side)
+        writes = Pair(*ends, (ours[1], theirs[1]), "large", "centred", seen is not None)
         if embeds:
             return None, writes
         if counterpart is _speaks(self._large):
@@ -93,21 +89,14 @@ class LoRA:
             return reads, None
         return reads, writes
 
-    def _written(self, name: str, module: Any, widths: tuple[int, int]) -> tuple[Tap, bool]:
-        """Where what the module writes is seen in all its directions, if anywhere.
-
-        A layer with more outputs than inputs fills no more directions than it has inputs. Inner
-        units of a feed-forward are seen after its non-linearity, where the next layer reads them.
-        """
-        if widths[1] <= widths[0] or module.lora_embedding_A:
-            return Tap(name, "output"), True
-        parent = name.rpartition(".")[0]
-        readers = [
-            f"{parent}.{part}"
-            for part, child in plain(self._small).get_submodule(parent).named_modules()
-            if _reads(child, widths[1])
-        ]
-        return Tap(readers[0] if readers else name, "input" if readers else "output"), bool(readers)
+    def _renamed(self, place: str, name: str, other: str) -> str:
+        """The large model's name of a place in the layer of the module of the small one."""
+        ours, theirs = (
+            stack.split(module) for stack, module in zip(self._stacks, (place, other), strict=True)
+        )
+        if place == name or ours is None or theirs is None:
+            return other
+        return f"{self._stacks[1].layer(theirs[0])}.{ours[1]}"
 
     def carried(self, maps: Mapping[Pair, Fitted]) -> tuple[State, list[Carried]]:
         """See :class:`~zofo_optim.transfer.kinds.Kind`."""
@@ -173,6 +162,7 @@ class LoRA:
         config.target_modules = set(self._modules)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         config.base_model_name_or_path = getattr(self._large, "name_or_path", None)
+        config.revision = None  # of the small model's files
         config.init_lora_weights = True  # others look at the weights, and all are overwritten
         config.inference_mode = True
         return config
@@ -197,21 +187,6 @@ def _changes(rows: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def _speaks(model: Any) -> Any:
     """The layer whose outputs are tokens, if the model has one."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def _reads(module: nn.Module, width: int) -> bool:
-    """Whether it narrows a hidden state of this width."""
-    try:
-        inputs, outputs = widths_of("", module)
-    except ValueError:
-        return False
-    return inputs == width > outputs and not isinstance(module, nn.Embedding)
-
-
-def _renamed(place: str, name: str, other: str) -> str:
-    """The large model's name of a place beside the module of the small one."""
-    parent, of_other = name.rpartition(".")[0], other.rpartition(".")[0]
-    return other if place == name else f"{of_other}{place.removeprefix(parent)}"
 
 
 def _check(config: Any) -> None:
