@@ -293,6 +293,23 @@ def test_where_hybrid_training_pays():
     assert lines == [[line[name] for name in head] for line in own]
 
 
+@pytest.mark.skipif(not (RESULTS / "transfer").is_dir(), reason="the study's results are not here")
+def test_carried_adapters():
+    """Lines of tables of a model and a task are those of the committed table."""
+    source = (RESULTS / "transfer" / "table.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    found = 0
+    for head, *lines in tables(page.split("\n## Carried adapters\n")[1].split("\n## ")[0]):
+        part = source.split(f"\n## {head[0]}\n")[1].split("\n### ")[0]
+        names, *others = tables(part.strip())[0]
+        own = {line[0]: dict(zip(names, line, strict=True)) for line in others}
+        for method, *cells in lines:
+            for name, cell in zip(head[1:], cells, strict=True):
+                assert cell == own[method][name], (head[0], method, name)
+                found += 1
+    assert found > 20
+
+
 @pytest.mark.skipif(not (RESULTS / "theory").is_dir(), reason="the study's results are not here")
 def test_figures_of_theory():
     """Lines are those of the committed table that has the columns named."""

@@ -193,3 +193,22 @@ def test_groups_of_a_model_without_an_adapter():
     model.more = nn.ModuleDict({"default": nn.Linear(2, 2)}).requires_grad_(False)
     with pytest.raises(ValueError, match="must have an adapter, got a LlamaForCausalLM without"):
         zo_param_groups(model, adapter=dict(lr=1e-3))
+
+
+def test_token_ids_that_one_model_lacks_are_named():
+    small = families.with_lora(families.llama())
+    large = families.resized(families.llama(), vocab_size=families.VOCABULARY + 8)
+    batches = families.texts()
+    batches[0]["input_ids"][0, 0] = families.VOCABULARY
+    with pytest.raises(ValueError, match=rf"got {families.VOCABULARY} where small has"):
+        transfer_adapter(small, large, batches)
+
+
+def test_an_adapter_that_changes_nothing_has_no_error_of_its_change():
+    small = families.with_lora(families.llama(), init_lora_weights=True)
+    for name, parameter in small.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    _, report = transfer_adapter(small, families.llama(seed=1), families.texts())
+    assert {row.change_error for row in report.rows} == {None}
+    assert report.rows[0].input_error > 0

@@ -10,7 +10,7 @@ from torch import nn
 
 from .activations import inputs_of, plain, positions
 from .bottleneck_map import Bottlenecks
-from .checks import check_arrived, check_models, check_small_peft, follow_mode
+from .checks import check_arrived, check_models, check_small_peft, check_vocabularies, follow_mode
 from .intact import all_or_nothing, without_input_gradients
 from .kept import kept_layers, nearest_kept
 from .kinds import Kind
@@ -93,8 +93,10 @@ def transfer_adapter(
     read = None if batches is None else inputs_of(batches)
     if read is None and (width != "same" or layers == "similar"):
         raise ValueError(
-            f"batches must be given to fit what width={width!r}, layers={layers!r} need, got None"
+            f"batches (unlabelled text) must be given, as width={width!r}, layers={layers!r} are "
+            "fitted on it, got None"
         )
+    check_vocabularies(small, large, read or ())
     text = None if read is None else Text(read, positions(read, tokens, seed))
     stacks = stack_of(plain(small)), stack_of(large)
 
@@ -122,6 +124,8 @@ def transfer_adapter(
         follow_mode(model, known, training)
         model.requires_grad_(False)
         without_input_gradients(large)
+    places = {name: place for place, (name, _) in enumerate(large.named_modules())}
+    carried.sort(key=lambda row: places.get(row.large, len(places)))
     taken = 0 if text is None else int(sum(place.tokens.sum() for place in text.places))
     unmapped = tuple(sorted(set(range(stacks[1].size if mapped else 0)) - set(mapped)))
     return model, TransferReport(tuple(carried), mapped, width, unmapped, taken)

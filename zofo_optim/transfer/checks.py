@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .activations import plain
 from .kinds import State
 
 
@@ -30,10 +32,29 @@ def check_models(small: Any, large: Any) -> None:
                 "weights are offloaded: load it without"
             )
     if hasattr(large, "peft_config") or hasattr(large, "bottlenecks"):
-        raise ValueError(
-            "large must have no adapter yet, got one with: model.unload() takes peft's off, "
-            "model.merge_and_unload() merges it"
+        what = (
+            "peft's: model.unload() takes it off, model.merge_and_unload() merges it"
+            if hasattr(large, "peft_config")
+            else "bottlenecks: load the base model anew"
         )
+        raise ValueError(f"large must have no adapter yet, but has {what}")
+
+
+def check_vocabularies(small: Any, large: Any, batches: Iterable[Mapping[str, Any]]) -> None:
+    """That both models have all token ids of the text.
+
+    Raises:
+        ValueError: one has not.
+    """
+    most = max((int(batch["input_ids"].max()) for batch in batches), default=-1)
+    for which, model in (("small", small), ("large", large)):
+        inner: Any = plain(model)
+        size = getattr(inner.get_input_embeddings(), "num_embeddings", None)
+        if size is not None and most >= size:
+            raise ValueError(
+                f"batches must have token ids that both models have, got {most} where {which} has "
+                f"{size}: both must have one tokenizer"
+            )
 
 
 def check_small_peft(small: Any, adapter: str) -> None:

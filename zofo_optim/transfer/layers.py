@@ -50,7 +50,7 @@ def stack_of(model: nn.Module) -> Stack:
     if getattr(config, "is_encoder_decoder", False) or len(outer) != 1 or count is None:
         raise ValueError(
             f"{type(model).__name__} must have one stack of config.num_hidden_layers = {count} "
-            f"layers (an nn.ModuleList), got {outer or 'none'}"
+            f"layers (an nn.ModuleList), got {outer or 'none'}; encoders with decoders have two"
         )
     return Stack(outer[0], count)
 
@@ -141,7 +141,8 @@ def _checked(mapping: Mapping[int, int], small: int, large: int, every: bool) ->
         for number, count, which in zip(pair, (large, small), ("large", "small"), strict=True):
             if not 0 <= number < count:
                 raise ValueError(
-                    f"layers must name layers of the {which} model, 0 to {count - 1}, got {number}"
+                    f"layers ({{large: small}}) must name layers of the {which} model, 0 to "
+                    f"{count - 1}, got {number}"
                 )
     if not mapping:
         raise ValueError("layers must map at least one layer, got none")

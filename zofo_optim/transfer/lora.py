@@ -129,7 +129,7 @@ class LoRA:
             theirs = _changes(read.source.held, a, b, large_bias)
             if write is not None and write.back is not None:
                 theirs = theirs @ write.back.matrix.T
-            change = relative(theirs, ours)
+            change = relative(theirs, ours) if ours.any() else None
         tensors = dict(zip(keys, (a, b), strict=True))
         if large_bias is not None:
             tensors["lora_B.bias"] = large_bias

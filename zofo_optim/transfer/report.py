@@ -11,7 +11,7 @@ class Carried:
     """One module's adapter, carried from the small model to the large one.
 
     Errors are relative, ‖mapped - wanted‖ / ‖wanted‖ on texts that no map was fitted on: 0 is
-    exact, 1 no better than nothing. None where nothing was measured.
+    exact, 1 no better than nothing. None where nothing was measured, or nothing is changed.
     """
 
     kind: str
@@ -49,9 +49,10 @@ class TransferReport:
 
     def __str__(self) -> str:
         said = ", ".join(f"{small} -> {large}" for large, small in self.layers.items())
-        lines = [f"width: {self.width}, on {self.tokens} tokens"]
+        on = f"on {self.tokens} tokens" if self.tokens else "not measured, as no text was given"
+        lines = [f"width: {self.width}, {on}"]
         if self.layers:
-            lines.append(f"layers: {said}")
+            lines.append(f"layers, small -> large: {said}")
         if self.unmapped:
             lines.append(f"no adapter: {', '.join(map(str, self.unmapped))}")
         names = max([len(row.large) for row in self.rows], default=0)
