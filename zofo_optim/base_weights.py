@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapter_parameters
 from .names import match_names, unwrapped, without_layers
 from .optimizer import HybridZOFO
 from .sharding import fill, fsdp_modules, is_sharded, reshard, whole_of
@@ -24,8 +25,9 @@ def save_base_weights(
     The optimizer comes first here, as its weights are what is saved; :func:`save_hybrid` takes the
     model first.
 
-    First-order weights are the adapter's affair; of the base model, peft saves those that are named
-    in ``modules_to_save``, not those that you unfreeze by hand.
+    First-order weights are left out, and so is the adapter, also where it learns by zeroth order:
+    peft's ``save_pretrained`` or :func:`save_bottlenecks` writes that. Of the base model, they save
+    what is named in ``modules_to_save``, not what you unfreeze by hand.
 
     Where weights are sharded (DTensors, as of ``fully_shard``), all processes call this: each
     parameter is gathered in turn, and the first process writes the file.
@@ -49,17 +51,9 @@ def save_base_weights(
     path = Path(folder) / FILE
     if not any(is_sharded(p) for group in optimizer.zo_groups() for p in group.params):
         return write_tensors(path, base_weights(optimizer, model))
-    replicas, written = optimizer.replicas, False
-    tensors = base_weights(optimizer, model, keep=replicas.rank == 0)
-    try:
-        if replicas.rank == 0:
-            write_tensors(path, tensors)
-        written = True
-    finally:  # others wait for it
-        everywhere = replicas.agree(written)
-    if not everywhere:
-        raise RuntimeError(f"folder must be one that the first process can write to, got {folder}")
-    return path
+    first = optimizer.replicas.rank == 0
+    tensors = base_weights(optimizer, model, keep=first)
+    return write_once(path, tensors, None, first, optimizer.replicas.agree)
 
 
 def check_arguments(model: object, optimizer: object, call: str) -> None:
@@ -87,9 +81,12 @@ def base_weights(
     of_peft = getattr(model, "get_base_model", None)
     base: nn.Module = of_peft() if callable(of_peft) else model
     names = {id(p): without_layers(name) for name, p in base.named_parameters()}
+    of_adapters = {id(p) for p in adapter_parameters(model)}
     tensors = {}
     for group in optimizer.zo_groups():
         for p, given in zip(group.params, group.names, strict=True):
+            if id(p) in of_adapters:
+                continue
             if id(p) not in names:
                 raise ValueError(f"model must hold all zeroth-order parameters, not so {given!r}")
             if names[id(p)] in tensors:
@@ -149,6 +146,37 @@ def write_tensors(
     fresh = path.with_name(path.name + ".new")
     save_file(dict(tensors), fresh, metadata={"format": "pt", **(metadata or {})})
     fresh.replace(path)
+    return path
+
+
+def write_once(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    first: bool,
+    agree: Callable[[bool], bool],
+) -> Path:
+    """As :func:`write_tensors`, by the first of the processes that call this.
+
+    Args:
+        path, tensors, metadata: see there.
+        first: whether this process is the one.
+        agree: tells whether a flag is set in all processes.
+
+    Raises:
+        RuntimeError: the process that writes could not, and this is another one.
+    """
+    written = False
+    try:
+        if first:
+            write_tensors(path, tensors, metadata)
+        written = True
+    finally:  # others wait for it
+        everywhere = agree(written)
+    if not everywhere:
+        raise RuntimeError(
+            f"folder must be one that the first process can write to, got {path.parent}"
+        )
     return path
 
 

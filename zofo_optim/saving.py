@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adapters import has_bottlenecks
 from .base_weights import (
     FILE,
     base_weights,
@@ -40,12 +41,12 @@ def save_hybrid(
 ) -> Path:
     """Write all that :func:`load_hybrid` needs to go on with, or to use, a fine-tuned model.
 
-    The folder gets the adapter in peft's own files (a peft model), the other first-order weights
-    (``fo_weights.safetensors``), the base model's trained weights (``zo_weights.safetensors``) or
-    the place of a journal that remakes them, the optimizer's state (``optimizer.pt``), and a
-    summary, ``hybrid.json``, which is written last: a folder without it was cut off. Other files
-    in the folder stay. To keep earlier states, save each to a folder of its own. Buffers, such as
-    batch-norm statistics, are not saved.
+    The folder gets the adapter in peft's own files (a peft model) or as :func:`save_bottlenecks`
+    writes it, the other first-order weights (``fo_weights.safetensors``), the base model's trained
+    weights (``zo_weights.safetensors``) or the place of a journal that remakes them, the
+    optimizer's state (``optimizer.pt``), and a summary, ``hybrid.json``, which is written last: a
+    folder without it was cut off. Other files in the folder stay. To keep earlier states, save each
+    to a folder of its own. Buffers, such as batch-norm statistics, are not saved.
 
     Args:
         model: the peft model, or any module; also within torch.compile or DDP.
@@ -55,7 +56,8 @@ def save_hybrid(
             are not written. Keep the journal's file where it is, relative to the folder. Where an
             estimate was taken and dropped since the last step, its moves may have rounded the
             weights, and the journal has no record of them yet: then the weights are written. So
-            they are where the journal begins after the optimizer's first step.
+            they are where the journal begins after the optimizer's first step, or where an adapter
+            learns by zeroth order too.
 
     Returns:
         The folder.
@@ -91,11 +93,16 @@ def save_hybrid(
 
     adapters = _save_adapters(model, path)
     written = [OPTIMIZER, *_files_of(adapters, path)]
+    bottlenecks = _save_bottlenecks(model, path)
+    if bottlenecks is not None:
+        written.append(bottlenecks)
     if first_order:
         write_tensors(path / FIRST_ORDER, first_order)
         written.append(FIRST_ORDER)
     recorded = None
-    if journal is not None and not optimizer.moves and journal.start == 0:
+    # a journal that moves an adapter too would move again what was saved
+    of_adapters = len(of_base) < sum(len(group.params) for group in optimizer.zo_groups())
+    if journal is not None and not (optimizer.moves or of_adapters) and journal.start == 0:
         recorded = _place_of(journal, path, int(optimizer.zo_groups()[0].options["zo_step"]))
     elif of_base:
         write_tensors(path / FILE, of_base)
@@ -107,6 +114,7 @@ def save_hybrid(
     summary = {
         "format": _FORMAT,
         "adapters": adapters,
+        "bottlenecks": bottlenecks,
         "first_order": learns,
         "journal": recorded,
         "files": sorted(written),
@@ -162,6 +170,10 @@ def load_hybrid(
     state: dict[str, Any] = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     # adapters first: some change the base model as they are made (PiSSA, OLoRA)
     model = _load_adapters(base, path, summary["adapters"], trainable)
+    if summary.get("bottlenecks") is not None:
+        from .transfer.bottleneck_files import load_bottlenecks
+
+        load_bottlenecks(model, path / summary["bottlenecks"], trainable=trainable)
     recorded = summary["journal"]
     if recorded is not None:
         replay(model, _found(path, recorded), stop=recorded["step"])
@@ -275,7 +287,7 @@ def _dtypes(model: nn.Module, learns: dict[str, str]) -> set[str]:
 def _first_order(
     model: nn.Module, optimizer: HybridZOFO
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The first-order weights that peft does not save, by name; and the dtypes of all."""
+    """The first-order weights that no adapter's files hold, by name; and the dtypes of all."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [group for group in optimizer.param_groups if group["mode"] == "fo"]
     found = {}
@@ -286,17 +298,21 @@ def _first_order(
                 f"{tuple(p.shape)} that it lacks"
             )
         found[names[id(p)]] = p.detach()
-    saved_by_peft: set[int] = set()
+    saved: set[int] = set()
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
         for adapter in model.peft_config:  # type: ignore[union-attr]
             state = get_peft_model_state_dict(model, adapter_name=adapter)
-            saved_by_peft.update(tensor.data_ptr() for tensor in state.values())
+            saved.update(tensor.data_ptr() for tensor in state.values())
+    if has_bottlenecks(model):
+        from .transfer.bottleneck_files import bottleneck_state
+
+        saved.update(tensor.data_ptr() for tensor in bottleneck_state(model).values())
     own = {
         name: tensor.contiguous()
         for name, tensor in found.items()
-        if tensor.data_ptr() not in saved_by_peft
+        if tensor.data_ptr() not in saved
     }
     return own, {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in found.items()}
 
@@ -307,6 +323,15 @@ def _save_adapters(model: Any, path: Path) -> dict[str, Any] | None:
         return None
     model.save_pretrained(path)
     return {"names": list(model.peft_config), "active": list(model.active_adapters)}
+
+
+def _save_bottlenecks(model: nn.Module, path: Path) -> str | None:
+    """The name of their file, or None without any."""
+    if not has_bottlenecks(model):
+        return None
+    from .transfer.bottleneck_files import save_bottlenecks
+
+    return save_bottlenecks(model, path).name
 
 
 def _files_of(adapters: dict[str, Any] | None, path: Path) -> list[str]:

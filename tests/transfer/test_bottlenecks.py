@@ -4,12 +4,14 @@ import copy
 import pickle
 
 import families
+import peft
 import pytest
 import torch
 from families import logits
 from torch import nn
 
 from zofo_optim import HybridZOFO, hybrid_param_groups
+from zofo_optim.transfer import transfer_adapter
 from zofo_optim.transfer.bottleneck_files import (
     FILE,
     bottleneck_state,
@@ -161,6 +163,7 @@ def refusals():
     yield dict(target_modules=r".*layers"), r"target_modules must not match 'model.layers'"
     yield dict(modules_to_save=["score"]), r"modules_to_save must name .*'score'"
     yield dict(size=0), r"size must be at least 1"
+    yield dict(scale=float("nan")), r"scale must be finite, got nan"
 
 
 @pytest.mark.parametrize(("options", "message"), list(refusals()))
@@ -173,6 +176,86 @@ def test_what_is_refused_changes_nothing(options, message):
     add_bottlenecks(model, HOULSBY, 3)
     with pytest.raises(ValueError, match="no bottlenecks yet"):
         add_bottlenecks(model, HOULSBY, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(size=2.5), r"size must be an int, got 2\.5"),
+        (dict(size=True), r"size must be an int, got True"),
+        (dict(scale="x"), r"scale must be a number, got 'x'"),
+    ],
+)
+def test_sizes_and_scales_are_numbers(options, message):
+    model = families.llama()
+    with pytest.raises(TypeError, match=message):
+        add_bottlenecks(model, **{"target_modules": HOULSBY, "size": 3, **options})
+    assert not adapters_of(model)
+
+
+def state_of(model):
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    return flags, hooks, set(vars(model))
+
+
+def test_what_is_to_train_must_be_able_to():
+    model = families.llama(labels=3)
+    model.score.weight = nn.Parameter(torch.zeros(3, 16, dtype=torch.int8), requires_grad=False)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"floating point, .* got 'score' of torch\.int8"):
+        add_bottlenecks(model, HOULSBY, 3, modules_to_save=["score"])
+    assert state_of(model) == before
+
+
+def test_all_are_put_in_or_none(monkeypatch):
+    model = families.llama()
+    before = state_of(model)
+    register, calls = nn.Module.register_forward_hook, []
+
+    def third_fails(module, hook):
+        calls.append(module)
+        if len(calls) == 3:
+            raise MemoryError
+        return register(module, hook)
+
+    monkeypatch.setattr(nn.Module, "register_forward_hook", third_fails)
+    with pytest.raises(MemoryError):
+        add_bottlenecks(model, HOULSBY, 3)
+    assert state_of(model) == before
+
+
+def test_modules_that_are_never_called_are_refused():
+    model = nn.TransformerEncoderLayer(8, 2, 8)
+    with pytest.raises(ValueError, match=r"not match 'self_attn\.out_proj': a MultiheadAttention"):
+        add_bottlenecks(model, ["out_proj"], 3)
+
+
+@pytest.mark.parametrize("part", ["around", "within", "native"])
+def test_one_adapter_a_model(part):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = families.llama()
+    if part == "native":
+        model.add_adapter(config)
+    else:
+        model = peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match=r"must have no adapter of peft, .*merge_and_unload"):
+        add_bottlenecks(model.get_base_model() if part == "within" else model, HOULSBY, 3)
+    if part != "native":
+        assert adapters_of(add_bottlenecks(model.merge_and_unload(), HOULSBY, 3))
+
+
+def test_two_adapters_are_not_carried_as_one():
+    model = adapted()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="small must have one adapter, got bottlenecks and one"):
+        transfer_adapter(model, families.llama(), families.texts(24))
+
+
+def test_an_output_that_is_no_tensor_is_named_when_it_runs():
+    model = add_bottlenecks(families.llama(), ["model"], 3)
+    with pytest.raises(ValueError, match=r"a LlamaModel that returns a BaseModelOutput"):
+        model(**BATCH)
 
 
 def test_a_width_that_is_not_the_hidden_size_is_named_when_it_runs():
@@ -210,3 +293,22 @@ def test_files_of_another_model_are_refused(tmp_path):
         load_bottlenecks(families.llama(), tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="model must have bottlenecks"):
         save_bottlenecks(families.llama(), tmp_path)
+
+
+def test_weights_are_not_rounded_unasked(tmp_path):
+    save_bottlenecks(adapted(families.llama(labels=3), modules_to_save=["score"]), tmp_path)
+    other = families.llama(labels=3).bfloat16()
+    before = state_of(other)
+    with pytest.raises(
+        ValueError, match=r"got torch\.bfloat16 for 'score\.weight' of torch\.float32"
+    ):
+        load_bottlenecks(other, tmp_path)
+    assert state_of(other) == before
+    small = adapted(families.llama(labels=3), modules_to_save=["score"])
+    transfer_adapter(small, other, families.texts(24))  # where they are mapped anyway
+    assert other.score.weight.dtype == torch.bfloat16
+
+
+def test_swapped_arguments(tmp_path):
+    with pytest.raises(TypeError, match=r"got str; the order is load_bottlenecks\(model, folder\)"):
+        load_bottlenecks(str(tmp_path), families.llama())

@@ -185,7 +185,8 @@ def test_padding_counts_for_nothing():
 def test_indices_without_anything_to_measure_need_no_text():
     large = bert()
     bridge = bridge_model(large, None, layers=(0, 3))
-    assert bridge.config.bridge == dict(layers=[0, 3], units={}, heads={}, cut={})
+    made_of = dict(model="bert", layers=4, hidden=16, units=24, heads=4)
+    assert bridge.config.bridge == dict(layers=[0, 3], units={}, heads={}, cut={}, of=made_of)
     for ours, theirs in ((0, 0), (1, 3)):
         pairs = zip(
             layers_of(bridge)[ours].parameters(), layers_of(large)[theirs].parameters(), strict=True
@@ -210,3 +211,21 @@ def test_a_layer_that_would_compute_something_else_is_refused():
     with pytest.raises(ValueError, match=r"layer 2: attn has scaling = 0\.166.* 0\.25"):
         bridge_model(large, None, layers=[0, 2])
     assert torch.equal(logits(bridge_model(large, None, layers=[0, 1, 2, 3])), logits(large.eval()))
+    large.base_model.forward = None  # is not run
+    with pytest.raises(ValueError, match=r"layers=2 leaves no choice, give indices: .*layer 1"):
+        bridge_model(large, text(), layers=2)
+
+
+def test_a_bridge_does_not_go_by_the_name_of_the_large_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    llama().save_pretrained(tmp_path / "large")
+    large = T.LlamaForCausalLM.from_pretrained(tmp_path / "large")
+    bridge = bridge_model(large, None, layers=[0, 2])
+    assert large.name_or_path == large.config.name_or_path == str(tmp_path / "large")
+    assert bridge.name_or_path == bridge.config.name_or_path == ""
+    bridge.save_pretrained(tmp_path / "bridge")
+    bridge = T.LlamaForCausalLM.from_pretrained(tmp_path / "bridge")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(bridge, config).save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert again.config.num_hidden_layers == 2

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bridged import INNER, bert, gpt2, layers_of, llama, logits, opt, qwen3, text
+from bridged import INNER, bert, gpt2, layers_of, llama, logits, opt, outgoing, qwen3, text
 
 from zofo_optim.transfer import transfer_adapter
 from zofo_optim.transfer.bridge import bridge_model
@@ -79,3 +79,66 @@ def test_an_adapter_of_a_bridge_does_the_same_in_the_large_model():
     found = logits(carried.eval())
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert (found - before).norm() > 0.1 * before.norm()
+
+
+@pytest.mark.parametrize("family", [bert, opt, gpt2])
+def test_adapters_of_feed_forwards_do_the_same_in_the_large_model(family):
+    """With other units cut in each layer, and without batches to measure anything on."""
+    peft = pytest.importorskip("peft")
+    large = family()
+    with torch.no_grad():
+        for layer in layers_of(large):
+            if family is opt:  # whose other units may be off on all tokens
+                layer.fc1.bias += 2
+            weight = outgoing(family, layer)
+            weight[:, torch.randperm(weight.shape[1])[: weight.shape[1] // 2]] = 0
+    bridge = bridge_model(large, text(), layers=4, units=0.5)
+    writes, reads = INNER[family]
+    inner = "|".join(name.replace(".", r"\.") for name in (*writes, reads))
+    targets = rf".*\.\d+\.({inner})"
+    config = peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family is gpt2)
+    small = peft.get_peft_model(bridge, config).eval()
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    before, wanted = logits(large), logits(small)
+    carried, report = transfer_adapter(small, large)
+    torch.testing.assert_close(logits(carried), wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted - before).norm() > 0.01 * before.norm()
+    assert len(report.rows) == 4 * (len(writes) + 1)
+
+
+@pytest.mark.parametrize("layers", [[1, 2], [3]])
+@pytest.mark.parametrize("family", [llama, qwen3, bert, opt, gpt2])
+def test_layers_compute_as_if_the_others_gave_out_what_they_read(family, layers):
+    large = family()
+    bridge = bridge_model(large, None, layers=layers)
+    for k in {0, 1, 2, 3}.difference(layers):
+        layers_of(large)[k].register_forward_hook(
+            lambda _, args, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
+        )
+    assert torch.equal(logits(bridge), logits(large))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(num_hidden_layers=5),
+        dict(hidden_size=32),
+        dict(intermediate_size=32),
+        dict(num_key_value_heads=4),
+    ],
+)
+def test_a_bridge_knows_of_which_model_it_is(other):
+    peft = pytest.importorskip("peft")
+    bridge = bridge_model(llama(), text(), layers=[1, 3], units=9)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    small, large = peft.get_peft_model(bridge, config), llama(**other)
+    before = [*large.state_dict()]
+    said = r"large must be the model of .*'layers': 4, 'hidden': 16, .*got one with \{'model': 'll"
+    with pytest.raises(ValueError, match=said):
+        transfer_adapter(small, large, text(), width="least_squares")
+    assert [*large.state_dict()] == before
+    del bridge.config.bridge["of"]  # as of earlier versions
+    transfer_adapter(small, llama())

@@ -18,6 +18,7 @@ from zofo_optim.transfer.bridge import bridge_model
         (dict(layers=[2, 1]), ValueError, r"got \[2, 1\]"),
         (dict(layers=[1, 1]), ValueError, r"got \[1, 1\]"),
         (dict(layers=[0, 4]), ValueError, r"got \[0, 4\]"),
+        (dict(layers=[1.0]), TypeError, r"layers must be an int or ascending indices, got \[1.0\]"),
         (dict(layers=[-1, 2]), ValueError, r"got \[-1, 2\]"),
         (dict(layers=2, units=0.0), ValueError, r"units must be a share in \(0, 1\].*got 0.0"),
         (dict(layers=2, units=1.1), ValueError, r"units must be a share in \(0, 1\].*got 1.1"),
@@ -68,6 +69,12 @@ def test_heads_whose_size_follows_from_their_number_stay():
     for large in (bert(), gpt2(), falcon()):
         with pytest.raises(ValueError, match=f"no head_dim.*{type(large.config).__name__}.*got 1"):
             bridge_model(large, text(), layers=2, heads=1)
+
+
+def test_models_without_heads_have_none_to_leave_out():
+    large = T.MambaForCausalLM(T.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=4))
+    with pytest.raises(ValueError, match="no head_dim of its own, as MambaConfig"):
+        bridge_model(large, text(), layers=2, heads=1)
 
 
 def falcon():
@@ -142,3 +149,68 @@ def test_models_of_other_kinds_are_refused():
         bridge_model(t5, text(), layers=1)
     with pytest.raises(ValueError, match="one stack"):
         bridge_model(torch.nn.Linear(2, 2), text(), layers=1)
+
+
+class ByDepth(T.LlamaForCausalLM):
+    """Each layer has something that others lack."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for depth, layer in enumerate(self.model.layers):
+            if depth == 1:
+                layer.scale = torch.nn.Parameter(torch.ones(1))
+            elif depth == 2:
+                layer.gate = torch.nn.Linear(1, 1)
+            layer.mlp.scales = torch.nn.Parameter(torch.ones(3 if depth == 3 else 1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (1, "layer 1: it is LlamaDecoderLayer with scale in the large model, but LlamaDecoder"),
+        (2, "layer 2: gate is Linear with weight, bias in the large model, but missing"),
+        (3, r"layers\.3\.mlp\.scales must have the shape \(1,\) in a bridge, got \(3,\)"),
+    ],
+)
+def test_layers_that_a_bridge_lacks_at_their_depth_are_refused(layer, said):
+    large = ByDepth(T.LlamaConfig(**LLAMA))
+    assert bridge_model(large, None, layers=[0])
+    with pytest.raises(ValueError, match=said):
+        bridge_model(large, None, layers=[layer])
+
+
+@pytest.mark.parametrize("layers", [[1], [1, 2]])
+def test_a_first_layer_without_a_norm_stays_the_first(layers):
+    large = T.ModernBertForMaskedLM(
+        T.ModernBertConfig(**SIZES, intermediate_size=24, pad_token_id=0)
+    )
+    with pytest.raises(ValueError, match=r"layer 1: attn_norm is LayerNorm with weight.*Identity"):
+        bridge_model(large, None, layers=layers)
+    assert bridge_model(large, None, layers=[0, *layers])
+
+
+class AlwaysFour(T.LlamaForCausalLM):
+    def __init__(self, config):
+        config.num_hidden_layers = 4
+        super().__init__(config)
+
+
+def test_the_config_must_say_how_many_layers_there_are():
+    with pytest.raises(ValueError, match=r"layers=\[0, 2\]: LlamaConfig does not set"):
+        bridge_model(AlwaysFour(T.LlamaConfig(**LLAMA)), None, layers=[0, 2])
+
+
+def test_the_config_must_be_read_as_it_is_written(monkeypatch):
+    change = classmethod(lambda kind, values: kind(**{**values, "rms_norm_eps": 0.5}))
+    large = llama()
+    monkeypatch.setattr(T.LlamaConfig, "from_dict", change)
+    with pytest.raises(ValueError, match="LlamaConfig would be read with another rms_norm_eps"):
+        bridge_model(large, None, layers=[0, 2])
+
+
+def test_models_of_several_parts_are_refused():
+    vision = dict(SIZES, num_hidden_layers=2, intermediate_size=16, image_size=28, patch_size=14)
+    config = T.Gemma3Config(text_config=dict(LLAMA, head_dim=8), vision_config=vision)
+    large = T.Gemma3ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match=r"one model of text, got one with a Gemma3Config"):
+        bridge_model(large, None, layers=[0, 2])

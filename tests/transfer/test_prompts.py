@@ -241,6 +241,19 @@ def test_every_layer_needs_a_prefix():
     refused("prefix", deep, "take 'nearest'", layers="spread")
 
 
+def test_heads_that_a_bridge_lacks_cannot_do_without_a_prefix():
+    """A key of 0 takes part in the softmax: it is not the same as none."""
+    large = families.llama()
+    bridge = tuned(bridge_model(large, TEXTS, layers=2, heads=1), "prefix")
+    before = answers(large)
+    with pytest.raises(ValueError, match=r"layer 'model\.layers\.0' .* bridge lacks heads of it"):
+        transfer_adapter(bridge, large, TEXTS)
+    assert torch.equal(answers(large), before)
+    whole = tuned(bridge_model(large, TEXTS, layers=2, heads=2), "prefix")
+    model, _ = transfer_adapter(whole, large)
+    assert torch.equal(answers(model), answers(whole))
+
+
 def test_other_virtual_tokens_are_refused():
     config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     small = peft.get_peft_model(families.llama(), config)

@@ -12,7 +12,7 @@ from .activations import inputs_of, plain, positions
 from .bottleneck_map import Bottlenecks
 from .checks import check_arrived, check_models, check_small_peft, check_vocabularies, follow_mode
 from .intact import all_or_nothing, without_input_gradients
-from .kept import kept_layers, nearest_kept
+from .kept import check_made_of, kept_layers, nearest_kept
 from .kinds import Kind
 from .layers import layer_map, stack_of
 from .lora import LoRA
@@ -99,6 +99,7 @@ def transfer_adapter(
     check_vocabularies(small, large, read or ())
     text = None if read is None else Text(read, positions(read, tokens, seed))
     stacks = stack_of(plain(small)), stack_of(large)
+    check_made_of(config, large)
 
     if layers is None and kept is not None:
         layers = nearest_kept(kept, stacks[1].size) if make.every else kept

@@ -11,7 +11,8 @@ from torch import nn
 
 from .activations import Tap
 from .bottleneck_files import put
-from .bottlenecks import CHILD, Bottleneck, adapters_of, output_width, saved_modules
+from .bottleneck_targets import CHILD, output_width
+from .bottlenecks import Bottleneck, adapters_of, saved_modules
 from .heads import Head
 from .kinds import Fitted, Pair, State, module_of
 from .layers import counterparts, stack_of
@@ -33,6 +34,11 @@ class Bottlenecks:
     def __init__(
         self, small: Any, adapter: str, large: nn.Module, layers: Mapping[int, int]
     ) -> None:
+        if hasattr(small, "peft_config"):
+            raise ValueError(
+                "small must have one adapter, got bottlenecks and one of peft around them: "
+                "merge that (merge_and_unload)"
+            )
         self._asked, self._small, self._large = dict(small.bottlenecks), small, large
         stacks = stack_of(small), stack_of(large)
         self._places: dict[str, tuple[str, Bottleneck]] = {
@@ -88,7 +94,7 @@ class Bottlenecks:
         """See :class:`~zofo_optim.transfer.kinds.Kind`."""
         heads = [head.name for head in self._heads]
         asked = {**self._asked, "target_modules": list(self._places), "modules_to_save": heads}
-        put(self._large, asked, state, trainable=False)
+        put(self._large, asked, state, trainable=False, cast=True)
         return self._large
 
 

@@ -6,7 +6,7 @@ parameters keep their names.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,17 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modes import undisturbed
+from .bottleneck_targets import (
+    CHILD,
+    check_bare,
+    check_trainable,
+    home_of,
+    matches,
+    output_width,
+    targets_of,
+)
+from .intact import all_or_nothing
 
-CHILD = "bottleneck"
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
-_WIDTHS = ("out_features", "nf", "embedding_dim", "normalized_shape")
-"""Attributes that say how wide a module's output is: Linear, Conv1D, Embedding, LayerNorm."""
 
 
 class Bottleneck(nn.Module):
@@ -37,12 +43,13 @@ class Bottleneck(nn.Module):
         width: of h.
         size: inner units.
         activation: "gelu", "relu", "silu" or "tanh".
-        scale: of the change.
+        scale: of the change, finite.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: ``size`` is below 1, or there is no such activation.
+        TypeError: ``size`` is no int, or ``scale`` no number.
+        ValueError: ``size`` is below 1, ``scale`` not finite, or there is no such activation.
     """
 
     def __init__(
@@ -56,6 +63,12 @@ class Bottleneck(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"size must be an int, got {size!r}")
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"scale must be a number, got {scale!r}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         if activation not in _ACTIVATIONS:
@@ -122,8 +135,12 @@ def add_bottlenecks(
         The model.
 
     Raises:
+        TypeError: see :class:`Bottleneck`.
         ValueError: ``target_modules`` or ``modules_to_save`` match nothing, or what can have no
-            adapter; the model has bottlenecks; or see :class:`Bottleneck`. Nothing is changed.
+            adapter or cannot train; the model has an adapter, of peft or bottlenecks; or see
+            :class:`Bottleneck`.
+
+        Nothing is changed then.
     """
     asked = {
         "target_modules": target_modules
@@ -144,30 +161,29 @@ def built(model: nn.Module, asked: Mapping[str, Any]) -> dict[str, Bottleneck]:
     Raises:
         ValueError: see :func:`add_bottlenecks`.
     """
-    if hasattr(model, "bottlenecks"):
-        raise ValueError("model must have no bottlenecks yet, as one model holds one set of them")
+    check_bare(model)
     saved_modules(model, asked)
     found = {}
-    for name, module in model.named_modules():
-        if name and _matches(asked["target_modules"], name):
-            device, dtype = _home(model, name, module)
-            width = output_width(model, name, module)
-            form = (width, asked["size"], asked["activation"], asked["scale"])
-            found[name] = Bottleneck(*form, device=device, dtype=dtype)
-    if not found:
-        raise ValueError(
-            f"target_modules must match modules of the model, got {asked['target_modules']!r}, "
-            f"which match none; the last one's name is {list(dict(model.named_modules()))[-1]!r}"
-        )
+    for name, module in targets_of(model, asked["target_modules"]).items():
+        device, dtype = home_of(model, name, module)
+        width = output_width(model, name, module)
+        form = (width, asked["size"], asked["activation"], asked["scale"])
+        found[name] = Bottleneck(*form, device=device, dtype=dtype)
     return found
 
 
 def insert(
     model: nn.Module, asked: Mapping[str, Any], adapters: Mapping[str, Bottleneck], trainable: bool
 ) -> None:
-    """Put in what :func:`built` made, and freeze the rest; all of it or, interrupted, nothing."""
+    """Put in what :func:`built` made, and freeze the rest; all of it, or nothing.
+
+    Raises:
+        ValueError: one of ``modules_to_save`` is to train and cannot.
+    """
     kept = saved_modules(model, asked)
-    with undisturbed():
+    if trainable:
+        check_trainable(kept)
+    with all_or_nothing(model):
         model.requires_grad_(False)
         for name, adapter in adapters.items():
             module = model.get_submodule(name)
@@ -181,9 +197,13 @@ def insert(
 def _adapt(module: nn.Module, args: Any, output: Any) -> Any:
     """The hook; it looks its adapter up, so that a copy of the module uses the copy's."""
     adapter = getattr(module, CHILD)
-    if isinstance(output, tuple):
-        return (adapter(output[0]), *output[1:])
-    return adapter(output)
+    first, *others = output if isinstance(output, tuple) else (output,)
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            "target_modules must name modules whose output is a tensor, or a tuple that begins "
+            f"with one, got a {type(module).__name__} that returns a {type(first).__name__}"
+        )
+    return (adapter(first), *others) if isinstance(output, tuple) else adapter(first)
 
 
 def adapters_of(model: nn.Module) -> dict[str, Bottleneck]:
@@ -193,6 +213,12 @@ def adapters_of(model: nn.Module) -> dict[str, Bottleneck]:
         for name, module in model.named_modules()
         if isinstance(module, Bottleneck)
     }
+
+
+def owners_of(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, the modules whose parameters are the adapters' and ``modules_to_save``'s."""
+    adapters = {f"{name}.{CHILD}": adapter for name, adapter in adapters_of(model).items()}
+    return {**adapters, **saved_modules(model, model.bottlenecks)}  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -216,47 +242,8 @@ def saved_modules(model: nn.Module, asked: Mapping[str, Any]) -> dict[str, nn.Mo
     """
     found = {}
     for wanted in asked["modules_to_save"]:
-        matching = {n: m for n, m in model.named_modules() if _matches([wanted], n)}
+        matching = {n: m for n, m in model.named_modules() if matches([wanted], n)}
         if not matching:
             raise ValueError(f"modules_to_save must name modules of the model, got {wanted!r}")
         found.update(matching)
     return found
-
-
-def _matches(wanted: str | Sequence[str], name: str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in wanted)
-
-
-def output_width(model: nn.Module, name: str, module: nn.Module) -> int:
-    """How wide a module's output is, as far as one can tell without running it.
-
-    Raises:
-        ValueError: one cannot.
-    """
-    given = next((getattr(module, a) for a in _WIDTHS if hasattr(module, a)), None)
-    if given is None:
-        config: Any = getattr(model, "config", None)
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        given = getattr(config, "hidden_size", None)
-    width = given[-1] if isinstance(given, tuple) else given
-    if not isinstance(width, int):
-        raise ValueError(
-            f"target_modules must match modules whose output's width is known, got {name!r} "
-            f"({type(module).__name__}), which has no out_features; name a Linear in it"
-        )
-    return width
-
-
-def _home(model: nn.Module, name: str, module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the adapter of a module, which must be able to have one."""
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or hasattr(module, CHILD):
-        raise ValueError(
-            f"target_modules must not match {name!r}: a {type(module).__name__} cannot have a "
-            f"child {CHILD!r}; name a module in it"
-        )
-    like = next(iter([*module.parameters(), *model.parameters()]), torch.empty(0))
-    full = like.is_floating_point() and like.dtype.itemsize >= torch.float32.itemsize
-    return like.device, like.dtype if full else torch.float32

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .activations import device_of, inputs_of
-from .bridge_config import check_loads, chosen_layers, with_layers
-from .bridge_plan import Plan, check_layers, plan_of, sides_of, within
-from .kept import kept_part
+from .bridge_config import check_loads, check_plain, chosen_layers, with_layers
+from .bridge_plan import Plan, check_choice, check_layers, plan_of, sides_of, within
+from .kept import kept_part, sizes_of
 from .layers import Stack, stack_of
 from .slicing import Cut, named_tensors, on_meta, place_of, twin_of, weight_of
 from .statistics import Contribution, Influence, Refit, Seen, observe
@@ -62,14 +62,17 @@ def bridge_model(
             are refused.
         heads: how many heads of keys and values to keep in each layer, with their query heads;
             None: all. Only where the config has a ``head_dim`` of its own (Llama, Mistral, Qwen3,
-            Gemma); fused queries, keys and values are refused.
+            Gemma); fused queries, keys and values are refused. A prefix cannot be carried then: the
+            heads that are left out would need one too.
         refit: fit again the weights, and biases, of what lost inputs.
 
     Returns:
         A model of the same class, dtype and device in evaluation mode, whose parameters are copies
         and require gradients. ``config.bridge`` says what was kept, as plain JSON that
         ``save_pretrained`` writes: "layers", indices in the large model; "units" and "heads",
-        indices by layer of the large model; "cut", which side of which linear layer lost what.
+        indices by layer of the large model; "cut", which side of which linear layer lost what;
+        "of", the large model's sizes. It has no ``name_or_path``: save it and load it from there
+        before it gets an adapter, if the adapter's files are to name it as their base model.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -79,13 +82,17 @@ def bridge_model(
     # weights made in inference mode could not be trained
     with torch.inference_mode(False), torch.no_grad():
         stack, twin = stack_of(large), twin_of(large)
+        check_plain(large.config)
         chosen = chosen_layers(layers, stack.size)
+        if isinstance(layers, int):
+            check_choice(twin, stack, layers)
         plan = plan_of(twin, stack, units, heads)
         read = None if batches is None else inputs_of(batches)
         bridge = _choose(large, read, stack, chosen or layers, plan)
         check_layers(twin, stack, bridge["layers"])
         config = with_layers(plan.config, bridge["layers"], stack.size)
-        config.bridge = bridge
+        config.bridge = {**bridge, "of": sizes_of(large.config)}
+        config.name_or_path = ""  # whose weights it has no more
         check_loads(config, f"layers={layers!r}, units={units!r}, heads={heads!r}")
         small = on_meta(type(large), config)
         _fill(small, large, stack, plan.cuts)
@@ -153,6 +160,11 @@ def _fill(small: Any, large: Any, stack: Stack, cuts: Mapping[str, Cut]) -> None
             if layer is not None:
                 dim, of = cuts[source]
                 part = part.index_select(dim, kept_part(small.config, layer, of).to(part.device))
+            if part.shape != blank.shape:
+                raise ValueError(
+                    f"large: {source} must have the shape {tuple(blank.shape)} in a bridge, got"
+                    f" {tuple(part.shape)}"
+                )
             part = part.clone(memory_format=torch.contiguous_format).to(device)
             made = nn.Parameter(part) if isinstance(blank, nn.Parameter) else part
             copies[id(tensor), layer] = made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -36,7 +35,9 @@ def chosen_layers(layers: Any, count: int) -> list[int] | None:
     if not isinstance(layers, Sequence) or isinstance(layers, str):
         check_count("layers", layers, count)
         return None
-    indices = [operator.index(layer) for layer in layers]
+    indices = list(layers)
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in indices):
+        raise TypeError(f"layers must be an int or ascending indices, got {indices}")
     rising = all(first < second for first, second in pairwise(indices))
     if not indices or not rising or indices[0] < 0 or indices[-1] >= count:
         raise ValueError(
@@ -63,6 +64,33 @@ def with_layers(config: Any, layers: Sequence[int], count: int) -> Any:
     return small
 
 
+def check_plain(config: Any) -> None:
+    """That it is the config of the layers itself.
+
+    Raises:
+        ValueError: it has theirs in it, beside those of other parts.
+    """
+    kind = type(config).__name__
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"large must be one model of text, got one with a {kind}, which has configs of its "
+            "parts; take the language model in it"
+        )
+
+
+def inner_width(config: Any) -> int | None:
+    """The inner width of the feed-forward; None: not known by name."""
+    key = _width_key(config)
+    if key is None:
+        return None
+    width: int = getattr(config, key) or 4 * config.hidden_size  # None in GPT-2
+    return width
+
+
+def _width_key(config: Any) -> str | None:
+    return next((key for key in WIDTHS if hasattr(config, key)), None)
+
+
 def with_units(config: Any, units: Any) -> tuple[Any, Sizes]:
     """The config of a model with fewer inner units of the feed-forward; no sizes: as many.
 
@@ -70,13 +98,12 @@ def with_units(config: Any, units: Any) -> tuple[Any, Sizes]:
         TypeError, ValueError: ``units`` is neither a share in (0, 1] nor such a number; or the
             config has no inner width by a known name.
     """
-    key = next((key for key in WIDTHS if hasattr(config, key)), None)
-    if key is None:
+    key, width = _width_key(config), inner_width(config)
+    if key is None or width is None:
         raise ValueError(
             f"units={units!r}: {type(config).__name__} has none of {', '.join(WIDTHS)}: the inner"
             " width of its feed-forward cannot be changed"
         )
-    width = getattr(config, key) or 4 * config.hidden_size  # None in GPT-2
     if isinstance(units, float):
         if not 0 < units <= 1:
             raise ValueError(f"units must be a share in (0, 1] or a number, got {units}")
@@ -96,14 +123,14 @@ def with_heads(config: Any, heads: Any) -> tuple[Any, Sizes]:
     """
     # a property would follow the number of heads
     size = vars(config).get("head_dim")
-    queries = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or queries
-    check_count("heads", heads, keys)
     if not isinstance(size, int):
         raise ValueError(
             f"heads must not be given where the config has no head_dim of its own, as "
-            f"{type(config).__name__}: with fewer heads each would be wider; got {heads}"
+            f"{type(config).__name__}: with fewer heads each would be wider; got {heads!r}"
         )
+    queries = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    check_count("heads", heads, keys)
     group = queries // keys
     small = copy.deepcopy(config)
     small.num_attention_heads, small.num_key_value_heads = heads * group, heads
@@ -116,12 +143,16 @@ def with_heads(config: Any, heads: Any) -> tuple[Any, Sizes]:
 
 
 def check_loads(config: Any, asked: str) -> None:
-    """That the config of a bridge would be read again as it is.
+    """That the config of a bridge would be the same when it is saved and read again.
 
     Raises:
-        ValueError: its class does not accept what was asked for, and why.
+        ValueError: its class does not accept what was asked for, and why; or changes it.
     """
+    kind, written = type(config).__name__, config.to_dict()
     try:
-        type(config).from_dict(config.to_dict())
+        read = type(config).from_dict(config.to_dict()).to_dict()
     except Exception as error:  # of many kinds, by version
-        raise ValueError(f"{asked} is refused by {type(config).__name__}: {error}") from error
+        raise ValueError(f"{asked} is refused by {kind}: {error}") from error
+    changed = [key for key in written if read.get(key) != written[key]]
+    if changed:
+        raise ValueError(f"{asked}: {kind} would be read with another {', '.join(changed)}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .bridge_config import Sizes, with_heads, with_layers, with_units
-from .layers import Stack
+from .layers import Stack, stack_of
 from .slicing import Cut, check_alike, cuts_between, on_meta, place_of, projections, side_of
 
 
@@ -70,15 +70,45 @@ def within(name: str, stack: Stack) -> tuple[int, str]:
     return place
 
 
+def check_choice(twin: Any, stack: Stack, count: int) -> None:
+    """That others than the first so many layers could be kept, before they are measured.
+
+    Raises:
+        ValueError: each layer computes something else one place before its own.
+    """
+    if count == stack.size:
+        return
+    after = range(1, count + 1)
+    fewer = on_meta(type(twin), with_layers(twin.config, after, stack.size))
+    errors = []
+    for k in range(count):
+        try:
+            _check_layer(twin, fewer, stack, k + 1, k)
+            return
+        except ValueError as error:
+            errors.append(error)
+    raise ValueError(f"layers={count} leaves no choice, give indices: {errors[0]}")
+
+
 def check_layers(twin: Any, stack: Stack, layers: Sequence[int]) -> None:
     """That the layers compute as before where others are left out."""
     fewer = on_meta(type(twin), with_layers(twin.config, layers, stack.size))
+    if stack_of(fewer) != Stack(stack.name, len(layers)):
+        raise ValueError(
+            f"layers={list(layers)}: {type(twin.config).__name__} does not set their number by "
+            "num_hidden_layers"
+        )
     check_alike(twin, fewer, "layers", besides=stack.name)
     for k, layer in enumerate(layers):
-        ours, theirs = (
-            model.get_submodule(stack.layer(index)) for model, index in ((twin, layer), (fewer, k))
-        )
-        check_alike(ours, theirs, f"layers: layer {layer}", (bool, int, float, str))
+        _check_layer(twin, fewer, stack, layer, k)
+
+
+def _check_layer(twin: nn.Module, fewer: nn.Module, stack: Stack, layer: int, k: int) -> None:
+    """That a layer is the same where it is the k-th."""
+    ours, theirs = (
+        model.get_submodule(stack.layer(index)) for model, index in ((twin, layer), (fewer, k))
+    )
+    check_alike(ours, theirs, f"layers: layer {layer}", (bool, int, float, str))
 
 
 def sides_of(model: nn.Module, cuts: Mapping[str, Cut], stack: Stack) -> dict[str, dict[str, str]]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bridge_config import inner_width
+
 SIDES = ("input", "output")
 """The sides of a module: what goes in, what comes out."""
 
@@ -14,6 +16,33 @@ SIDES = ("input", "output")
 def bridge_of(config: Any) -> dict[str, Any] | None:
     """What :func:`bridge_model` wrote into a config; None: the model is no bridge."""
     return getattr(config, "bridge", None)
+
+
+def sizes_of(config: Any) -> dict[str, Any]:
+    """What tells a large model from others, as its bridges' configs have it, as ``"of"``."""
+    heads = getattr(config, "num_attention_heads", None)
+    return {
+        "model": config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden": getattr(config, "hidden_size", None),
+        "units": inner_width(config),
+        "heads": getattr(config, "num_key_value_heads", None) or heads,
+    }
+
+
+def check_made_of(config: Any, large: Any) -> None:
+    """That the small model of this config, if it is a bridge, was made of a model like ``large``.
+
+    Raises:
+        ValueError: it was made of another one.
+    """
+    made_of = (bridge_of(config) or {}).get("of")
+    if made_of is not None and made_of != sizes_of(large.config):
+        raise ValueError(
+            f"large must be the model of which bridge_model made small, with {made_of}, got one "
+            f"with {sizes_of(large.config)}; to take small for a model of its own, delete "
+            "config.bridge"
+        )
 
 
 def kept_layers(config: Any) -> dict[int, int] | None:

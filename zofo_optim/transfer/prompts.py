@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .activations import Tap, plain
 from .activations_cache import CACHED, cache_shape
 from .heads import Head, heads_of
+from .kept import bridge_of
 from .kinds import Fitted, Pair, State, widths_of
 from .layers import stack_of
 from .report import Carried
@@ -106,7 +107,8 @@ class Prefix(_VirtualTokens):
 
     Keys and values of virtual tokens in a layer of the large model are M k + m of those in a layer
     of the small one: two affine maps, which tell what the layer caches on real text. A prefix that
-    a perceptron makes (``prefix_projection``) is carried as what that makes.
+    a perceptron makes (``prefix_projection``) is carried as what that makes. Each head needs one,
+    so a bridge must have all heads.
     """
 
     every = True
@@ -115,8 +117,14 @@ class Prefix(_VirtualTokens):
         self, small: Any, adapter: str, large: nn.Module, layers: Mapping[int, int]
     ) -> None:
         super().__init__(small, adapter, large)
-        base = plain(small)
+        base: Any = plain(small)
         ours, theirs = stack_of(base), stack_of(large)
+        if (bridge_of(base.config) or {}).get("heads"):
+            raise ValueError(
+                f"layer {theirs.layer(0)!r} cannot be mapped: the bridge lacks heads of it, which "
+                "would need a prefix too, as keys of 0 take a share of the attention; make the "
+                "bridge without heads="
+            )
         shape, self._shape = cache_shape(base), cache_shape(large)
         widths = (shape[0] * shape[1], self._shape[0] * self._shape[1])
         if self._points.shape[1] != ours.size * 2 * widths[0]:

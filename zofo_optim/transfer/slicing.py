@@ -158,7 +158,7 @@ def check_alike(
     Modules may differ in more than their weights: a scale by depth, a kind of attention.
 
     Args:
-        large, small: modules whose parts have the same names.
+        large, small: modules whose parts should have the same names, classes and parameters.
         where: their names, for messages.
         kinds: of plain attributes that must be equal, but for the index of a layer.
         besides: the name of a part that is left out.
@@ -166,21 +166,37 @@ def check_alike(
     Raises:
         ValueError: naming the module and what differs.
     """
-    ours = dict(large.named_modules())
-    for name, module in small.named_modules():
-        if besides is not None and f"{name}.".startswith(f"{besides}."):
-            continue
-        other = ours[name]
-        if type(module) is not type(other):
+    ours, theirs = _parts(large, besides), _parts(small, besides)
+    for name in {**ours, **theirs}:
+        both = ours.get(name), theirs.get(name)
+        kind, other_kind = (_kind(module) for module in both)
+        if kind != other_kind:
             raise ValueError(
-                f"{where}: {name or 'it'} is {type(other).__name__} in the large model, but"
-                f" {type(module).__name__} in the bridge"
+                f"{where}: {name or 'it'} is {kind} in the large model, but {other_kind} in the"
+                " bridge"
             )
-        theirs = vars(module)
-        for key, value in vars(other).items():
+        values, others = (vars(module) for module in both)
+        for key, value in values.items():
             index = key.startswith("layer") and type(value) is int
-            if type(value) in kinds and not index and theirs[key] != value:
+            # what only left-out layers need may be missing
+            if type(value) in kinds and not index and others.get(key, value) != value:
                 raise ValueError(
                     f"{where}: {name or 'it'} has {key} = {value!r} in the large model, but"
-                    f" {theirs[key]!r} in the bridge, where it would compute something else"
+                    f" {others[key]!r} in the bridge, where it would compute something else"
                 )
+
+
+def _parts(model: nn.Module, besides: str | None) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if besides is None or not f"{name}.".startswith(f"{besides}.")
+    }
+
+
+def _kind(module: nn.Module | None) -> str:
+    """A module's class, and what parameters it has of its own."""
+    if module is None:
+        return "missing"
+    names = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+    return f"{type(module).__name__}{names and f' with {names}'}"

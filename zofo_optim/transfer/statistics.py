@@ -21,18 +21,20 @@ def observe(
 ) -> None:
     """Run the model without a graph, in evaluation mode, and tell of what passes some modules.
 
-    Modes are put back and hooks taken off, whatever happens.
+    Modes are put back and hooks taken off, whatever happens. The head, whose logits may be large,
+    is not run.
 
     Args:
-        model: a transformers model.
+        model: a transformers model, or another module that takes such inputs.
         batches: its inputs, without labels; tokens where ``attention_mask``, (texts, tokens), is
             0 are padding.
-        seen: who is told, by module.
+        seen: who is told, by module below the head.
 
     Raises:
         ValueError: there is no token; a mask is not (texts, tokens); or a module is given other
             rows than one for each token.
     """
+    body: nn.Module = getattr(model, "base_model", model)
     real: Tensor | None = None
     tokens = 0
 
@@ -62,7 +64,7 @@ def observe(
         for batch in batches:
             real = _real_tokens(batch)
             tokens += batch["input_ids"].numel() if real is None else int(real.sum())
-            forward(model, batch)
+            forward(body, batch)
     if not tokens:
         raise ValueError("batches must have at least one token that is not padding, got none")
 
@@ -111,11 +113,12 @@ class Contribution:
 
     def __init__(self, weight: Tensor, size: int = 1) -> None:
         self._weight, self._size = weight.detach(), size
+        self._columns = self._weight.float().square().sum(0) if size == 1 else None
         self._squares = torch.zeros(weight.shape[1] // size, dtype=torch.float64)
 
     def __call__(self, inputs: Tensor, outputs: Tensor) -> None:
-        if self._size == 1:
-            squares = inputs.float().square().sum(0) * self._weight.float().square().sum(0)
+        if self._columns is not None:
+            squares = inputs.float().square().sum(0) * self._columns
         else:
             slices = [
                 slice(first, first + self._size) for first in range(0, inputs.shape[1], self._size)
@@ -133,8 +136,12 @@ class Refit:
 
     Least squares on the observed tokens: with x the kept inputs and r what the other inputs added,
     the change D (and d, where there is a bias) minimises the sum of ‖Dx + d - r‖² plus λ‖D‖², λ
-    being ``RIDGE`` of the mean sum of squares of an element of x: where tokens are few, weights
-    stay near what they were. The sums take 4 kept (kept + outputs) bytes.
+    being ``RIDGE`` of the mean sum of squares of an element of x (of its deviations, where there is
+    a bias): where tokens are few, weights stay near what they were.
+
+    Memory: 4 kept (kept + outputs) bytes for the sums, and 4 (inputs - kept) outputs for the lost
+    columns in float32. Time: each token costs 2 kept (kept + outputs) + 2 (inputs - kept) outputs
+    FLOPs, and the end a solution of a kept x kept system in float64 on the CPU.
 
     Args:
         weight: of all inputs, (outputs, inputs).
