@@ -93,6 +93,31 @@ def test_a_large_model_that_checkpoints_its_activations():
     assert not model(**TEXTS[0]).logits.requires_grad
 
 
+def test_a_large_model_whose_inputs_require_gradients():
+    """By transformers' hook, which is off while the model runs, and there again if that fails."""
+    small, large = small_and_large()
+    large.enable_input_require_grads()
+    handle = interrupting(large)
+    before = state_of(large)
+    with pytest.raises(KeyboardInterrupt), no_graph_on(large) as ran:
+        transfer_adapter(small, large, TEXTS)
+    assert ran
+    check_as_before(large, before)
+    handle.remove()
+    assert large.model.embed_tokens(TEXTS[0]["input_ids"]).requires_grad
+    with no_graph_on(large):
+        transfer_adapter(small, large, TEXTS)
+
+
+def test_the_small_model_whose_inputs_require_gradients():
+    small, large = small_and_large()
+    small.enable_input_require_grads()
+    before = state_of(small)
+    with no_graph_on(small.get_base_model()):
+        transfer_adapter(small, large, TEXTS)
+    check_as_before(small, before)
+
+
 def test_the_small_model_stays_as_it_was():
     small, large = small_and_large()
     small.train()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zofo_optim.transfer.projections import RIDGES, Projection, Rows, fit, selection
+from zofo_optim.transfer.projections import RECENT, RIDGES, Fits, Projection, Rows, fit, selection
 
 WIDTHS = st.integers(1, 7)
 SEEDS = st.integers(0, 2**20)
@@ -134,3 +134,58 @@ def test_selection():
     assert isinstance(kept, Projection)
     assert kept(torch.arange(4.0)).tolist() == [3, 1]
     assert torch.equal(selection(None, of=3).matrix, torch.eye(3))
+
+
+@pytest.mark.parametrize("offset", ["none", "centred", "affine"])
+@pytest.mark.parametrize("method", ["least_squares", "procrustes"])
+@pytest.mark.parametrize("wide", [3, 5])
+def test_what_maps_share_is_computed_once(monkeypatch, method, offset, wide):
+    """Of one source, for least squares; for procrustes, there and back. Maps are as before."""
+    x, y, z = (rows(tensor) for tensor in drawn(0, (50, 3), (50, wide), (50, wide)))
+    pairs = [(x, y), (y, x), (x, z), (z, x)]
+    alone = [fit(*pair, method, offset) for pair in pairs]
+    calls = []
+
+    def counted(true):
+        return lambda *args, **options: calls.append(1) or true(*args, **options)
+
+    for name in ("svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, counted(getattr(torch.linalg, name)))
+    fits = Fits()
+    together = [fits.fit(*pair, method, offset) for pair in pairs]
+    assert len(calls) == (3 if method == "least_squares" else 2)
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a.matrix, b.matrix)
+        assert a.error == pytest.approx(b.error)
+
+
+def test_sources_of_other_means_share_nothing():
+    x, y, *_ = linear_pair(0, 3, 5, "none")
+    (noise,), fits = drawn(1, y.shape), Fits()
+    source, target = rows(x), rows(y + noise + 1)
+    for method in ("least_squares", "procrustes"):
+        found = [fits.fit(source, target, method, offset) for offset in ("none", "centred")]
+        assert not torch.allclose(found[0].matrix, found[1].matrix)
+        assert torch.equal(found[1].matrix, fit(source, target, method, "centred").matrix)
+
+
+def test_few_are_kept():
+    """Those asked for last: what is asked for again and again stays."""
+    x, *others = (rows(tensor) for tensor in drawn(0, *[(50, 3)] * 9))
+    fits = Fits()
+    kept = []
+    for other in others:
+        fits.fit(x, other, "least_squares", "none")
+        fits.fit(other, x, "least_squares", "none")
+        kept.append(len(fits._recent))
+        assert any(key[1] is x for key in fits._recent)
+    assert max(kept) == RECENT
+
+
+@pytest.mark.parametrize("method", ["least_squares", "procrustes"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_activations_that_are_zero(method, which):
+    """Have a map that is zero, not one that is infinite."""
+    pair = [rows(tensor) for tensor in drawn(0, (50, 3), (50, 5))]
+    pair[which] = Rows(*(0 * part for part in pair[which]))
+    assert not fit(*pair, method, "none").matrix.any()

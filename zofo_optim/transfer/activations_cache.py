@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .activations import Positions, Tap, at_rest, forward, plain, taken
+from .activations import Positions, Tap, at_rest, forward, plain
 from .layers import stack_of
 from .projections import Rows
+from .recording import joined, taken
 
 KEYS, VALUES = "keys", "values"
 CACHED = (KEYS, VALUES)
@@ -38,16 +38,17 @@ def record_cache(
     """
     wanted = list(dict.fromkeys(taps))
     stack = stack_of(plain(model))
-    found: dict[Tap, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    found: dict[Tap, list[tuple[Tensor, Tensor]]] = {tap: [] for tap in wanted}
     for batch, place in zip(batches, places, strict=True) if wanted else ():
+        if not place.tokens.any():
+            continue
         cache = _cached(model, batch, stack.size)
         for tap in wanted:
             inside = stack.split(tap.module)
             assert inside is not None
             rows = cache[inside[0]][tap.side].transpose(1, 2).flatten(2)
-            for part, new in zip(found[tap], taken(tap, rows, place), strict=True):
-                part.append(new)
-    return {tap: Rows(torch.cat(found[tap][0]), torch.cat(found[tap][1])) for tap in wanted}
+            found[tap].append(taken(tap, rows, place))
+    return joined(found)
 
 
 def cache_shape(model: nn.Module) -> tuple[int, int]:

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .activations import Positions, Tap, at_rest, record
+from .activations import Positions, Tap, at_rest
 from .activations_cache import CACHED, record_cache
 from .kept import kept_key_units, kept_layers, kept_units
 from .kinds import Fitted, Pair
 from .layers import Stack, linear_cka
-from .projections import METHODS, Projection, Rows, fit, measured, selection
+from .projections import METHODS, Fits, Projection, Rows, measured, selection
+from .recording import record
 
 
 class Text(NamedTuple):
@@ -22,14 +23,26 @@ class Text(NamedTuple):
     places: Sequence[Positions]
 
     def rows(self, model: nn.Module, taps: Iterable[Tap]) -> dict[Tap, Rows]:
-        """Activations of a model without its adapter."""
+        """Activations of a model without its adapter.
+
+        Raises:
+            ValueError: naming a layer that has none to fit on, or none to tell errors by.
+        """
         cached: list[Tap] = []
         others: list[Tap] = []
         for tap in taps:
             (cached if tap.side in CACHED else others).append(tap)
         with at_rest(model):
             found = record(model, others, self.batches, self.places) if others else {}
-            return {**found, **record_cache(model, cached, self.batches, self.places)}
+            found.update(record_cache(model, cached, self.batches, self.places))
+        for tap, (fitted, held) in found.items():
+            if not (len(fitted) and len(held)):
+                raise ValueError(
+                    f"layer {tap.module!r} cannot be mapped on {len(fitted)} rows of activations "
+                    f"with {len(held)} held out: there must be some of both; give more batches, or "
+                    "more tokens"
+                )
+        return found
 
 
 def similarity_of(models: Sequence[nn.Module], stacks: Sequence[Stack], text: Text) -> Tensor:
@@ -92,7 +105,8 @@ def maps_of(
             raise ValueError(f"batches must be given to map layer {missing!r}, got None")
         return {pair: Fitted(fixed[pair]) for pair in pairs}
     method = METHODS[0] if method == "same" else method
-    found = {}
+    found, fits = {}, Fits()
+    pairs = list(dict.fromkeys(pairs))
     ours = text.rows(small, (pair.small for pair in pairs))
     theirs = text.rows(large, (pair.large for pair in pairs))
     for pair in pairs:
@@ -104,12 +118,30 @@ def maps_of(
             if pair.to == "large":
                 back = Projection(there.matrix.T)
         else:
-            there = fit(source, target, method, pair.offset)
             if pair.to == "large":
                 _check_spanned(pair, len(source.fitted))
-                back = fit(target, source, method, pair.offset)
+            there = fits.fit(source, target, method, pair.offset)
+            _check_tells(pair, there, method)
+            if pair.to == "large":
+                back = fits.fit(target, source, method, pair.offset)
         found[pair] = Fitted(there, source, target, back)
     return found
+
+
+def _check_tells(pair: Pair, there: Projection, method: str) -> None:
+    """That the map does anything.
+
+    Raises:
+        ValueError: it does not, and would carry nothing.
+    """
+    if there.matrix.any():
+        return
+    source, target = ("small", "large") if pair.to == "large" else ("large", "small")
+    raise ValueError(
+        f"layer {pair.large.module!r} cannot be mapped by {method!r}: the best map would be zero, "
+        f"and carry nothing, as the {target} model's activations are zero, or the {source} one's "
+        "do not tell them on the texts that are held out; give more batches, or map other layers"
+    )
 
 
 def _check_spanned(pair: Pair, rows: int) -> None:

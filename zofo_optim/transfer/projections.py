@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ METHODS = ("procrustes", "least_squares", "same")
 """The first is the default."""
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Tried for least squares, in units of the mean square of an input; 0 only where rows suffice."""
+RECENT = 3
+"""Decompositions that are kept: of what a module reads, of a map of what it writes, and back."""
 
 Offset = Literal["none", "centred", "affine"]
 """What a map does about means. "none": it goes through 0, for inputs of a matrix. "centred": it
@@ -78,32 +81,92 @@ def fit(source: Rows, target: Rows, method: str, offset: Offset) -> Projection:
             the held rows; or "procrustes": orthonormal columns (rows, where it narrows) times one
             scale, by which mapped rows are as large as those that are wanted. Where it narrows, it
             is the transpose of what widens best, as the narrowing problem has no closed form.
+            Zero where no ridge beats zero on the held rows, or fitted rows are zero.
         offset: see :data:`Offset`.
     """
-    means = [rows.fitted.double().mean(0) * (offset != "none") for rows in (source, target)]
-    (x, held_x), (y, held_y) = (
-        (rows.fitted.double() - mean, rows.held.double() - mean)
-        for rows, mean in zip((source, target), means, strict=True)
-    )
-    matrix = _procrustes(x, y) if method == "procrustes" else _ridge(x, y, held_x, held_y)
-    shift = (means[1] - matrix @ means[0]).float() if offset == "affine" else None
-    return measured(Projection(matrix.float(), shift), source, target, offset)
+    return Fits().fit(source, target, method, offset)
 
 
-def _procrustes(x: Tensor, y: Tensor) -> Tensor:
-    narrows = y.shape[1] < x.shape[1]
-    u, _, vh = torch.linalg.svd(x.T @ y if narrows else y.T @ x, full_matrices=False)
-    matrix: Tensor = (u @ vh).T if narrows else u @ vh
-    mapped = x @ matrix.T
-    scale: Tensor = torch.linalg.vector_norm(y) / torch.linalg.vector_norm(mapped).clamp_min(1e-300)
-    return matrix * scale
+class Fits:
+    """Maps one after the other: what some of the last ones share is computed once.
+
+    That is the eigendecomposition of a source, for least squares, and the rotation between two
+    activations, both ways: query, key and value have one source. Memory: 8 bytes · width · (width +
+    held rows), or 8 bytes · both widths, of each of the last :data:`RECENT`.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[Any, Any] = {}
+
+    def fit(self, source: Rows, target: Rows, method: str, offset: Offset) -> Projection:
+        """See :func:`fit`."""
+        centred = offset != "none"
+        if method == "procrustes":
+            matrix = self._procrustes(source, target, centred)
+        else:
+            matrix = _ridge(self._once(_spectrum, source, centred), source, target, centred)
+        shift = None
+        if offset == "affine":
+            mean, wanted = (_mean(rows, centred) for rows in (source, target))
+            shift = (wanted - matrix @ mean).float()
+        return measured(Projection(matrix.float(), shift), source, target, offset)
+
+    def _once(self, make: Callable[..., Any], *of: Any) -> Any:
+        key = (make, *of)
+        found = self._recent.pop(key) if key in self._recent else make(*of)
+        self._recent[key] = found
+        for oldest in list(self._recent)[:-RECENT]:
+            del self._recent[oldest]
+        return found
+
+    def _procrustes(self, source: Rows, target: Rows, centred: bool) -> Tensor:
+        narrows = target.fitted.shape[1] < source.fitted.shape[1]
+        matrix: Tensor
+        if narrows or (_rotation, target, source, centred) in self._recent:
+            matrix = self._once(_rotation, target, source, centred).T
+        else:
+            matrix = self._once(_rotation, source, target, centred)
+        x, y = (_deviations(rows, centred)[0] for rows in (source, target))
+        size = float(torch.linalg.vector_norm(x @ matrix.T))
+        return matrix * (float(torch.linalg.vector_norm(y)) / size if size else 0.0)
 
 
-def _ridge(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> Tensor:
+class _Spectrum(NamedTuple):
+    """Eigenvalues and eigenvectors of a source's second moments; its held rows along these."""
+
+    values: Tensor
+    vectors: Tensor
+    held: Tensor
+
+
+def _mean(rows: Rows, centred: bool) -> Tensor:
+    return rows.fitted.double().mean(0) * centred
+
+
+def _deviations(rows: Rows, centred: bool) -> tuple[Tensor, Tensor]:
+    """Fitted and held rows, float64, from the mean of what is fitted, or from 0."""
+    mean = _mean(rows, centred)
+    return rows.fitted.double() - mean, rows.held.double() - mean
+
+
+def _rotation(narrow: Rows, wide: Rows, centred: bool) -> Tensor:
+    """(wide, narrow), with orthonormal columns."""
+    x, y = (_deviations(rows, centred)[0] for rows in (narrow, wide))
+    u, _, vh = torch.linalg.svd(y.T @ x, full_matrices=False)
+    matrix: Tensor = u @ vh
+    return matrix
+
+
+def _spectrum(source: Rows, centred: bool) -> _Spectrum:
+    x, held = _deviations(source, centred)
     values, vectors = torch.linalg.eigh(x.T @ x)
-    values = values.clamp_min(0)
+    return _Spectrum(values.clamp_min(0), vectors, held @ vectors)
+
+
+def _ridge(spectrum: _Spectrum, source: Rows, target: Rows, centred: bool) -> Tensor:
+    values, vectors, in_held = spectrum
+    x, (y, held_y) = _deviations(source, centred)[0], _deviations(target, centred)
     along = vectors.T @ (x.T @ y)
-    in_held = held_x @ vectors
     unit = float(values.mean()) or 1.0
     determined = float(values[0]) > 1e-12 * float(values[-1])
     best: Tensor = torch.zeros_like(along)

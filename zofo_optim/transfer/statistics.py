@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from .activations import at_rest, forward
+from .activations import at_rest, forward, real_tokens
 
 Seen = Callable[[Tensor, Tensor], None]
 """Told of a module's inputs (N, width) and outputs (N, width) of N tokens, without padding."""
@@ -62,23 +62,12 @@ def observe(
             handle = module.register_forward_hook(telling(who), with_kwargs=True)
             stack.callback(handle.remove)
         for batch in batches:
-            real = _real_tokens(batch)
-            tokens += batch["input_ids"].numel() if real is None else int(real.sum())
+            mask = real_tokens(batch)
+            real = None if batch.get("attention_mask") is None else mask.flatten()
+            tokens += int(mask.sum())
             forward(body, batch)
     if not tokens:
         raise ValueError("batches must have at least one token that is not padding, got none")
-
-
-def _real_tokens(batch: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens of a batch are not padding, (texts * tokens,); None: all."""
-    mask: Tensor | None = batch.get("attention_mask")
-    if mask is None:
-        return None
-    if mask.ndim != 2:
-        raise ValueError(
-            f"batches must have attention_mask of shape (texts, tokens), got {tuple(mask.shape)}"
-        )
-    return mask.bool().flatten()
 
 
 class Influence:
