@@ -212,3 +212,36 @@ def test_an_adapter_that_changes_nothing_has_no_error_of_its_change():
     _, report = transfer_adapter(small, families.llama(seed=1), families.texts())
     assert {row.change_error for row in report.rows} == {None}
     assert report.rows[0].input_error > 0
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_scale_is_kept_in_files(tmp_path, rslora):
+    small = families.with_lora(families.llama(), use_rslora=rslora)
+    model, _ = transfer_adapter(small, families.llama(), width="same", scale=2.5)
+    for module in small.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] *= 2.5
+    torch.testing.assert_close(logits(model, UNSEEN), logits(small, UNSEEN))
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(families.llama(), tmp_path)
+    assert torch.equal(logits(again, UNSEEN), logits(model, UNSEEN))
+
+
+def test_a_scale_of_bottlenecks():
+    small = families.randomised(add_bottlenecks(families.llama(), ["down_proj"], 3, scale=2.0))
+    model, _ = transfer_adapter(small, families.llama(), width="same", scale=1.5)
+    assert model.bottlenecks["scale"] == 3.0
+    assert not torch.allclose(logits(model, UNSEEN), logits(small, UNSEEN))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "2", True])
+def test_a_scale_is_a_number(scale):
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        transfer_adapter(queries(), families.llama(), TEXTS, scale=scale)
+
+
+def test_points_have_no_scale():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    small = peft.get_peft_model(families.llama(), config)
+    with pytest.raises(ValueError, match="scale must be 1 for prompts and prefixes"):
+        transfer_adapter(small, families.llama(), TEXTS, scale=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ def transfer_adapter(
     *,
     layers: str | Mapping[int, int] | None = None,
     width: str | None = None,
+    scale: float = 1.0,
     tokens: int = 4096,
     adapter_name: str = "default",
     seed: int = 0,
@@ -66,9 +68,11 @@ def transfer_adapter(
             both models have the same units, or ``small`` is a bridge with some of the large
             model's). None: "same" for a bridge, else "procrustes": least squares leaves out what it
             cannot tell, and with it much of a change that lies where activations vary little.
+        scale: what the adapter adds is multiplied by it, as where one layer of the small model
+            stands for two of the large one; not for prompts and prefixes.
         tokens: at most so many are taken of the batches.
         adapter_name: of the adapter in ``small``, and in ``large``.
-        seed: of the choice of tokens.
+        seed: of the choice of tokens and of the texts that are held out.
 
     Returns:
         The large model with the adapter (a PeftModel; for bottlenecks the model itself), and what
@@ -88,6 +92,10 @@ def transfer_adapter(
         raise ValueError(f"width must be one of {', '.join(METHODS)}, got {width!r}")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens must be a positive integer, got {tokens!r}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if scale != 1 and make in (Prompt, Prefix):
+        raise ValueError(f"scale must be 1 for prompts and prefixes, as points, got {scale}")
     if make.every is None and layers is not None:
         raise ValueError(f"layers must be None for prompts, which are in no layer, got {layers!r}")
     read = None if batches is None else inputs_of(batches)
@@ -119,7 +127,7 @@ def transfer_adapter(
     with all_or_nothing(large):
         without_input_gradients(large)  # peft forgets a hook of before its own
         known, training = set(large.modules()), large.training
-        model = kind.attach(state)
+        model = kind.attach(state, scale)
         if make is not Bottlenecks:
             check_arrived(model, state, adapter_name)
         follow_mode(model, known, training)

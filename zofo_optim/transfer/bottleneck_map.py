@@ -13,7 +13,7 @@ from .activations import Tap
 from .bottleneck_files import put
 from .bottleneck_targets import CHILD, output_width
 from .bottlenecks import Bottleneck, adapters_of, saved_modules
-from .heads import Head
+from .heads import heads
 from .kinds import Fitted, Pair, State, module_of
 from .layers import counterparts, stack_of
 from .projections import relative
@@ -49,7 +49,7 @@ class Bottlenecks:
         if not self._places:
             raise ValueError(f"layers must map a layer with an adapter, got {dict(layers)}")
         saved = saved_modules(small, self._asked)
-        self._heads = [Head(name, module, large) for name, module in saved.items()]
+        self._heads = heads(saved, large)
         self._ends = {other: self._pairs(other) for other in self._places}
         self.pairs = [pair for ends in self._ends.values() for pair in ends]
         self.pairs += [head.pair for head in self._heads]
@@ -90,17 +90,24 @@ class Bottlenecks:
             rows.append(row)
         return state, rows
 
-    def attach(self, state: State) -> nn.Module:
+    def attach(self, state: State, scale: float) -> nn.Module:
         """See :class:`~zofo_optim.transfer.kinds.Kind`."""
-        heads = [head.name for head in self._heads]
-        asked = {**self._asked, "target_modules": list(self._places), "modules_to_save": heads}
+        asked = {
+            **self._asked,
+            "target_modules": list(self._places),
+            "modules_to_save": [name for head in self._heads for name in head.names],
+            "scale": scale * self._asked["scale"],
+        }
         put(self._large, asked, state, trainable=False, cast=True)
         return self._large
 
 
 @torch.no_grad()
 def _change(bottleneck: Bottleneck, reads: Fitted) -> float | None:
-    """How far the adapter's change is off, of its input told from the large model's."""
+    """How far the adapter's change is off, of its input told from the large model's.
+
+    Beside deviations from the mean: a constant, which biases carry, would hide the rest.
+    """
     if reads.source is None or reads.target is None:
         return None
     device = bottleneck.down.weight.device
@@ -110,4 +117,6 @@ def _change(bottleneck: Bottleneck, reads: Fitted) -> float | None:
         changed: torch.Tensor = bottleneck(rows) - rows
         return changed
 
-    return relative(change(reads.map(reads.source.held)), change(reads.target.held))
+    wanted = change(reads.target.held)
+    mean = wanted.mean(0)
+    return relative(change(reads.map(reads.source.held)) - mean, wanted - mean)

@@ -54,8 +54,8 @@ class Kind(Protocol):
     def carried(self, maps: Mapping[Pair, Fitted]) -> tuple[State, list[Carried]]:
         """The adapter's tensors in the large model, and the rows of the report."""
 
-    def attach(self, state: State) -> nn.Module:
-        """Put the adapter into the large model: the only thing that changes it."""
+    def attach(self, state: State, scale: float) -> nn.Module:
+        """Put the adapter, times a scale, into the large model: the only thing that changes it."""
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:

@@ -136,23 +136,23 @@ class LoRA:
         errors = [None if end is None else end.map.error for end in (read, write)]
         return tensors, Carried("lora", name, other, errors[0], errors[1], change)
 
-    def attach(self, state: State) -> nn.Module:
+    def attach(self, state: State, scale: float) -> nn.Module:
         """See :class:`~zofo_optim.transfer.kinds.Kind`."""
         import peft
 
-        config = self._config_of_large()
+        config = self._config_of_large(scale)
         model: nn.Module = peft.get_peft_model(self._large, config, adapter_name=self._adapter)  # type: ignore[arg-type]
         peft.set_peft_model_state_dict(model, state, adapter_name=self._adapter)
         return model
 
-    def _config_of_large(self) -> Any:
+    def _config_of_large(self, scale: float) -> Any:
         """The small adapter's, with the large model's modules by their whole names."""
         config = copy.deepcopy(self._config)
         ranks, alphas = {}, {}
         for other, (_, module) in self._modules.items():
             rank = ranks[other] = module.r[self._adapter]
             unit = math.sqrt(rank) if module.use_rslora.get(self._adapter) else rank
-            alphas[other] = module.scaling[self._adapter] * unit
+            alphas[other] = scale * module.scaling[self._adapter] * unit
         config.r = Counter(ranks.values()).most_common(1)[0][0]
         config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
         config.rank_pattern = {re.escape(n): r for n, r in ranks.items() if r != config.r}

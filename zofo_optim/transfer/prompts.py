@@ -55,6 +55,7 @@ class _VirtualTokens:
 
         config = copy.deepcopy(self._config)
         changes["base_model_name_or_path"] = None  # peft takes the large model's
+        changes["revision"] = None
         changes["inference_mode"] = True  # no text, no words and no random numbers to start from
         if config.modules_to_save is not None:
             changes["modules_to_save"] = list(config.modules_to_save)  # peft adds to it
@@ -96,7 +97,7 @@ class Prompt(_VirtualTokens):
         row = Carried("prompt", pair.small.module, pair.large.module, output_error=through.error)
         return self._with_heads(through(self._points), [row], maps)
 
-    def attach(self, state: State) -> nn.Module:
+    def attach(self, state: State, scale: float) -> nn.Module:
         """See :class:`~zofo_optim.transfer.kinds.Kind`."""
         sizes = dict.fromkeys(("num_layers", "num_attention_heads"))  # None: as peft sees them
         return self._attached(state, token_dim=state[POINTS].shape[1], **sizes)
@@ -158,7 +159,7 @@ class Prefix(_VirtualTokens):
             rows.append(Carried(side, *ends, output_error=through.error))
         return self._with_heads(torch.cat(mapped, 1), rows, maps)
 
-    def attach(self, state: State) -> nn.Module:
+    def attach(self, state: State, scale: float) -> nn.Module:
         """See :class:`~zofo_optim.transfer.kinds.Kind`."""
         heads, width = self._shape
         sizes = dict(num_layers=len(self._layers), num_attention_heads=heads)
