@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from rich.console import Console
@@ -68,3 +68,27 @@ class Ending:
             self._console.print(self._interrupted)
             self.code = 130
         return self.code == 130
+
+
+def ended(
+    parser: argparse.ArgumentParser,
+    console: Console,
+    run: Callable[[], object],
+    said: str,
+    interrupted: str = MAKES_THE_REST,
+) -> int:
+    """Run a command to its end, and say a line.
+
+    Args:
+        parser, console, interrupted: of :class:`Ending`.
+        run: does all of it.
+        said: where what it made is, at the end.
+
+    Returns:
+        The exit status.
+    """
+    with Ending(parser, console, interrupted) as ending:
+        run()
+    if not ending.code:
+        console.print(said, highlight=False)
+    return ending.code

@@ -33,7 +33,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..commands import Ending, parts_first, quiet_on_one_thread, run_parts
+from ..commands import ended, parts_first, quiet_on_one_thread, run_parts
 from ..files import DataError
 from ..finetune import versions
 from ..options import COUNT, INDEX, OUT, check_ranges, option, parse
@@ -127,12 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(ConvergenceOptions, "experiments.convergence", ABOUT, given, epilog="")
     console = Console()
     quiet_on_one_thread()
-    with Ending(parser, console) as ending:
+
+    def run() -> None:
         run_parts(Command(options, console), PARTS, options.do)
-    if ending.code:
-        return ending.code
-    console.print(f"Results and tables: {options.out}", highlight=False)
-    return 0
+
+    return ended(parser, console, run, f"Results and tables: {options.out}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..commands import RESUMES, Ending, run_parts
+from ..commands import RESUMES, ended, run_parts
 from ..files import DataError
 from ..finetune import Runs, machine, model_name, versions
 from ..models import DEFAULT_MODEL_PACKAGE
@@ -146,12 +146,11 @@ def _found(out: Path, seeds: list[int]) -> dict[str, list[report.Found]]:
 def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(DirectionsOptions, "experiments.directions", ABOUT, argv, fixed=FIXED)
     console = Console()
-    with Ending(parser, console, RESUMES) as ending:
+
+    def run() -> None:
         run_parts(Command(options, console), PARTS, options.do)
-    if ending.code:
-        return ending.code
-    console.print(f"Runs, times and tables: {options.out}", highlight=False)
-    return 0
+
+    return ended(parser, console, run, f"Runs, times and tables: {options.out}", RESUMES)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from zofo_optim import HybridZOFO, find_lr
 
-from ..commands import Ending, quiet_on_one_thread, run_parts
+from ..commands import ended, quiet_on_one_thread, run_parts
 from ..directions.grid import Cell, cells, study_of
 from ..files import DataError
 from ..finetune import Runs, machine, model_name, versions
@@ -180,12 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(RatesOptions, "experiments.rates", ABOUT, argv, fixed=FIXED)
     quiet_on_one_thread()
     console = Console()
-    with Ending(parser, console) as ending:
+
+    def run() -> None:
         run_parts(Command(options, console), PARTS, options.do)
-    if ending.code:
-        return ending.code
-    console.print(f"Suggestions and tables: {options.out}", highlight=False)
-    return 0
+
+    return ended(parser, console, run, f"Suggestions and tables: {options.out}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..commands import Ending, quiet_on_one_thread, run_parts
+from ..commands import ended, quiet_on_one_thread, run_parts
 from ..files import DataError
 from ..options import COUNT, INDEX, OUT, check_ranges, option, parse
 from ..training import write
@@ -148,12 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(RewardsOptions, "experiments.rewards", ABOUT, argv, epilog="")
     console = Console()
     quiet_on_one_thread()
-    with Ending(parser, console) as ending:
+
+    def run() -> None:
         run_parts(Command(options, console), PARTS, options.do)
-    if ending.code:
-        return ending.code
-    console.print(f"Runs and tables: {options.out}", highlight=False)
-    return 0
+
+    return ended(parser, console, run, f"Runs and tables: {options.out}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..commands import Ending, parts_first, quiet_on_one_thread, run_parts
+from ..commands import ended, parts_first, quiet_on_one_thread, run_parts
 from ..files import DataError
 from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
 from ..partition.problems import Sizes, default_models
@@ -144,12 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(TransferOptions, "experiments.transfer", ABOUT, given, epilog="")
     console = Console()
     quiet_on_one_thread()
-    with Ending(parser, console) as ending:
+
+    def run() -> None:
         run_parts(Command(options, console), PARTS, options.do)
-    if ending.code:
-        return ending.code
-    console.print(f"Runs and tables: {options.out}", highlight=False)
-    return 0
+
+    return ended(parser, console, run, f"Runs and tables: {options.out}")
 
 
 if __name__ == "__main__":
