@@ -138,9 +138,7 @@ def add_bottlenecks(
         TypeError: see :class:`Bottleneck`.
         ValueError: ``target_modules`` or ``modules_to_save`` match nothing, or what can have no
             adapter or cannot train; the model has an adapter, of peft or bottlenecks; or see
-            :class:`Bottleneck`.
-
-        Nothing is changed then.
+            :class:`Bottleneck`. Nothing is changed then.
     """
     asked = {
         "target_modules": target_modules
