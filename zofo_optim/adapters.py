@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def adapter_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Of peft's adapters, active or not, of bottlenecks, and of heads that are saved with them.
+def adapter_parameters(
+    model: nn.Module, names_of_peft: Collection[str] | None = None
+) -> Iterator[Tensor]:
+    """Of peft's adapters of these names, of bottlenecks, and of heads that are saved with them.
 
-    Where peft's model is around one with bottlenecks, those are a part of its base model.
+    Without names, of all of peft's, active or not. Where peft's model is around one with
+    bottlenecks, those are a part of its base model.
     """
     for module in model.modules():
         names = getattr(module, "adapter_layer_names", ())  # of peft's layers
@@ -19,10 +22,14 @@ def adapter_parameters(model: nn.Module) -> Iterator[Tensor]:
             names = ("prompt_encoder",) if "prompt_encoder" in dict(module.named_children()) else ()
         for name in names:
             part: Any = getattr(module, name, None)
-            if isinstance(part, nn.Module):
-                yield from part.parameters()
-            elif isinstance(part, nn.Parameter):
-                yield part
+            parts: list[Any] = [part]
+            if names_of_peft is not None and isinstance(part, nn.ModuleDict | nn.ParameterDict):
+                parts = [part[adapter] for adapter in names_of_peft if adapter in part]
+            for one in parts:
+                if isinstance(one, nn.Module):
+                    yield from one.parameters()
+                elif isinstance(one, nn.Parameter):
+                    yield one
     if has_bottlenecks(model):
         from .transfer.bottlenecks import owners_of
 

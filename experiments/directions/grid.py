@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..models import ModelError
+from ..studies import study_among
 
 LOW_RANK = dict(structure="low_rank", perturbation="streamed")
 KINDS: dict[str, dict[str, Any]] = {
@@ -124,11 +124,7 @@ def study_of(model: str) -> Study:
     Raises:
         ModelError: none is of this model.
     """
-    for study in STUDIES:
-        if study.model in model.lower():
-            return study
-    known = ", ".join(study.model for study in STUDIES)
-    raise ModelError(f"--model must be one of {known}, got {model!r}")
+    return study_among(STUDIES, model, "--model must be one of")
 
 
 def cells(study: Study) -> Iterator[Sequence[Cell]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..models import ModelError
+from ..studies import folder_of, study_among
 from .recipes import (
     ALL,
     BIASES,
@@ -141,8 +141,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Of its runs, below the model's."""
-        name = self.name.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
-        return f"{self.task}/{name}"
+        return f"{self.task}/{folder_of(self.name)}"
 
 
 def study_of(model: str) -> Study:
@@ -150,11 +149,7 @@ def study_of(model: str) -> Study:
     Raises:
         ModelError: none is of this model.
     """
-    for study in STUDIES:
-        if study.model in model.lower():
-            return study
-    known = ", ".join(study.model for study in STUDIES)
-    raise ModelError(f"--models must be of {known}, got {model!r}")
+    return study_among(STUDIES, model)
 
 
 def cells(study: Study) -> Sequence[Cell]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..models import ModelError
+from ..studies import folder_of, study_among
 
 NOTHING, PROBE, LORA, ZO, PLUGGED, SCALED, REFINED = (
     "no adapter",
@@ -102,7 +102,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Of its runs, below the task's."""
-        return self.name.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
+        return folder_of(self.name)
 
 
 ZO_ALONE = Cell(ZO)
@@ -116,11 +116,7 @@ def study_of(model: str) -> Study:
     Raises:
         ModelError: none is of this model.
     """
-    for study in STUDIES:
-        if study.model in model.lower():
-            return study
-    known = ", ".join(study.model for study in STUDIES)
-    raise ModelError(f"--models must be of {known}, got {model!r}")
+    return study_among(STUDIES, model)
 
 
 def cells(study: Study) -> Sequence[Cell]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..adapters import adapter_parameters
 from ..groups import check_module, options_of, param_groups, split_of
 from ..zeroth_order import ZerothOrder
-from .bottlenecks import adapters_of, saved_modules
 
 
 def zo_param_groups(
@@ -50,7 +50,9 @@ def zo_param_groups(
         )
     if base is None and adapter is None:
         raise ValueError("base and adapter must not both be None: nothing would train")
-    own = {id(p) for p in _adapter_parameters(model)}
+    peft: Any = model
+    active = peft.active_adapters if hasattr(peft, "get_base_model") else ()
+    own = {id(p) for p in adapter_parameters(model, active)}
     if not own:
         raise ValueError(f"model must have an adapter, got a {type(model).__name__} without")
 
@@ -65,19 +67,3 @@ def zo_param_groups(
     for group in groups:
         group["mode"] = "zo"
     return groups
-
-
-def _adapter_parameters(model: Any) -> Iterator[Tensor]:
-    """Of bottlenecks and the modules that trained with them, or of peft's active adapters."""
-    if hasattr(model, "bottlenecks"):
-        saved = saved_modules(model, model.bottlenecks)
-        for module in (*adapters_of(model).values(), *saved.values()):
-            yield from module.parameters()
-    if not hasattr(model, "get_base_model"):  # transformers has a method active_adapters()
-        return
-    for module in model.modules():  # peft holds each by its name in dictionaries of modules
-        if isinstance(module, nn.ModuleDict | nn.ParameterDict):
-            for name in model.active_adapters:
-                if name in module:
-                    part: Any = module[name]
-                    yield from part.parameters() if isinstance(part, nn.Module) else (part,)

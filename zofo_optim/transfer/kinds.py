@@ -73,14 +73,20 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
     return found
 
 
+def without_adapter(module: nn.Module) -> nn.Module:
+    """The base model's layer within peft's."""
+    outer: Any = module
+    inner: nn.Module = outer.get_base_layer() if hasattr(outer, "get_base_layer") else outer
+    return inner
+
+
 def widths_of(name: str, module: nn.Module) -> tuple[int, int]:
     """Of a linear layer's or an embedding's input and output.
 
     Raises:
         ValueError: it is neither.
     """
-    outer: Any = module
-    base: Any = outer.get_base_layer() if hasattr(outer, "get_base_layer") else outer
+    base: Any = without_adapter(module)
     for of_input, of_output in (("in_features", "out_features"), ("nx", "nf")):
         if hasattr(base, of_input) and hasattr(base, of_output):
             return int(getattr(base, of_input)), int(getattr(base, of_output))

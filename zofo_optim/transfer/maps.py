@@ -168,7 +168,7 @@ def _check_spanned(pair: Pair, rows: int) -> None:
 def _same(pair: Pair, config: Any) -> Projection:
     """The map of units that are the same in both models; a bridge has some of them."""
     name, side = pair.large
-    if side in ("keys", "values"):
+    if side in CACHED:
         kept = kept_key_units(config, int(name.rpartition(".")[2]))
     else:
         kept = kept_units(config, name, side)

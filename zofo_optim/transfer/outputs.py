@@ -9,7 +9,7 @@ from torch import nn
 
 from .activations import Tap
 from .kept import bridge_of
-from .kinds import widths_of
+from .kinds import widths_of, without_adapter
 from .layers import Stack
 
 
@@ -43,7 +43,7 @@ def seen_at(model: nn.Module, stack: Stack, name: str) -> Tap | None:
         mixes.
     """
     inputs, outputs = widths_of(name, model.get_submodule(name))
-    if outputs <= inputs or isinstance(_base(model.get_submodule(name)), nn.Embedding):
+    if outputs <= inputs or isinstance(without_adapter(model.get_submodule(name)), nn.Embedding):
         return Tap(name, "output")
     inside = stack.split(name)
     if inside is None or _attends(model, name):
@@ -97,10 +97,5 @@ def _linears(module: nn.Module, name: str) -> Iterator[_Linear]:
         except ValueError:
             yield from _linears(child, f"{name}.{part}")
         else:
-            if not isinstance(_base(child), nn.Embedding):
+            if not isinstance(without_adapter(child), nn.Embedding):
                 yield _Linear(f"{name}.{part}", *widths)
-
-
-def _base(module: nn.Module) -> nn.Module:
-    inner: nn.Module = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
-    return inner
