@@ -326,7 +326,7 @@ class Simulation:
                     found.append((weight.value, weight.error))
                 else:
                     z = self._noise(group, weight, point.sample, index)
-                    scale = point.sign * group.options["mu"]
+                    scale = point.sign * group.options["mu"] * group.options.get("unit", 1.0)
                     found.append(
                         weight.move(z, scale, self.noise_error, self.in_place, self.finest)
                     )
@@ -418,9 +418,12 @@ class Simulation:
         for position, group in enumerate(self.zo):
             options = group.options
             if position < len(pending.coefficients):
-                sign = -1 if options["maximize"] else 1
+                sign = (-1 if options["maximize"] else 1) * options.get("unit", 1.0)
                 coefficients, blurs = self._ruled(position, group, errors[position])
                 coefficients = [sign * c for c in coefficients]
+                blurs = [
+                    abs(sign) * (blur + self.unit * abs(c)) for blur, c in zip(blurs, coefficients)
+                ]
                 lr = float(options["lr"]) if pending.usable else 0.0
                 moving, scale = self.moving(position, group)
                 for i, weight in enumerate(group.weights):

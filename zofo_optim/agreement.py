@@ -198,6 +198,7 @@ def _layout(group: ZOGroup) -> dict[str, str]:
         "seed": repr(options["seed"]),
         "step": _number(options["zo_step"]),
         **{name: _number(options[name]) for name in ("lr", "mu", "weight_decay", "maximize")},
+        "unit": _number(group.unit),
     }
 
 

@@ -101,7 +101,9 @@ class AskTell(GroupsAndState):
             Displaced(
                 direction,
                 side,
-                tuple(Shift(group.direction(direction), side * group.mu) for group in groups),
+                tuple(
+                    Shift(group.direction(direction), side * group.displacement) for group in groups
+                ),
             )
             for direction in numbers
             for side in (1, -1)

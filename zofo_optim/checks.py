@@ -22,7 +22,7 @@ from .sharding import local_of
 from .zo_groups import ZOGroup
 
 MODES = ("zo", "fo")
-ZO_OPTIONS = ("lr", "mu", "weight_decay", "maximize", "seed")
+ZO_OPTIONS = ("lr", "mu", "unit", "weight_decay", "maximize", "seed")
 NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 FLAGS = ("nesterov", "maximize", "capturable")
 STATEFUL = ("momentum", "dampening", "nesterov")
@@ -62,6 +62,11 @@ def check_seed(seed: Any) -> None:
 def check_mu(mu: Any) -> None:
     if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0.0 < mu < math.inf:
         raise ValueError(f"Invalid mu value: {mu!r} (must be a finite number > 0)")
+
+
+def check_unit(unit: Any) -> None:
+    if isinstance(unit, bool) or not isinstance(unit, (int, float)) or not 0.0 < unit < math.inf:
+        raise ValueError(f"Invalid unit value: {unit!r} (must be a finite number > 0)")
 
 
 def check_zo_defaults(options: Mapping[str, Any]) -> None:
@@ -105,6 +110,7 @@ def check_step_options(group: Mapping[str, Any]) -> None:
     elif not (0.0 <= lr < math.inf or rounds_to_zero(group)):
         raise ValueError(f"Invalid learning rate: {lr} (lr must be a finite number >= 0)")
     check_mu(group["mu"])
+    check_unit(group.get("unit", 1.0))
     if not isinstance(decay, (int, float)) or not 0.0 <= decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {decay!r} (must be finite and >= 0)")
 

@@ -129,7 +129,7 @@ class Estimate:
         updates = [
             Update(
                 tuple(group.direction(s) for s in range(row.numel())),
-                -row if group.options["maximize"] else row,
+                _of_weights(row, group),
                 self._gate(group.options["lr"]),
                 float(group.options["weight_decay"]) * group.scale,
                 group.active,
@@ -193,3 +193,10 @@ class Estimate:
             tensor("clean", torch.bool),
             saved.get("per_example", False),
         )
+
+
+def _of_weights(row: Tensor, group: ZOGroup) -> Tensor:
+    """What multiplies the directions in the update, of a row of shaped coefficients."""
+    if group.unit != 1.0:
+        row = row * group.unit
+    return -row if group.options["maximize"] else row

@@ -61,7 +61,8 @@ class HybridZOFO(Evaluating):
         momentum, dampening, nesterov: for FO groups; left alone, ``fo_optimizer``'s own hold.
         weight_decay: L2 coefficient, both modes; 0 also where ``fo_optimizer`` has another default.
         maximize: ascend instead, both modes.
-        mu: perturbation step size, the paper's μ; ZO groups.
+        mu: perturbation step size, the paper's μ; ZO groups. A ZO group may set ``unit``, the size
+            of its weights that its ``mu`` and ``lr`` count in: default 1.
         estimator: "one_sided" (shares the FO evaluation, error O(mu)), "two_sided" (central, error
             O(mu^2)), or "antithetic": two-sided in one evaluation, by pairs of examples.
         num_samples: number q of directions averaged in a step.

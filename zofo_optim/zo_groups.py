@@ -71,7 +71,18 @@ class ZOGroup:
 
     @property
     def mu(self) -> float:
+        """In units of ``unit``, as slopes are."""
         return float(self.options["mu"])
+
+    @property
+    def unit(self) -> float:
+        """What ``mu`` and ``lr`` count in: weights are ``unit`` theta, and theta moves by mu v."""
+        return float(self.options.get("unit", 1.0))
+
+    @property
+    def displacement(self) -> float:
+        """How far weights move along v."""
+        return self.mu * self.unit
 
     def direction(self, sample: int) -> Direction:
         """Direction ``sample`` of the group's present step."""

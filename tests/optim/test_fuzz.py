@@ -35,9 +35,10 @@ ANY = dict(parameters=st.lists(PARAMETERS, min_size=1, max_size=2), lr=RATES)
 ANY.update(weight_decay=DECAYS, maximize=st.booleans())
 TENSORS = RATES.map(lambda lr: torch.tensor(lr, dtype=torch.float64))
 ZO = dict(ANY, mode=st.just("zo"), lr=RATES | TENSORS, mu=MUS)
+UNITS = st.sampled_from([1.0, 2.0**-5, 0.3])
 FO = dict(ANY, mode=st.just("fo"), momentum=st.sampled_from([0.0, 0.9]))
 GROUPS = st.one_of(
-    st.fixed_dictionaries(ZO, optional=dict(seed=st.just(7))),
+    st.fixed_dictionaries(ZO, optional=dict(seed=st.just(7), unit=UNITS)),
     st.fixed_dictionaries(dict(FO, momentum=st.just(0.9), nesterov=st.booleans())),
     st.fixed_dictionaries(ZO),
     st.fixed_dictionaries(FO),

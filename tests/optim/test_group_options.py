@@ -56,7 +56,9 @@ def test_options_that_a_group_does_not_have(mode, options, cls):
 
 
 def test_the_error_names_what_there_is():
-    with pytest.raises(TypeError, match=r"'eps' .*got 0\.01; there are lr, mu, weight_decay, max"):
+    with pytest.raises(
+        TypeError, match=r"'eps' .*got 0\.01; there are lr, mu, unit, weight_decay, max"
+    ):
         built("zo", {"lr": 1e-3, "eps": 0.01})
     match = "'momentum' .* mode='fo' and fo_optimizer=AdamW, got 0.9; there are lr, betas"
     with pytest.raises(TypeError, match=match):

@@ -260,7 +260,7 @@ class Perturbation(ABC):
             self.moves.clear()
 
     def _shift(self, group: ZOGroup, sample: int, sign: int) -> Shift:
-        return Shift(group.direction(sample), sign * group.mu)
+        return Shift(group.direction(sample), sign * group.displacement)
 
 
 def named(groups: Sequence[ZOGroup]) -> list[tuple[str, Tensor]]:

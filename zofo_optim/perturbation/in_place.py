@@ -33,7 +33,7 @@ class InPlacePerturbation(Perturbation):
         with uninterrupted():  # all groups take the same path
             self.gathered.reshard()
             try:
-                self._tell(Move(sample, tuple(sign * group.mu for group in self.groups)))
+                self._tell(Move(sample, tuple(sign * group.displacement for group in self.groups)))
             finally:  # what was told happens, though a listener raises
                 for position, group in enumerate(self.groups):
                     self._pass(position, self._shift(group, sample, sign))

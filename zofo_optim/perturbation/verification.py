@@ -212,7 +212,7 @@ class Verification:
         assert self._forms is not None
         coarsest, rest = self._forms.coarsest, of(at_rest).item()
         found: _There | None = None
-        farthest = _FARTHEST / max(group.mu for group in self._perturbation.groups)
+        farthest = _FARTHEST / max(group.displacement for group in self._perturbation.groups)
         for factor in [f for f in _FACTORS if f == 1 or f <= farthest]:
             place = dict(sample=sample, factor=factor * side, shared=True)
             there = self._at(**place, closed=())
