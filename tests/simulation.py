@@ -94,6 +94,7 @@ class Weight:
         coarse = torch.zeros_like(there, dtype=torch.bool)
         if self.dtype in NARROW:
             reach = self.value.abs() + step.abs() + self.error + blur  # there or back
+            reach = reach + self.half_ulp(reach)  # it may round up to a power of two
             coarse = ulp(reach, self.dtype) > finest * abs(scale)
         first = torch.where(coarse, 2 * first, first)
         seen = self.error + first + blur
@@ -422,7 +423,8 @@ class Simulation:
                 coefficients, blurs = self._ruled(position, group, errors[position])
                 coefficients = [sign * c for c in coefficients]
                 blurs = [
-                    abs(sign) * (blur + self.unit * abs(c)) for blur, c in zip(blurs, coefficients)
+                    abs(sign) * (blur + self.unit * abs(c))
+                    for blur, c in zip(blurs, coefficients, strict=True)
                 ]
                 lr = float(options["lr"]) if pending.usable else 0.0
                 moving, scale = self.moving(position, group)

@@ -15,7 +15,7 @@ OPTIONS = [
 
 
 def _path(unit, options, steps=4):
-    """Weights over ``unit`` after some steps on a function of theta = weights / unit, and losses."""
+    """Weights over ``unit`` after some steps on a function of that quotient, and losses."""
     torch.manual_seed(0)
     theta = torch.randn(6, 5)
     weight = torch.nn.Parameter(theta * unit, requires_grad=False)
