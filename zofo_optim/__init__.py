@@ -19,7 +19,7 @@ from .rules import CenteredRank, Clip, Normalized, Rule, Sign, ZScore
 from .sampling import common_noise
 from .saving import load_hybrid, save_hybrid
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CenteredRank",
     "Clip",
