@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapters import adapter_parameters
 from .names import match_names, unwrapped, without_layers
 from .optimizer import HybridZOFO
+from .quantized import Names, tensors_for
 from .sharding import fill, fsdp_modules, is_sharded, reshard, whole_of
 
 FILE = "zo_weights.safetensors"
@@ -80,24 +81,26 @@ def base_weights(
     reshard(fsdp_modules(model))
     of_peft = getattr(model, "get_base_model", None)
     base: nn.Module = of_peft() if callable(of_peft) else model
-    names = {id(p): without_layers(name) for name, p in base.named_parameters()}
+    known = Names(base)
     of_adapters = {id(p) for p in adapter_parameters(model)}
     tensors = {}
     for group in optimizer.zo_groups():
         for p, given in zip(group.params, group.names, strict=True):
             if id(p) in of_adapters:
                 continue
-            if id(p) not in names:
+            found = known.of(p)
+            if found is None:
                 raise ValueError(f"model must hold all zeroth-order parameters, not so {given!r}")
-            if names[id(p)] in tensors:
+            name = without_layers(found)
+            if name in tensors:
                 raise ValueError(
-                    f"model must have one weight of the name {names[id(p)]!r}, peft's and torch's "
+                    f"model must have one weight of the name {name!r}, peft's and torch's "
                     f"parts of names left out, got a second one, {given!r}"
                 )
             whole = whole_of(p.detach())
             if is_sharded(p):
                 whole = whole.cpu() if keep else whole.new_empty(0)
-            tensors[names[id(p)]] = whole.contiguous()
+            tensors[name] = whole.contiguous()
     return tensors
 
 
@@ -191,7 +194,7 @@ def load_tensors(model: nn.Module, path: Path) -> None:
 
     saved = load_file(path)
     reshard(fsdp_modules(model))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = tensors_for(saved, model)
     where = match_names(saved, parameters)
     missing = [name for name in saved if name not in where]
     if missing:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from zofo_kernels.memory import has_memory
 
+from .quantized import Scale, Scales
+
 _ROOM = 1 << 28
 """Bytes that the first step copies at most; past that, the largest buffers go by their versions."""
 _COPIED = (
@@ -23,11 +25,20 @@ _COPIED = (
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Parameter groups, and the model that they are of."""
+    """Parameter groups, and the model that they are of.
 
-    def __init__(self, groups: Iterable[dict[str, Any]], model: nn.Module) -> None:
+    Args:
+        groups: see :class:`zofo_optim.HybridZOFO`.
+        model: whose parameters.
+        scales: those among them that are quantisation scales.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], model: nn.Module, scales: Iterable[Scale] = ()
+    ) -> None:
         super().__init__(groups)
         self.model = model
+        self.scales = list(scales)
 
 
 class _Content(NamedTuple):
@@ -69,6 +80,19 @@ def module_of(params: Any, restore_buffers: bool | nn.Module) -> nn.Module | Non
 def model_of(params: Any, restore_buffers: bool | nn.Module) -> nn.Module | None:
     """The model that an optimizer's parameters are of; None: unknown."""
     return params.model if isinstance(params, ParamGroups) else module_of(params, restore_buffers)
+
+
+def scales_among(params: Any, model: nn.Module | None, tensors: Iterable[Tensor]) -> list[Scale]:
+    """The quantisation scales among an optimizer's tensors.
+
+    Args:
+        params: what it was given.
+        model: see :func:`model_of`.
+        tensors: what it trains by zeroth order.
+    """
+    if isinstance(params, ParamGroups):
+        return params.scales
+    return [] if model is None else Scales(model).among(tensors)
 
 
 class Buffers:

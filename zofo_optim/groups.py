@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .buffers import ParamGroups
 from .parallel import check_wrappers
 from .plain import plain
+from .quantized import Scales, unit_of
 from .zeroth_order import ZerothOrder, parameters_with_all_names
 
 
@@ -21,6 +22,7 @@ def hybrid_param_groups(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     directions: str = "shared",
+    quantized: str | None = None,
     verbose: bool = True,
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`HybridZOFO`: what trains goes to FO, what is frozen to ZO.
@@ -33,7 +35,7 @@ def hybrid_param_groups(
     the base model's or cannot be perturbed: frozen originals that an adapter replaces
     (``modules_to_save``, LayerNorm tuning, FRoD), an adapter's own frozen weights, and tensors
     of integers and booleans. Frozen weights that could learn but cannot be moved here, such as
-    quantised ones, raise unless they are excluded.
+    quantised ones, raise unless they are excluded, or ``quantized`` says what becomes of them.
 
     Args:
         model: any module; call this after peft has wrapped it, and after ``fully_shard`` or
@@ -48,6 +50,12 @@ def hybrid_param_groups(
         directions: those of the optimizer; with "per_example" what cannot have a direction for each
             example is left out: embeddings of positions, convolutions, batch and group norms,
             recurrent layers, and packed attention, as far as it can be told from the modules.
+        quantized: what becomes of quantised weights. None: they are refused. "scales": their
+            scales, and zero points that are floats, learn by zeroth order, in groups by size, each
+            with that size as its ``unit``: the root mean square of a tensor as a power of two. They
+            are named as in the format's state dicts, such as ``"q_proj.weight.absmax"``, also for
+            ``include`` and ``exclude``. Scales that are quantised themselves or have 16 bits become
+            fp32 first. "frozen": quantised weights stay as they are.
         verbose: print a one-line summary.
 
     Returns:
@@ -60,17 +68,23 @@ def hybrid_param_groups(
         ValueError: an option may not be set here, a pattern matches no frozen parameter, no
             parameter is left, ``zo`` is given and there is no zeroth-order parameter, or base
             weights are quantised, partitioned, sparse, complex or offloaded (on the meta device)
-            and not excluded, or trainable ones are offloaded.
+            and not excluded, or trainable ones are offloaded; or ``quantized="scales"`` does not
+            know their format, nor ``directions="per_example"``.
         RuntimeError: the model has zeroth-order parameters, and several processes share it by a
             wrapper other than DistributedDataParallel.
     """
     check_module(model)
-    rules = ZerothOrder(model, include, exclude, directions)
+    rules = ZerothOrder(model, include, exclude, directions, quantized=quantized)
 
     def mode_of(names: Sequence[str], parameter: Tensor) -> str:
         return "fo" if parameter.requires_grad else "zo"
 
     options = {"zo": options_of("zo", zo), "fo": options_of("fo", fo)}
+    if quantized == "scales" and "unit" in options["zo"]:
+        raise ValueError(
+            "zo must not set 'unit' where quantized='scales', whose groups have their own, got "
+            f"{options['zo']['unit']!r}"
+        )
     split = split_of(model, mode_of, rules)
     if zo is not None and not split.zo:
         raise ValueError(
@@ -87,6 +101,10 @@ class Split(NamedTuple):
     fo: dict[str, Tensor]
     left_out: dict[str, list[Tensor]]
     """By reason."""
+    units: dict[str, float]
+    """Of those zeroth-order tensors that are quantisation scales."""
+    prepared: dict[str, int]
+    """See :attr:`ZerothOrder.prepared`."""
 
 
 def split_of(
@@ -102,7 +120,7 @@ def split_of(
     Raises:
         ValueError: no parameter is left, or the rules refuse one, or a pattern.
     """
-    split = Split({}, {}, {})
+    split = Split({}, {}, {}, {}, rules.prepared)
     for names, parameter in parameters_with_all_names(model):
         mode = mode_of(names, parameter)
         if mode == "fo":
@@ -114,6 +132,13 @@ def split_of(
             split.left_out.setdefault(reason, []).append(parameter)
         else:
             split.zo[names[0]] = parameter
+    for scales in rules.scales or ():
+        first, reason = scales[0], rules.reason_against_scale(scales)
+        if reason:
+            split.left_out.setdefault(reason, []).append(first.tensor)
+        else:
+            split.zo[first.name] = first.tensor
+            split.units[first.name] = unit_of(first.tensor)
     rules.check_patterns()
     if not split.zo and not split.fo:
         raise ValueError("model must have at least one parameter to train, got none")
@@ -135,7 +160,6 @@ def param_groups(
         RuntimeError: the model has zeroth-order parameters, and a wrapper that they cannot train
             under.
     """
-    groups = {"zo": split.zo, "fo": split.fo}
     if split.zo:
         check_wrappers(model)
     if said is not None:
@@ -146,11 +170,23 @@ def param_groups(
             "param_names": list(chosen),
             "mode": mode,
             **options[mode],
+            **own,
         }
-        for mode, chosen in groups.items()
+        for mode, chosen, own in (*_by_unit(split), ("fo", split.fo, {}))
         if chosen
     ]
-    return ParamGroups(chosen_groups, model)
+    scales = Scales(model).among(split.zo.values()) if split.units else ()
+    return ParamGroups(chosen_groups, model, scales)
+
+
+def _by_unit(split: Split) -> list[tuple[str, dict[str, Tensor], dict[str, float]]]:
+    """Zeroth-order tensors with the options of their groups: first those without a unit."""
+    plain = {name: p for name, p in split.zo.items() if name not in split.units}
+    found: list[tuple[str, dict[str, Tensor], dict[str, float]]] = [("zo", plain, {})]
+    for unit in sorted(set(split.units.values()), reverse=True):
+        alike = {name: split.zo[name] for name, one in split.units.items() if one == unit}
+        found.append(("zo", alike, {"unit": unit}))
+    return found
 
 
 def check_module(model: Any) -> None:
@@ -190,10 +226,14 @@ def _size(parameters: Sequence[Tensor]) -> str:
 
 
 def _summary(said: str, split: Split) -> str:
+    scales = [split.zo[name] for name in split.units]
+    of_scales = f", of them quantisation scales {_size(scales)}" if scales else ""
     parts = [
-        f"zeroth-order: {_size(list(split.zo.values()))} parameters",
+        f"zeroth-order: {_size(list(split.zo.values()))} parameters{of_scales}",
         f"first-order: {_size(list(split.fo.values()))}",
     ]
     for reason, parameters in split.left_out.items():
         parts.append(f"left out ({reason}): {_size(parameters)}")
+    for done, count in split.prepared.items():
+        parts.append(f"scales of {count} weights {done}")
     return f"{said}: " + "; ".join(parts)

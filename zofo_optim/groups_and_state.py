@@ -26,6 +26,7 @@ from .listeners import Listener, Listeners, Move
 from .monitor import Monitor
 from .perturbation import PERTURBATIONS
 from .plain import make_plain
+from .quantized import as_saved
 from .replicas import LOST, Replicas, group_now, replicas_of
 from .settings import Settings
 from .zo_groups import ZOGroup
@@ -194,7 +195,7 @@ class GroupsAndState(Optimizer):
         """As in torch; the directions' seed and step, and accumulated coefficients, are restored.
 
         Groups of ``state_dict`` without parameters that are lacking here are made: repartitioning
-        empties some.
+        empties some. Quantisation scales go to the groups that they were in when it was saved.
 
         Warns where the state was saved by an optimizer with other settings: it then goes on along
         another path, and what another ``zo_rule`` remembers is left.
@@ -203,8 +204,12 @@ class GroupsAndState(Optimizer):
             ValueError: the groups' number, sizes or modes differ; or both have names of parameters,
                 and these are in another order.
         """
-        groups = list(self.param_groups)
+        groups, arranged = list(self.param_groups), None
         try:
+            arranged = as_saved(groups, state_dict.get("param_groups", ()))
+            if arranged is not None:
+                self._listeners.group_adding(arranged[-1])
+                self.param_groups[:] = arranged
             for position, group in state.emptied(groups, state_dict.get("param_groups", ())):
                 if group.get("mode") == "zo":
                     self._listeners.group_adding(group)
@@ -212,7 +217,7 @@ class GroupsAndState(Optimizer):
             before = rule_states.of(self.param_groups)
             super().load_state_dict(state_dict)
         except BaseException:
-            if len(self.param_groups) != len(groups):
+            if arranged is not None or len(self.param_groups) != len(groups):
                 self.param_groups[:] = groups
             raise
         # what was accumulated belongs to the directions of the step that is left

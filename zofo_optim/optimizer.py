@@ -16,7 +16,7 @@ from zofo_kernels import NOISE_VERSION
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from .advice import NO_ESTIMATE
-from .buffers import Buffers, model_of, module_of
+from .buffers import Buffers, model_of, module_of, scales_among
 from .checks import check_kinds, check_zo_defaults
 from .defaults import default, value_of
 from .estimate import Estimate
@@ -28,6 +28,7 @@ from .in_backward import REFUSED
 from .modes import undisturbed
 from .perturbation import Perturbation
 from .plain import plain
+from .quantized import check_perturbation
 from .rule_states import keep
 from .rules import Rule
 from .settings import SETTINGS, Settings
@@ -176,7 +177,11 @@ class HybridZOFO(Evaluating):
         super().__init__(params, settings, first_order, zo_shared, zo_defaults)
         self._process_group = process_group
         self._evaluator.buffers = Buffers(module_of(params, plain(restore_buffers)))
-        self._perturbation.model = model_of(params, plain(restore_buffers))
+        model = model_of(params, plain(restore_buffers))
+        self._perturbation.model = model
+        zeroth_order = (p for group in self.zo_groups() for p in group.params)
+        self._perturbation.scales = scales_among(params, model, zeroth_order)
+        check_perturbation(self._perturbation.scales, settings.perturbation)
 
     # ---- a step: read from here down ----------------------------------------------------------
 

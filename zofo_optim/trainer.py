@@ -27,6 +27,7 @@ from .losses import OF_ELEMENTS, example_losses_of, task_of
 from .optimizer import HybridZOFO
 from .partition import Partition
 from .partition.trainer import NO_RATE, Again, TrainerPartition
+from .quantized import Scales
 from .sharding import is_sharded
 from .smoothness.trainer import SmoothnessCallback
 
@@ -82,6 +83,7 @@ class HybridTrainerMixin(_Base):
         zo: options of the zeroth-order group, ``lr`` among them; see
             :func:`hybrid_param_groups`.
         include, exclude: which frozen parameters train, likewise.
+        quantized: what becomes of quantised weights, likewise; not with a partition.
         hybrid: options of :class:`HybridZOFO`, such as ``dict(estimator="one_sided")``. Its seed
             is that of the arguments unless given.
         partition: which tensors train first-order: a :class:`~zofo_optim.partition.Partition`, or
@@ -91,8 +93,8 @@ class HybridTrainerMixin(_Base):
             ``every`` the partition is made anew after so many epochs, which excludes a journal.
             Checkpoints hold it.
         **kwargs: as for the Trainer. An optimizer given as ``optimizers=(HybridZOFO(...), None)``
-            is taken as it is, without ``zo``, ``include``, ``exclude``, ``hybrid`` and
-            ``partition``.
+            is taken as it is, without ``zo``, ``include``, ``exclude``, ``quantized``, ``hybrid``
+            and ``partition``.
 
     Raises:
         TypeError: ``optimizers`` holds another optimizer; or the trainer takes another batch in
@@ -113,6 +115,7 @@ class HybridTrainerMixin(_Base):
         zo: Mapping[str, Any] | None = None,
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
+        quantized: str | None = None,
         hybrid: Mapping[str, Any] | None = None,
         partition: Partition | Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -123,6 +126,12 @@ class HybridTrainerMixin(_Base):
         self._training = False
         self._hybrid_options = dict(hybrid or {})
         self._group_options: dict[str, Any] = dict(zo=zo, include=include, exclude=exclude)
+        if quantized is not None:
+            if partition is not None:
+                raise ValueError(
+                    f"quantized must be left out where partition is given, got {quantized!r}"
+                )
+            self._group_options["quantized"] = quantized
         self._partition = None if partition is None else TrainerPartition(partition)
         super().__init__(*args, **kwargs)
         self._check_supported()
@@ -130,8 +139,8 @@ class HybridTrainerMixin(_Base):
             _check_optimizer(self.optimizer)
             if any(self._group_options.values()) or hybrid or self._partition is not None:
                 raise ValueError(
-                    "zo, include, exclude, hybrid and partition must be left out where optimizers "
-                    "holds a HybridZOFO, which has its options already"
+                    "zo, include, exclude, quantized, hybrid and partition must be left out where "
+                    "optimizers holds a HybridZOFO, which has its options already"
                 )
             self._check_options(vars(self.hybrid_optimizer.settings))
             if self.hybrid_optimizer.settings.directions == "per_example":
@@ -263,6 +272,7 @@ class HybridTrainerMixin(_Base):
                 groups = self._partition.groups(
                     self, model, self._group_options, given, decaying, verbose=verbose
                 )
+            scales = groups.scales if isinstance(groups, ParamGroups) else ()
             first_order = [
                 part
                 for group in groups
@@ -276,7 +286,7 @@ class HybridTrainerMixin(_Base):
             if self._processes > 1:  # DDP waits for gradients of all that require them
                 for p in (p for group in zeroth_order for p in group["params"]):
                     p.requires_grad_(False)
-            groups = ParamGroups([*first_order, *zeroth_order], model)
+            groups = ParamGroups([*first_order, *zeroth_order], model, scales)
             if len(groups) > len(first_order) and "lr" not in (self._group_options["zo"] or {}):
                 raise ValueError(NO_RATE)
             with self._naming_arguments():
@@ -466,7 +476,7 @@ class HybridTrainerMixin(_Base):
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super()._save(output_dir, *args, **kwargs)
-        if self.args.should_save and self.optimizer is not None and self._saves_adapter_only():
+        if self.args.should_save and self.optimizer is not None and self._saves_in_part():
             folder = output_dir or self.args.output_dir
             assert folder is not None
             save_base_weights(self.hybrid_optimizer, self._module(), folder)
@@ -475,7 +485,7 @@ class HybridTrainerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        if self._saves_adapter_only():
+        if self._saves_in_part():
             load_base_weights(self._module(), resume_from_checkpoint)
         if self._partition is not None:
             self._partition.load(self, resume_from_checkpoint)
@@ -483,7 +493,7 @@ class HybridTrainerMixin(_Base):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         best = self.state.best_model_checkpoint
-        if self._saves_adapter_only() and best is not None and os.path.isdir(best):
+        if self._saves_in_part() and best is not None and os.path.isdir(best):
             model: Any = self._module()
             active = getattr(model, "active_adapters", ())
             for adapter in () if callable(active) else active:  # a method where peft is within
@@ -503,8 +513,14 @@ class HybridTrainerMixin(_Base):
         assert isinstance(self.model, nn.Module)
         return self.model
 
-    def _saves_adapter_only(self) -> bool:
-        return any(hasattr(module, "peft_config") for module in self._module().modules())
+    def _saves_in_part(self) -> bool:
+        """Whether the Trainer's own files lack what is learnt, or do not load into a model."""
+        model = self._module()
+        learns = self._group_options.get("quantized") == "scales"
+        if self.optimizer is not None:
+            groups = self.hybrid_optimizer.zo_groups()
+            learns |= bool(Scales(model).among(p for group in groups for p in group.params))
+        return learns or any(hasattr(module, "peft_config") for module in model.modules())
 
 
 def _own_groups(options: Mapping[str, Any]) -> list[dict[str, Any]] | None:

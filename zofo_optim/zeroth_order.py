@@ -12,6 +12,8 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from .names import matching, patterns_in
 from .ownership import without_examples
+from .quantized import Scale, Scales, prepare
+from .quantized.refusals import by_choice, check_known, is_quantised
 from .settings import DIRECTIONS
 from .sharding import fsdp_modules, pieces_of, reshard
 
@@ -21,6 +23,7 @@ _STANDS_IN = {
     "frod_lambda_l": "base_layer.weight",
 }
 """Where peft replaces rather than adds: its attribute, by adapter, and what that stands in for."""
+QUANTIZED = (None, "scales", "frozen")
 _WHY_UNUSED = (
     " (no forward pass uses them, or they are an adapter's: inactive or frozen adapters, and "
     "originals that an adapter replaces)"
@@ -32,12 +35,12 @@ class ZerothOrder:
 
     Args:
         model: whose parameters.
-        include, exclude, directions: see there.
+        include, exclude, directions, quantized: see there.
         without_data: let parameters on the meta device pass, for a plan.
 
     Raises:
         TypeError: ``include`` or ``exclude`` is no string or sequence of strings.
-        ValueError: ``directions`` has no such value.
+        ValueError: ``directions`` or ``quantized`` has no such value, or the two do not fit.
     """
 
     def __init__(
@@ -47,8 +50,16 @@ class ZerothOrder:
         exclude: str | Sequence[str] = (),
         directions: str = "shared",
         *,
+        quantized: str | None = None,
         without_data: bool = False,
     ) -> None:
+        if quantized not in QUANTIZED:
+            raise ValueError(f"quantized must be one of {QUANTIZED}, got {quantized!r}")
+        if quantized == "scales" and directions == "per_example":
+            raise ValueError(
+                "directions must be 'shared' where quantized='scales', got 'per_example': scales "
+                "move in place, all examples with them"
+            )
         self._without_data = without_data
         self._wanted = patterns_in("include", include)
         self._unwanted = patterns_in("exclude", exclude)
@@ -56,6 +67,16 @@ class ZerothOrder:
             raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
         self._shared = without_examples(model) if directions == "per_example" else set()
         self._unreached = _unreached(model)
+        self._frozen = quantized == "frozen"
+        self.prepared: dict[str, int] = {}
+        """How many tensors of scales were changed first, by what was done."""
+        self.scales: Scales | None = None
+        """That learn, of quantised weights."""
+        if quantized == "scales":
+            check_known(model)
+            self.prepared = prepare(model)
+            self.scales = Scales(model)
+        self._scaled = set() if self.scales is None else self.scales.weights
         self._used: set[str] = set()
         self._taken: dict[str, dict[str, str]] = {pattern: {} for pattern in self._wanted}
 
@@ -90,6 +111,10 @@ class ZerothOrder:
         reason = ""
         if self.is_unreached(names):
             reason = "unused"
+        elif any(name in self._scaled for name in names):
+            reason = "quantised, their scales learn"
+        elif self._frozen and is_quantised(parameter):
+            reason = "quantised, frozen"
         elif not unwanted and (packed := self._packed(parameter, names[0])):
             raise ValueError(f"model must not have {packed}; {names[0]!r} is one")
         elif unwanted:
@@ -101,6 +126,12 @@ class ZerothOrder:
         for pattern in included:
             self._taken[pattern].setdefault(reason, names[0])
         return reason
+
+    def reason_against_scale(self, scales: Sequence[Scale]) -> str:
+        """As :meth:`reason_against`, of one tensor of quantisation scales by all of its names."""
+        if self.is_unreached([scale.weight for scale in scales]):
+            return "unused"
+        return self.reason_against([scale.name for scale in scales], scales[0].tensor)
 
     def check_first_order(self, name: str, parameter: Tensor) -> None:
         """
@@ -152,9 +183,10 @@ def _packed(parameter: Tensor, name: str) -> str | None:
         )
     if type(parameter).__name__ in ("Params4bit", "Int8Params"):
         return (
-            "weights quantised by bitsandbytes in a zeroth-order group: load the base model in "
-            "bfloat16, in which it trains at inference memory, or leave these weights out by "
-            "exclude="
+            "weights quantised by bitsandbytes in a zeroth-order group: train their scales by "
+            "quantized='scales', or leave them as they are by quantized='frozen'; or load the base "
+            "model in bfloat16, in which all of it trains at inference memory, or leave these "
+            "weights out by exclude="
         )
     if not could_learn(parameter):
         return None
@@ -165,7 +197,7 @@ def _packed(parameter: Tensor, name: str) -> str | None:
     except TypeError as error:
         return (
             f"weights that cannot be perturbed in a zeroth-order group ({error}): load the base "
-            f"model unquantised, in bfloat16 for example, or {advice}"
+            f"model unquantised, in bfloat16 for example, {by_choice(parameter)}or {advice}"
         )
     return None
 

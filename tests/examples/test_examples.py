@@ -18,6 +18,8 @@ LINES = 80
 
 NEEDS = ("transformers", "peft", "accelerate", "datasets", "lightning", "trl", "sklearn", "vllm")
 """Packages without which an example cannot run."""
+NEEDS_ALSO = {"quantized.py": {"bitsandbytes"}}
+"""Those that no import shows."""
 
 PROMISES = {
     "ddp.py": ["the same weights in all: True"],
@@ -33,6 +35,7 @@ PROMISES = {
         r"the whole model: accuracy (?P<low>\S+),(?s:.*)with the adapter.*accuracy (?P<high>\S+),",
         r"with the adapter.*loss (?P<high>\S+)\nrefined .*loss (?P<low>\S+)",
     ],
+    "quantized.py": ["the same after loading: True"],
     "own_csv.py": ["'The parcel never arrived.' is about 'delivery'"],
 }
 """What is printed beside the loss, if not instead of it."""
@@ -69,7 +72,7 @@ def run():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_runs(name, tmp_path, run):
     tree = ast.parse((FOLDER / name).read_text(encoding="utf-8"))
-    for package in sorted(imported(tree) & set(NEEDS)):
+    for package in sorted((imported(tree) & set(NEEDS)) | NEEDS_ALSO.get(name, set())):
         pytest.importorskip(package, reason=f"{name} needs it")
     run = started if name in ALONE else run
     done = run(FOLDER / name, env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, cwd=tmp_path)

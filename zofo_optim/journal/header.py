@@ -13,6 +13,7 @@ from zofo_kernels.dispatch import backend_name
 
 from ..names import difference
 from ..optimizer import HybridZOFO
+from ..quantized import Names
 from ..settings import BEFORE
 from ..zo_groups import ZOGroup
 from .errors import JournalError
@@ -51,7 +52,7 @@ def header_of(
     together = settings.examples_of_a_direction
     devices = {p.device for group in groups for p in group.params}
     backends = {backend_name(device, settings.backend) for device in devices}
-    known = None if model is None else {id(p): name for name, p in model.named_parameters()}
+    known = None if model is None else Names(model)
     names = [_names(group, known) for group in groups]
     counts = Counter(name for of_group in names for name in of_group)
     twice = sorted(name for name, count in counts.items() if count > 1)
@@ -94,15 +95,14 @@ def header_of(
     }
 
 
-def _names(group: ZOGroup, known: dict[int, str] | None) -> list[str]:
+def _names(group: ZOGroup, known: Names | None) -> list[str]:
     """By ``known``, a model's names, where there is one."""
     if known is not None:
-        missing = [
-            name for p, name in zip(group.params, group.names, strict=True) if id(p) not in known
-        ]
+        found = [known.of(p) for p in group.params]
+        missing = [name for name, there in zip(group.names, found, strict=True) if there is None]
         if missing:
             raise ValueError(f"model must hold all zeroth-order parameters, not so: {missing}")
-        return [known[id(p)] for p in group.params]
+        return [name for name in found if name is not None]
     if "param_names" in group.options:
         return group.names
     return [str(index) for index in group.indices]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from ..names import match_names
+from ..quantized import tensors_for
 from .errors import JournalError
 from .reader import Recording
 
@@ -36,7 +37,7 @@ def by_name(model: nn.Module | Mapping[str, Tensor], recording: Recording) -> di
         JournalError: parameters are missing or have other shapes or dtypes.
     """
     if isinstance(model, nn.Module):
-        available: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        available: Mapping[str, Tensor] = tensors_for(recording.names(), model)
     elif isinstance(model, Mapping):
         available = model
     else:

@@ -18,6 +18,7 @@ from ..evaluation import Evaluation
 from ..gathered import GatheredWeights
 from ..listeners import Listener
 from ..moves import Moves
+from ..quantized import Scale, check_held
 from ..replicas import OneProcess, Replicas
 from ..settings import Settings
 from ..update import Update
@@ -49,6 +50,8 @@ class Perturbation(ABC):
         """Since the last update; moves round, so weights depend on them."""
         self.model: nn.Module | None = None
         """That the parameters are of; None: unknown."""
+        self.scales: list[Scale] = []
+        """What learns of quantised weights; a module may come to use another tensor."""
         self.gathered = GatheredWeights()
         """What FSDP2 has gathered of the weights."""
         self._settings = settings
@@ -74,7 +77,12 @@ class Perturbation(ABC):
         return self._tables.active(groups, self._settings.activity)
 
     def over(self, groups: list[ZOGroup]) -> Perturbation:
-        """Work on these groups from now on."""
+        """Work on these groups from now on.
+
+        Raises:
+            RuntimeError: the model has replaced quantisation scales that learn.
+        """
+        check_held(self.scales)
         self.groups = groups
         weights = [group.weights for group in groups]
         if not is_same(weights, self._weights):

@@ -1,0 +1,273 @@
+"""Groups of quantised models: what learns, what is refused, and how groups come back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from quantized_models import NAMES, layers, network, quantised, scales
+from torch import nn
+
+from zofo_optim import HybridZOFO, hybrid_param_groups, load_base_weights, save_base_weights
+from zofo_optim.quantized import Scales, named_tensors, unit_of
+
+X = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+ZO = dict(lr=0.1, mu=1e-2)
+
+
+def groups_of(model, zo=None, **options):
+    chosen = dict(zo=zo or ZO, quantized="scales", verbose=False)
+    return hybrid_param_groups(model, **{**chosen, **options})
+
+
+def mixed():
+    """Quantised layers of two sizes, between ordinary frozen weights and a trained head."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[2].weight.mul_(8)
+    model = quantised(model, "nf4")
+    return nn.Sequential(*model, nn.Linear(64, 2))
+
+
+def test_groups_by_size(capsys):
+    model = mixed()
+    *zo, fo = groups_of(model, fo=dict(lr=1e-3), verbose=True)
+    assert [g["param_names"] for g in zo] == [
+        ["0.bias", "1.weight", "1.bias", "2.bias"],
+        ["2.weight.absmax"],
+        ["0.weight.absmax"],
+    ]
+    assert "unit" not in zo[0]
+    assert [g["unit"] for g in zo[1:]] == [8 * zo[2]["unit"], zo[2]["unit"]]
+    assert fo["param_names"] == ["3.weight", "3.bias"]
+    printed = capsys.readouterr().out
+    assert "of them quantisation scales 2 tensors, 128;" in printed
+    assert "left out (quantised, their scales learn): 2 tensors, 4.1 k" in printed
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        (dict(include="absmax"), ["2.weight.absmax", "0.weight.absmax"]),
+        (dict(include=r"^0\.weight"), ["0.weight.absmax"]),
+        (dict(exclude=["absmax", "bias"]), ["1.weight"]),
+        (dict(exclude=r"^2\."), ["0.bias", "1.weight", "1.bias", "0.weight.absmax"]),
+    ],
+)
+def test_patterns_see_the_names_of_scales(choice, names):
+    zo = [g for g in groups_of(mixed(), **choice) if g["mode"] == "zo"]
+    assert [name for g in zo for name in g["param_names"]] == names
+
+
+def test_quantised_weights_that_stay(capsys):
+    model = mixed()
+    zo, _ = hybrid_param_groups(model, zo=ZO, quantized="frozen")
+    assert zo["param_names"] == ["0.bias", "1.weight", "1.bias", "2.bias"]
+    assert "left out (quantised, frozen): 2 tensors" in capsys.readouterr().out
+    before = {name: scale.clone() for name, scale in scales(model).items()}
+    HybridZOFO([zo]).step(lambda: model(X).square().mean())
+    assert all(torch.equal(scale, before[name]) for name, scale in scales(model).items())
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_quantised_weights_are_refused_unless_said(kind):
+    model = network(kind)
+    match = r"quantised.*quantized='scales'.*quantized='frozen'.*exclude=.*'0.weight' is one"
+    with pytest.raises(ValueError, match=match):
+        hybrid_param_groups(model, zo=ZO, verbose=False)
+
+
+def test_arguments():
+    model = mixed()
+    with pytest.raises(ValueError, match=r"quantized must be one of .*'frozen'\), got 'scale'"):
+        groups_of(model, quantized="scale")
+    with pytest.raises(ValueError, match=r"zo must not set 'unit' where .*got 0.5"):
+        groups_of(model, zo=dict(ZO, unit=0.5))
+    with pytest.raises(ValueError, match=r"directions must be 'shared' where quantized='scales'"):
+        groups_of(model, directions="per_example")
+
+
+@pytest.mark.parametrize("options", [{}, dict(structure="low_rank")])
+def test_scales_move_in_place_only(options):
+    model = network("nf4")
+    match = r"perturbation must be 'in_place' where quantisation scales learn, got 'streamed'.*'0\."
+    with pytest.raises(ValueError, match=match):
+        HybridZOFO(groups_of(model), perturbation="streamed", **options)
+    groups = groups_of(model)
+    with pytest.raises(ValueError, match=match):  # a plain list, whose model is told
+        HybridZOFO(list(groups), perturbation="streamed", restore_buffers=model, **options)
+    HybridZOFO(groups, **options).step(lambda: model(X).square().mean())
+
+
+# ---- formats that are not known -----------------------------------------------------------------
+
+
+class OtherLinear(nn.Module):
+    """As GPTQ and AWQ hold weights: integers and scales in buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(4))
+
+
+class Hqq(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W_q = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize("module", [OtherLinear, Hqq])
+def test_other_libraries(module):
+    model = nn.Sequential(nn.Linear(4, 4), module()).requires_grad_(False)
+    match = rf"must be quantised by bitsandbytes .* got a {module.__name__} that holds .* in '1'"
+    with pytest.raises(ValueError, match=match):
+        groups_of(model)
+    (group,) = groups_of(model, quantized="frozen")
+    assert group["param_names"] == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "quanto", "fp8", "compressed-tensors"])
+def test_other_methods_of_transformers(method):
+    model = network("nf4")
+    model.config = nn.Module()
+    model.config.quantization_config = {"quant_method": method}
+    with pytest.raises(ValueError, match=f"got one of quant_method='{method}': load it unquant"):
+        groups_of(model)
+
+
+def test_quanto():
+    quanto = pytest.importorskip("optimum.quanto", reason="not installed")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quanto.quantize(model, weights=quanto.qint8, exclude="1")
+    quanto.freeze(model)
+    model.requires_grad_(False)
+    match = r"weights that cannot be perturbed .*unquantised.*'frozen'.*'0.weight' is one"
+    for quantized in (None, "scales"):
+        with pytest.raises(ValueError, match=match):
+            groups_of(model, quantized=quantized)
+    groups = groups_of(model, quantized="frozen")
+    assert "0.weight" not in groups[0]["param_names"]
+
+
+def test_float8():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    eight = model[0].weight.detach().to(torch.float8_e4m3fn)
+    model[0].weight = nn.Parameter(eight, requires_grad=False)
+    with pytest.raises(ValueError, match=r"float8_e4m3fn.*'frozen'.*'0.weight' is one"):
+        groups_of(model)
+    (group,) = groups_of(model, quantized="frozen")
+    assert group["param_names"] == ["0.bias", "1.weight", "1.bias"]
+
+
+def test_activations_that_are_quantised_too():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
+    with pytest.raises(ValueError, match=r"cannot be perturbed.*'0.weight' is one"):
+        groups_of(model)
+
+
+# ---- scales that a module no longer uses --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8", "torchao int8", "intx int4"])
+def test_scales_that_are_replaced(kind):
+    model = network(kind)
+    groups = groups_of(model)
+    optimizer = HybridZOFO(groups)
+    optimizer.step(lambda: model(X).square().mean())
+    before = copy.deepcopy(optimizer.state_dict())
+    replace(layers(model)[1], kind)
+    learnt = {name: scale.clone() for name, scale in scales(model).items()}
+    with pytest.raises(RuntimeError, match=rf"has replaced '2\.{NAMES[kind]}'.*make the groups"):
+        optimizer.step(lambda: model(X).square().mean())
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    assert all(torch.equal(scale, learnt[name]) for name, scale in scales(model).items())
+    HybridZOFO(groups_of(model)).step(lambda: model(X).square().mean())
+
+
+def replace(layer, kind):
+    """As moving to another device does."""
+    if kind == "nf4":
+        layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.clone()
+    elif kind == "bnb int8":
+        layer.state.SCB = layer.state.SCB.clone()
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8", "torchao int8", "intx int4"])
+def test_moving_to_where_a_model_is_replaces_nothing(kind, tmp_path):
+    model = network(kind)
+    optimizer = HybridZOFO(groups_of(model))
+    model.to("cpu").float()
+    before = {name: scale.clone() for name, scale in scales(model).items()}
+    run(model, optimizer, 1)
+    assert all(not torch.equal(scale, before[name]) for name, scale in scales(model).items())
+    save_base_weights(optimizer, model, tmp_path)
+    load_base_weights(other := network(kind), tmp_path)
+    assert all(torch.equal(scale, scales(other)[name]) for name, scale in scales(model).items())
+
+
+def test_tied_scales_learn_once():
+    model = network("intx int8", sizes=(64, 64, 64))
+    model[2].weight = model[0].weight
+    groups = groups_of(model)
+    assert [g["param_names"] for g in groups] == [["0.weight.scale"]]
+    names = [name for name, _ in named_tensors(model, remove_duplicate=False)]
+    assert names == ["0.weight", "2.weight", "0.weight.scale", "2.weight.scale"]
+    assert [len(every) for every in Scales(model)] == [2]
+    assert [g["param_names"] for g in groups_of(model, include=r"^2\.")] == [["0.weight.scale"]]
+
+
+# ---- state --------------------------------------------------------------------------------------
+
+
+def run(model, optimizer, steps):
+    return [optimizer.step(lambda: model(X).square().mean()).item() for _ in range(steps)]
+
+
+def test_state_goes_on_where_sizes_have_changed():
+    """Groups of trained scales may be others; the saved state says which they were."""
+    model = network("nf4", sizes=(64, 64, 64))
+    for layer, size in zip(layers(model), (2.0**-3, 2.0**-5), strict=True):
+        absmax = layer.weight.quant_state.absmax
+        absmax.mul_(size / absmax.square().mean().sqrt())
+    optimizer = HybridZOFO(groups_of(model, zo=dict(lr=0.1, mu=1e-2)), seed=3)
+    run(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    with torch.no_grad():  # as if it had learnt that far
+        layers(model)[1].weight.quant_state.absmax.mul_(16)
+    other = copy.deepcopy(model)
+    again = HybridZOFO(groups_of(other, zo=dict(lr=0.1, mu=1e-2)), seed=3)
+    order = [["0.weight.absmax"], ["2.weight.absmax"]]
+    assert [g.names for g in optimizer.zo_groups()] == order
+    assert [g.names for g in again.zo_groups()] != order
+    again.load_state_dict(state)
+    assert [g.names for g in again.zo_groups()] == order
+    assert [g.unit for g in again.zo_groups()] == [2.0**-3, 2.0**-5]
+    assert run(model, optimizer, 3) == run(other, again, 3)
+    assert all(torch.equal(scale, scales(other)[name]) for name, scale in scales(model).items())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8", "intx int4"])
+def test_models_and_optimizers_that_are_copied(kind):
+    model = network(kind)
+    optimizer = HybridZOFO(groups_of(model), seed=3)
+    run(model, optimizer, 1)
+    other, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    again = HybridZOFO(groups_of(other), seed=3)
+    again.load_state_dict(state)
+    unpickled = pickle.loads(pickle.dumps(copy.deepcopy(optimizer)))
+    assert unpickled.zo_groups()[0].unit == optimizer.zo_groups()[0].unit
+    assert run(model, optimizer, 2) == run(other, again, 2)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.09, 3e-8, float("inf")])
+def test_units(value):
+    expected = {0.0: 1.0, 1.0: 1.0, 0.09: 2.0**-3, 3e-8: 2.0**-25, float("inf"): 1.0}[value]
+    assert unit_of(torch.full((3, 2), value)) == expected
+    assert unit_of(torch.empty(0)) == 1.0

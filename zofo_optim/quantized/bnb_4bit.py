@@ -1,0 +1,80 @@
+"""bitsandbytes' 4-bit weights: blocks of NF4 or FP4 codes, each with its largest magnitude.
+
+A weight is absmax[block] * code[q]. The scales, ``absmax`` (blocks,), are in the weight's
+``quant_state``, and in state dicts as ``weight.absmax``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .formats import Read, is_of
+
+_PACKS = "support_avx512bf16_for_cpu"
+"""Of a module: whether evaluations without gradients repack weights, where the CPU has bf16."""
+
+
+class Bnb4bit:
+    title = "bitsandbytes 4-bit"
+
+    def holds(self, module: nn.Module, parameter: Tensor) -> bool:
+        state = getattr(parameter, "quant_state", None)
+        return is_of(parameter, "bitsandbytes", "Params4bit") and state is not None
+
+    def prepare(self, module: nn.Module, parameter: Any) -> str:
+        """Scales to fp32, weights to the layout that training and state dicts use.
+
+        On CPUs with AVX512-BF16, ``Linear4bit`` packs weights anew in its first evaluation without
+        gradients, with scales of 16 bits in a tensor of their own: it must not, as what learns
+        would no longer be what it uses.
+        """
+        if hasattr(module, _PACKS):
+            setattr(module, _PACKS, False)
+        state, said = parameter.quant_state, ""
+        if getattr(state, "packing_format_for_cpu", False):
+            _unpack(parameter, state)
+            said = "unpacked from the CPU layout, where they were rounded to 16 bits"
+        elif state.nested:
+            state.absmax = _expanded(state)
+            _no_longer_nested(parameter, state)
+            said = "expanded from 8 bits (double quantisation) to fp32"
+        elif state.absmax.dtype != torch.float32:
+            state.absmax = state.absmax.float()
+            said = "expanded to fp32"
+        return said
+
+    def scales(self, module: nn.Module, attribute: str) -> Sequence[tuple[str, Read]]:
+        def read() -> Tensor | None:
+            state = getattr(getattr(module, attribute), "quant_state", None)
+            return getattr(state, "absmax", None)
+
+        return [(f"{attribute}.absmax", read)]
+
+
+def _expanded(state: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    # as bitsandbytes itself does in each product
+    absmax: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return absmax.float()
+
+
+def _no_longer_nested(parameter: Any, state: Any) -> None:
+    state.nested, state.state2, state.offset = False, None, None
+    parameter.compress_statistics = False
+
+
+def _unpack(parameter: Any, state: Any) -> None:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    absmax = state.absmax.T.reshape(-1).float()
+    state.original_nested = False  # bitsandbytes would quantise the scales anew
+    parameter.data, parameter.quant_state = _convert_weight_packed_for_cpu_inverse(
+        parameter.data, state
+    )
+    parameter.quant_state.absmax = absmax
+    _no_longer_nested(parameter, parameter.quant_state)
