@@ -78,6 +78,7 @@ def prepare(
     fo: Mapping[str, Any],
     include: Sequence[str],
     directions: str = "shared",
+    quantized: str | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A copy of the base model set up for the method, and the parameter groups of its optimizer.
 
@@ -104,6 +105,7 @@ def prepare(
             fo=fo,
             include=include if method.zo_base else (),
             directions=directions,
+            quantized=quantized,
             verbose=False,
         )
     except ValueError as error:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
 
 from ..classification import Batch
-from ..finetune import model_name, versions
+from ..finetune import model_name
+from ..kept import Kept
 from ..models import Problem
-from ..partition.problems import Sizes, load
-from ..partition.runs import SEARCHED, Unfinished, best_of, climb
+from ..partition.problems import Sizes
+from ..partition.runs import SEARCHED, best_of, climb
 from ..report import Result
-from ..training import RunError, write
+from ..training import RunError
 from . import methods
 from .grid import LORA, NOTHING, PLUGGED, PROBE, SCALED, ZO, ZO_ALONE, Cell, Study
 from .large import DEFAULT, Plugged, Way, plug
@@ -28,7 +27,7 @@ from .texts import unlabelled
 FIRST_HEADS = {"sst2": "prompts", "wic": "random"}
 
 
-class Searches:
+class Searches(Kept):
     """Makes and reads the runs of a model and a task.
 
     Args:
@@ -54,30 +53,18 @@ class Searches:
         sizes: Sizes | None = None,
         console: Console | None = None,
     ) -> None:
-        self.study, self.task, self.name = study, task, model_name(model)
-        self._model, self._data, self._console = model, data, console
-        self._sizes = sizes or Sizes()
-        self.folder = out / self.name / task
-        self.seeds = [SEARCHED, *(seed for seed in seeds if seed != SEARCHED)]
-        self._problem: Problem | None = None
+        super().__init__(
+            model,
+            task,
+            out / model_name(model) / task,
+            seeds,
+            data=data,
+            sizes=sizes,
+            console=console,
+            head=FIRST_HEADS[task],
+        )
+        self.study = study
         self._small: dict[Cell, Problem] = {}
-
-    @property
-    def problem(self) -> Problem:
-        """Loaded once.
-
-        Raises:
-            Unfinished: there are no data.
-        """
-        if self._data is None:
-            raise Unfinished(f"the data of {self.task}")
-        if self._problem is None:
-            self._problem = load(self._model, self.task, self._data, self._sizes, self._head)
-        return self._problem
-
-    @property
-    def _head(self) -> str:
-        return FIRST_HEADS[self.task]
 
     @property
     def texts(self) -> list[Batch]:
@@ -134,27 +121,6 @@ class Searches:
             self.keep(file, found)
             self._say(found)
         return found
-
-    def kept(self, file: Path, settings: dict[str, Any]) -> Result | None:
-        """What a file holds, if there is one.
-
-        Raises:
-            RunError: it holds a run with other settings.
-            Unfinished: it is not there, and there are no data.
-        """
-        if not file.is_file():
-            if self._data is None:
-                raise Unfinished(str(file))
-            return None
-        found: Result = json.loads(file.read_text(encoding="utf-8"))
-        if self._data is not None and found["settings"] != json.loads(json.dumps(settings)):
-            raise RunError(f"{file} holds a run with other settings: take another --out")
-        return found
-
-    def keep(self, file: Path, found: Result) -> None:
-        """Write a result, with the versions that made it."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, {**found, "versions": versions()})
 
     def _file(self, cell: Cell, rate: float | None, seed: int) -> Path:
         place = self.folder / cell.folder / ("" if rate is None else f"{rate:g}")
@@ -223,5 +189,4 @@ class Searches:
         if "small" in result:
             text += f"; the small model's {100 * result['small']['test']['accuracy']:.1f} %"
         seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
-        if self._console is not None:
-            self._console.print(f"{text}; {seconds}", highlight=False, soft_wrap=True)
+        self.say(f"{text}; {seconds}")

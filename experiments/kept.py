@@ -1,0 +1,89 @@
+"""Runs of a study as files: made once, read afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .finetune import model_name, versions
+from .models import Problem
+from .partition.problems import Sizes, load
+from .partition.runs import SEARCHED, Unfinished
+from .report import Result
+from .training import RunError, write
+
+
+class Kept:
+    """Runs of a model and a task, each a file: read where it is there, else made and written.
+
+    Args:
+        model: folder or hub id.
+        task: one of :data:`experiments.tasks.TASKS`.
+        folder: of the runs.
+        seeds: of the best rate, the searched one among them.
+        data: folder of the tasks' data; None: what is there is read, what is not is
+            :class:`Unfinished`.
+        sizes: numbers of examples.
+        head: an encoder's first one.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        task: str,
+        folder: Path,
+        seeds: Sequence[int],
+        *,
+        data: str | None,
+        sizes: Sizes | None,
+        console: Console | None,
+        head: str = "prompts",
+    ) -> None:
+        self.task, self.name, self.folder = task, model_name(model), folder
+        self.seeds = [SEARCHED, *(seed for seed in seeds if seed != SEARCHED)]
+        self._model, self._data, self._console, self._head = model, data, console, head
+        self._sizes = sizes or Sizes()
+        self._problem: Problem | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """Loaded once.
+
+        Raises:
+            Unfinished: there are no data.
+        """
+        if self._data is None:
+            raise Unfinished(f"the data of {self.task}")
+        if self._problem is None:
+            self._problem = load(self._model, self.task, self._data, self._sizes, self._head)
+        return self._problem
+
+    def kept(self, file: Path, settings: dict[str, Any]) -> Result | None:
+        """What a file holds, if there is one.
+
+        Raises:
+            RunError: it holds a run with other settings.
+            Unfinished: it is not there, and there are no data.
+        """
+        if not file.is_file():
+            if self._data is None:
+                raise Unfinished(str(file))
+            return None
+        found: Result = json.loads(file.read_text(encoding="utf-8"))
+        if self._data is not None and found["settings"] != json.loads(json.dumps(settings)):
+            raise RunError(f"{file} holds a run with other settings: take another --out")
+        return found
+
+    def keep(self, file: Path, found: Result) -> None:
+        """Write a result, with the versions that made it."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, {**found, "versions": versions()})
+
+    def say(self, text: str) -> None:
+        """A line about a run that was made."""
+        if self._console is not None:
+            self._console.print(text, highlight=False, soft_wrap=True)
