@@ -112,7 +112,7 @@ class Runs:
 
     def settings(self, task: str, method: str, seed: int, **fixed: Any) -> Settings:
         """See :func:`settings.settings`."""
-        given = {"head": self.options.head or _first_head(task), **fixed}
+        given = {"head": self.options.head or first_head(task), **fixed}
         source = self.options.data
         if source is None:
             if task == OWN:
@@ -185,7 +185,7 @@ class Runs:
         return results
 
 
-def _first_head(task: str) -> str:
+def first_head(task: str) -> str:
     """Of an encoder, where the command line names none."""
     if task == OWN:
         return "probe"

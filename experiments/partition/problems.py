@@ -11,6 +11,7 @@ import torch
 
 from ..classification import Batch
 from ..files import DataError
+from ..finetune import first_head
 from ..forms import FORMS
 from ..heads import set_head
 from ..models import DEFAULT_MODEL_PACKAGE, Problem, load_problem
@@ -45,10 +46,11 @@ def default_models() -> list[str]:
     return [DEFAULT_MODEL_PACKAGE, str(Path(data).resolve() / "models" / "stories260k")]
 
 
-def load(model: str, task: str, data: str, sizes: Sizes, head: str = "prompts") -> Problem:
+def load(model: str, task: str, data: str, sizes: Sizes, head: str | None = None) -> Problem:
     """
     Args:
-        head: an encoder's first one, of :data:`experiments.heads.HEADS`.
+        head: an encoder's first one, of :data:`experiments.heads.HEADS`; default: zero-shot where
+            the task has sentences for it, else random.
 
     Raises:
         DataError: the data is not there, or has another form.
@@ -60,7 +62,7 @@ def load(model: str, task: str, data: str, sizes: Sizes, head: str = "prompts") 
         model, FORMS[task], parts, dtype=torch.float32, device=torch.device("cpu")
     )
     if not problem.causal:
-        set_head(problem, head)
+        set_head(problem, head or first_head(task))
     return problem
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from ..presets import ATTENTION_BIASES
 
 NOTHING, ALL, HEAD, TOP, LORA, PARTITION = "", "full", "head", "top layer", "LoRA", "partition"
-FIRST = (NOTHING, ALL, HEAD, TOP, LORA, PARTITION)
+PROMPT, PREFIX = "prompt", "prefix"
+FIRST = (NOTHING, ALL, HEAD, TOP, LORA, PROMPT, PREFIX, PARTITION)
 """What trains by first order. `head`: an encoder's classifier; `top layer`: the last layer and what
-comes after it; `partition`: the tensors that are worth most within a budget."""
+comes after it; adapters with an encoder's head; `partition`: the tensors that are worth most within
+a budget."""
 
 FROZEN, GAUSSIAN, PER_EXAMPLE, BIASES = "", "ZO Gaussian", "ZO per example", "ZO biases"
 KINDS: dict[str, dict[str, Any]] = {

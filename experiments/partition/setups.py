@@ -30,6 +30,8 @@ from .recipes import (
     PARTITION,
     PER_EXAMPLE,
     PLAIN,
+    PREFIX,
+    PROMPT,
     TOP,
     Recipe,
     Saving,
@@ -162,6 +164,8 @@ _METHOD = {
     (ALL, False): "fo",
     (LORA, False): "fo-lora",
     (LORA, True): "hybrid-lora",
+    **{(name, False): f"fo-{name}" for name in (PROMPT, PREFIX)},
+    **{(name, True): f"hybrid-{name}" for name in (PROMPT, PREFIX)},
 }
 
 

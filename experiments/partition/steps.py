@@ -44,13 +44,22 @@ def cost(setup: Setup, batches: Sequence[Batch], longest: Batch, rounds: int) ->
         setup.step(batches[0])
     times = [min(_timed(setup, batch) for _ in range(rounds)) for batch in batches]
 
+    return {
+        "seconds": statistics.fmean(times),
+        "peak_bytes": peak_of(setup, longest),
+        "predicted": setup.predicted,
+    }
+
+
+def peak_of(setup: Setup, longest: Batch) -> int:
+    """The most bytes that live tensors take in a step; weights change, and state must be there."""
+
     def step() -> None:
         setup.step(longest)
         setup.optimizer.zero_grad()
 
     setup.optimizer.zero_grad()
-    peak = peak_memory(step, setup.model, setup.optimizer, torch.device("cpu"))
-    return {"seconds": statistics.fmean(times), "peak_bytes": peak, "predicted": setup.predicted}
+    return peak_memory(step, setup.model, setup.optimizer, torch.device("cpu"))
 
 
 def _timed(setup: Setup, batch: Batch) -> float:
