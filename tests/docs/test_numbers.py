@@ -293,6 +293,16 @@ def test_where_hybrid_training_pays():
     assert lines == [[line[name] for name in head] for line in own]
 
 
+@pytest.mark.skipif(not (RESULTS / "quantized").is_dir(), reason="the results are not here")
+def test_quantised_bases():
+    made = (RESULTS / "quantized" / "table.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "quantized.md").read_text(encoding="utf-8")
+    section = page.split("## Does it learn?")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(shown) > 15
+    assert [line for line in shown if line not in made] == []
+
+
 @pytest.mark.skipif(not (RESULTS / "transfer").is_dir(), reason="the study's results are not here")
 def test_carried_adapters():
     """Lines of tables of a model and a task are those of the committed table."""
