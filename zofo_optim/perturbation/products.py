@@ -99,7 +99,9 @@ _WIDE = (torch.float32, torch.float64)
 
 def _writes_freely(x: Tensor) -> bool:
     """Whether results may be written to: no graph saves them, and no call casts them."""
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    if torch.is_grad_enabled():
+        return False
+    return x.is_meta or not torch.is_autocast_enabled(x.device.type)  # meta has no autocast
 
 
 def _flat(y: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Estimates of memory beside measurements, and the tables of docs/memory.md."""

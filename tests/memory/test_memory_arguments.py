@@ -1,0 +1,160 @@
+"""What estimates say, refuse and leave alone."""
+
+import pytest
+import torch
+
+from zofo_optim.memory import Fits, MemoryEstimate, estimate_memory, which_fits
+from zofo_optim.memory.quantized import stored_bytes
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+BATCH = 2, 16
+
+
+def config(**changes):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    return transformers.LlamaConfig(
+        **sizes,
+        num_attention_heads=2,
+        use_cache=False,
+        **changes,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def linear_elements():
+    return 2 * (4 * 32 * 32 + 3 * 32 * 48)
+
+
+def test_weights_and_state_in_closed_form():
+    elements = linear_elements() + 2 * 64 * 32 + 5 * 32
+    inverse_frequencies = 2 * 8 * 4
+    found = estimate_memory(config(), "fo", BATCH, weights="fp32", fo_optimizer="adamw")
+    assert found.weights == 4 * elements + inverse_frequencies
+    assert found.gradients == 4 * elements
+    assert found.optimizer_state == 2 * 4 * elements + 4 * (2 * 9 + 3)
+    assert found.logits == 4 * 2 * 16 * 64
+
+
+@pytest.mark.parametrize(("weights", "double"), [("int8", False), ("int4", False), ("int4", True)])
+def test_quantised_weights_in_closed_form(weights, double):
+    rest = 2 * (2 * 64 * 32 + 5 * 32)
+    inverse_frequencies = 2 * 8 * 2  # in the model's dtype
+    found = estimate_memory(config(), "lora", BATCH, weights=weights, double_quant=double)
+    shapes = 2 * [*4 * [(32, 32)], (48, 32), (48, 32), (32, 48)]
+    stored = sum(stored_bytes(m, n, weights, double) for m, n in shapes)
+    if weights == "int8":
+        assert stored == linear_elements() + 4 * 2 * (5 * 32 + 2 * 48)
+    assert abs(found.weights - stored - rest - inverse_frequencies) <= inverse_frequencies
+
+
+def test_stored_bytes():
+    assert stored_bytes(64, 64, "int8", False) == 64 * 64 + 64 * 4
+    assert stored_bytes(64, 64, "int4", False) == 32 * 64 + 64 * 4
+    assert stored_bytes(64, 256, "int4", True) == 32 * 256 + 256 + 4
+
+
+def test_models_are_left_alone():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config())
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    here = estimate_memory(model, "hybrid", BATCH)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+    assert [n for n, _ in model.named_parameters()] == list(before)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with torch.device("meta"):
+        assert estimate_memory(transformers.LlamaForCausalLM(config()), "hybrid", BATCH) == here
+    assert estimate_memory(config(), "hybrid", BATCH, weights="fp32").peak == here.peak
+    ids = torch.zeros(BATCH, dtype=torch.long)
+    assert estimate_memory(model, "hybrid", dict(input_ids=ids, labels=ids)) == here
+
+
+def test_zeroth_order_takes_an_evaluation_and_streaming_a_copy():
+    still = estimate_memory(config(), "zo", BATCH, weights="fp32")
+    copied = estimate_memory(config(), "zo", BATCH, weights="fp32", perturbation="streamed")
+    assert still.peak == still.peak_while_verifying == still.weights + still.evaluation
+    assert (still.gradients, still.activations, still.optimizer_state) == (0, 0, 0)
+    largest = 64 * 32 * 4  # kept aside while it is displaced
+    assert copied.peak_while_verifying == copied.peak + largest
+    assert copied.most == copied.peak_while_verifying
+
+
+def test_fits_and_the_table():
+    found = estimate_memory(config(), "hybrid", BATCH, weights="bf16")
+    assert found.fits(found.most)
+    assert not found.fits(found.most - 1)
+    assert found.fits("1GB")
+    assert not found.fits("1kB")
+    lines = str(found).splitlines()
+    assert lines[0] == "hybrid, bf16, in_place, sgd"
+    assert any("peak" in line and "GB" in line for line in lines)
+    assert isinstance(found, MemoryEstimate)
+
+
+def test_which_fits():
+    fits = which_fits(config(), BATCH, "1GB", weights="bf16")
+    assert fits.methods == tuple(fits.estimates)
+    least = min(e.most for e in fits.estimates.values())
+    few = Fits(least, fits.estimates)
+    assert few.methods
+    assert all(few.estimates[name].most == least for name in few.methods)
+    assert str(few).splitlines()[0].endswith("GB")
+    assert len(str(few).splitlines()) == len(few.estimates) + 1
+    quantised = which_fits(config(), BATCH, "1GB", weights="int4")
+    assert {"zo, in place", "hybrid"} < set(quantised.estimates) < set(fits.estimates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(method="mezo"), "method must be one of"),
+        (dict(weights="int3"), "weights must be one of"),
+        (dict(device="tpu"), "device must be one of"),
+        (dict(method="fo", weights="int4"), "weights must be of floating point"),
+        (dict(method="zo", weights="int4", perturbation="streamed"), "must be 'in_place'"),
+        (dict(method="zo", gradient_checkpointing=True), "must have a backward"),
+        (dict(batch=(0, 3)), "batch must be"),
+        (dict(batch={"input_ids": torch.zeros(1, 2).long()}), "batch must hold labels"),
+        (dict(fo_optimizer="adam"), "fo_optimizer must be"),
+        (dict(directions="per_example"), "structure must be"),
+        (dict(method="hybrid", adapter=None, frozen=True), "model must have parameters that train"),
+    ],
+)
+def test_refusals(changes, message):
+    changes = dict(changes)
+    model = config()
+    if changes.pop("frozen", False):
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config()).requires_grad_(False)
+    method, batch = changes.pop("method", "hybrid"), changes.pop("batch", BATCH)
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(model, method, batch, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        ("llama", BATCH, "model must be a torch.nn.Module or a configuration"),
+        (config(), 8, "batch must be"),
+    ],
+)
+def test_wrong_types(model, batch, message):
+    with pytest.raises(TypeError, match=message):
+        estimate_memory(model, "zo", batch)
+
+
+def test_models_without_a_loss():
+    class Plain(torch.nn.Linear):
+        def forward(self, input_ids, labels):
+            return super().forward(input_ids.float())
+
+    with pytest.raises(TypeError, match="outputs with a loss"):
+        estimate_memory(Plain(16, 2), "zo", BATCH)
+
+
+@pytest.mark.parametrize("memory", [0.5, "24 apples", "50%", 1, None])
+def test_memories_that_are_none(memory):
+    found = estimate_memory(config(), "zo", BATCH, weights="bf16")
+    with pytest.raises((TypeError, ValueError), match="memory must be bytes"):
+        found.fits(memory)

@@ -1,0 +1,77 @@
+"""All methods beside one memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .estimate import estimate_memory
+from .estimated import MemoryEstimate, bytes_of
+from .made import QUANTIZED
+
+_LOW_RANK = dict(perturbation="streamed", structure="low_rank")
+_CHECKPOINTED = dict(gradient_checkpointing=True, fo_optimizer="adamw")
+COMMON: dict[str, tuple[str, dict[str, Any]]] = {
+    "zo, in place": ("zo", {}),
+    "zo, streamed": ("zo", dict(perturbation="streamed")),
+    "zo, low rank, per example": ("zo", dict(_LOW_RANK, directions="per_example")),
+    "hybrid": ("hybrid", {}),
+    "hybrid, checkpointed": ("hybrid", dict(gradient_checkpointing=True)),
+    "LoRA, AdamW": ("lora", dict(fo_optimizer="adamw")),
+    "LoRA, AdamW, checkpointed": ("lora", _CHECKPOINTED),
+    "full, SGD in backward, checkpointed": (
+        "fo",
+        dict(gradient_checkpointing=True, optimizer_in_backward=True),
+    ),
+    "full, AdamW, checkpointed": ("fo", _CHECKPOINTED),
+}
+"""Methods by name, with options of :func:`estimate_memory`."""
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Methods beside one memory. ``str()`` is a table. Made by :func:`which_fits`."""
+
+    memory: int
+    """Bytes."""
+    estimates: Mapping[str, MemoryEstimate]
+    """By the method's name, in the order of :data:`COMMON`."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of those that fit."""
+        return tuple(n for n, e in self.estimates.items() if e.most <= self.memory)
+
+    def __str__(self) -> str:
+        lines = [f"{'method':38}{'peak':>10}  fits in {self.memory / 1e9:.3g} GB"]
+        for name, found in self.estimates.items():
+            lines.append(f"{name:38}{found.most / 1e9:7.2f} GB  {_said(found.most, self.memory)}")
+        return "\n".join(lines)
+
+
+def _said(size: int, memory: int) -> str:
+    return "yes" if size <= memory else "no"
+
+
+def which_fits(
+    model: Any, batch: Any, memory: int | str, *, weights: str | None = None, **options: Any
+) -> Fits:
+    """The common methods, and which of them fit.
+
+    Args:
+        model, batch, weights: of :func:`estimate_memory`. Where weights are quantised, methods
+            that need others are left out.
+        memory: bytes, or a string such as "24GB".
+        options: further ones of :func:`estimate_memory`, such as ``device``.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used.
+    """
+    room = bytes_of(memory)
+    found = {
+        name: estimate_memory(model, method, batch, weights=weights, **{**options, **own})
+        for name, (method, own) in COMMON.items()
+        if weights not in QUANTIZED or (method != "fo" and "perturbation" not in own)
+    }
+    return Fits(room, found)

@@ -1,0 +1,138 @@
+"""Steps without data: forward and backward passes on the meta device, and the bytes alive in them.
+
+They are the passes themselves, of the same modules, autograd and checkpointing; only elements are
+missing. So what lives when is not modelled but seen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from zofo_kernels._torch_compat import backward_within
+
+from ..costs.memory import LiveBytes
+from ..costs.watched import attention
+from ..watch import Answer
+
+
+class Backward(NamedTuple):
+    """Of a forward with gradients and its backward; bytes beside what was there before."""
+
+    kept: int
+    """Activations alive between the two, the loss among them."""
+    most: int
+    """At one moment of both, gradients that there are by then among them."""
+
+
+class _Answered(TorchFunctionMode):
+    """Attention is fused, as on a device; other calls are answered.
+
+    A batch without elements is taken to be neither padded nor packed.
+    """
+
+    def __init__(self, answer: Answer | None, fused: bool) -> None:
+        super().__init__()
+        self._answer, self._fused = answer, fused
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            if self._fused:  # a GPU's kernels drop without keeping what they dropped
+                kwargs = {**kwargs, "dropout_p": 0.0}
+            return attention(*args, **kwargs)
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True  # what transformers asks: whether a mask is all ones, and nothing packed
+        if self._answer is not None and func not in (Tensor.backward, torch.autograd.backward):
+            return self._answer(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class Rehearsal:
+    """Passes of one model.
+
+    Args:
+        closure: evaluates the loss, of tensors on meta.
+        fused: whether attention with dropout is fused, as on a GPU.
+    """
+
+    def __init__(self, closure: Callable[[], Tensor], fused: bool) -> None:
+        self._closure, self._fused = closure, fused
+
+    def evaluation(self, answer: Answer | None = None) -> int:
+        """The most bytes alive in an evaluation without gradients.
+
+        Args:
+            answer: makes the results of torch calls; None: torch does.
+        """
+        with LiveBytes() as watch, torch.no_grad(), self._run(answer):
+            self._closure()
+        return int(watch.most)
+
+    def backward(self, applied: Mapping[Tensor, int] | None = None) -> Backward:
+        """An evaluation with gradients of what requires them.
+
+        Args:
+            applied: gradients are freed as soon as they are whole; the bytes that applying one
+                takes meanwhile, by its parameter. None: they are kept, and freed here.
+        """
+        hooks = [
+            p.register_post_accumulate_grad_hook(_freeing(size))  # type: ignore[no-untyped-call]
+            for p, size in (applied or {}).items()
+        ]
+        try:
+            with LiveBytes() as watch, torch.enable_grad(), self._run(None):
+                loss = self._closure()
+                kept = watch.now
+                loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Backward(kept, watch.most)
+
+    @contextmanager
+    def _run(self, answer: Answer | None) -> Generator[None, None, None]:
+        with (
+            warnings.catch_warnings(),
+            backward_within(_Answered(answer, self._fused)),  # layers that run again there
+            _Answered(answer, self._fused),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+
+
+def _freeing(workspace: int) -> Callable[[Tensor], None]:
+    def hook(leaf: Tensor) -> None:
+        torch.empty(workspace, dtype=torch.uint8, device="meta")
+        leaf.grad = None
+
+    return hook
+
+
+def checkpointed(model: nn.Module) -> None:
+    """Let each layer's activations be made again in the backward, as transformers does it.
+
+    Raises:
+        TypeError: the model is none of transformers' that can.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not hasattr(base, "gradient_checkpointing_enable"):
+        raise TypeError(
+            "model must be of transformers where gradient_checkpointing=True, got "
+            f"{type(base).__name__}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is to have another name
+        base.gradient_checkpointing_enable(  # there is no generator on meta
+            gradient_checkpointing_kwargs=dict(use_reentrant=False, preserve_rng_state=False)
+        )
+    model.train()
