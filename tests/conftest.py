@@ -114,6 +114,8 @@ def pytest_runtest_call(item):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
+    if item.get_closest_marker("nightly") and not os.environ.get("ZOFO_NIGHTLY"):
+        pytest.skip("takes long: set ZOFO_NIGHTLY=1")
 
 
 @pytest.fixture(scope="module", params=CPU_BACKENDS)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -52,6 +53,45 @@ def without_functorch() -> AbstractContextManager[Any]:
 
 
 _SHOWN_BY_TORCH = torch.__version__ >= "2.11"  # a comparison costs more than the question may
+
+
+class _SparedParametrizing:
+    """How torch sets an original to what its parametrization stores, but not one to itself."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks = threading.Lock(), 0
+        self._maybe_set: Callable[[Tensor, Tensor], None] = parametrize._maybe_set
+
+    @contextmanager
+    def block(self) -> Generator[None, None, None]:
+        with self._lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                self._maybe_set = parametrize._maybe_set
+                parametrize._maybe_set = self._set  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if not self._blocks:
+                    parametrize._maybe_set = self._maybe_set  # type: ignore[assignment]
+
+    def _set(self, dest: Tensor, src: Tensor) -> None:
+        if dest is not src:
+            self._maybe_set(dest, src)
+
+
+_spared_parametrizing = _SparedParametrizing()
+
+
+def unwritten_by_parametrizing() -> AbstractContextManager[None]:
+    """In the block, making a parametrization that stores the parameter as it is writes nothing.
+
+    torch sets the parameter to itself there, which raises its version like any other write. peft
+    makes one in each forward of an adapter of bare parameters, such as those of experts.
+    """
+    return _spared_parametrizing.block()
 
 
 def without_torch_functions() -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zofo_kernels import Shift, Weights, uninterrupted, update_
+from zofo_kernels._torch_compat import unwritten_by_parametrizing
 
 from ..advice import Advice
 from ..capture import capturing
@@ -154,7 +155,7 @@ class Perturbation(ABC):
                 if not p.is_inference()  # these count no versions
             ]
             try:
-                with self.gathered.fresh(lambda: named(self.groups)):
+                with self.gathered.fresh(lambda: named(self.groups)), unwritten_by_parametrizing():
                     evaluation = evaluate(gradient)
             finally:
                 for group in self.groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -127,6 +128,7 @@ class Streaming:
         self._forms, self._saved = forms, saved
         self._transposes = Transposes()
         self._sources = sources
+        self._unchanged: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._shifts = shifts
         self._displaced = displaced
         devices = {source.parameter.device for source in sources.values()}
@@ -151,6 +153,8 @@ class Streaming:
                 return self(*product, {})
         if name in ("__set__", "__delete__") and id(args[0]) in sources:
             if func == _SET_DATA:
+                if self._is_unchanged(*args):
+                    return None
                 self._refuse(func, sources[id(args[0])])
             return func(*args, **kwargs)
         if self._forms is not None:
@@ -173,7 +177,21 @@ class Streaming:
         for where, (copy, version) in copies.items():
             if copy._version != version:
                 self._refuse(func, sources.get(where) or transposed[where])
+            if result is copy:
+                self._unchanged[where] = weakref.ref(copy), version
         return result
+
+    def _is_unchanged(self, parameter: Tensor, value: Any) -> bool:
+        """Whether it is set to itself, as by a conversion of its module that converts nothing.
+
+        Such as ``module.to(dtype)`` in a forward: the value is then the parameter's last copy, as a
+        call returned it.
+        """
+        if id(parameter) not in self._unchanged:
+            return False
+        reference, version = self._unchanged[id(parameter)]
+        copy = reference()
+        return copy is not None and copy is value and copy._version == version
 
     def _closed_form(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
