@@ -14,6 +14,8 @@ from .journal import Journal, replay
 from .listeners import Listener
 from .losses import example_losses, example_losses_of
 from .optimizer import HybridZOFO
+from .quantized.side_saving import load_side_updates, save_side_updates
+from .quantized.side_updates import add_side_updates, remove_side_updates
 from .rewards import shape_scores
 from .rules import CenteredRank, Clip, Normalized, Rule, Sign, ZScore
 from .sampling import common_noise
@@ -36,6 +38,7 @@ __all__ = [
     "Suggestion",
     "ZScore",
     "__version__",
+    "add_side_updates",
     "common_noise",
     "example_losses",
     "example_losses_of",
@@ -43,10 +46,13 @@ __all__ = [
     "hybrid_param_groups",
     "load_base_weights",
     "load_hybrid",
+    "load_side_updates",
     "per_example_gain",
+    "remove_side_updates",
     "replay",
     "save_base_weights",
     "save_hybrid",
+    "save_side_updates",
     "shape_scores",
     "suggest_hyperparameters",
 ]

@@ -55,7 +55,9 @@ def hybrid_param_groups(
             with that size as its ``unit``: the root mean square of a tensor as a power of two. They
             are named as in the format's state dicts, such as ``"q_proj.weight.absmax"``, also for
             ``include`` and ``exclude``. Scales that are quantised themselves or have 16 bits become
-            fp32 first. "frozen": quantised weights stay as they are.
+            fp32 first. "low_rank": updates of low rank beside them learn, those of
+            :func:`add_side_updates`, which is called where the model has none; also where the
+            format is unknown. "frozen": quantised weights stay as they are.
         verbose: print a one-line summary.
 
     Returns:

@@ -14,6 +14,7 @@ from .names import matching, patterns_in
 from .ownership import without_examples
 from .quantized import Scale, Scales, prepare
 from .quantized.refusals import by_choice, check_known, is_quantised
+from .quantized.side_updates import add_side_updates, side_updates
 from .settings import DIRECTIONS
 from .sharding import fsdp_modules, pieces_of, reshard
 
@@ -23,7 +24,7 @@ _STANDS_IN = {
     "frod_lambda_l": "base_layer.weight",
 }
 """Where peft replaces rather than adds: its attribute, by adapter, and what that stands in for."""
-QUANTIZED = (None, "scales", "frozen")
+QUANTIZED = (None, "scales", "low_rank", "frozen")
 _WHY_UNUSED = (
     " (no forward pass uses them, or they are an adapter's: inactive or frozen adapters, and "
     "originals that an adapter replaces)"
@@ -67,7 +68,12 @@ class ZerothOrder:
             raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
         self._shared = without_examples(model) if directions == "per_example" else set()
         self._unreached = _unreached(model)
-        self._frozen = quantized == "frozen"
+        self._frozen = quantized in ("frozen", "low_rank")
+        self._beside: set[str] = set()
+        """Names of quantised weights beside which updates of low rank learn."""
+        if quantized == "low_rank":
+            sides = side_updates(model) or add_side_updates(model)
+            self._beside = {f"{layer}.weight" for layer in sides}
         self.prepared: dict[str, int] = {}
         """How many tensors of scales were changed first, by what was done."""
         self.scales: Scales | None = None
@@ -113,6 +119,8 @@ class ZerothOrder:
             reason = "unused"
         elif any(name in self._scaled for name in names):
             reason = "quantised, their scales learn"
+        elif self._beside.intersection(names) and is_quantised(parameter):
+            reason = "quantised, low-rank updates beside them learn"
         elif self._frozen and is_quantised(parameter):
             reason = "quantised, frozen"
         elif not unwanted and (packed := self._packed(parameter, names[0])):
@@ -184,9 +192,9 @@ def _packed(parameter: Tensor, name: str) -> str | None:
     if type(parameter).__name__ in ("Params4bit", "Int8Params"):
         return (
             "weights quantised by bitsandbytes in a zeroth-order group: train their scales by "
-            "quantized='scales', or leave them as they are by quantized='frozen'; or load the base "
-            "model in bfloat16, in which all of it trains at inference memory, or leave these "
-            "weights out by exclude="
+            "quantized='scales', updates of low rank beside them by quantized='low_rank', or leave "
+            "them as they are by quantized='frozen'; or load the base model in bfloat16, in which "
+            "all of it trains at inference memory, or leave these weights out by exclude="
         )
     if not could_learn(parameter):
         return None

@@ -1,0 +1,1 @@
+"""What is left of zeroth-order fine-tuning where weights are quantised."""

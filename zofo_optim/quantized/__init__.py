@@ -1,4 +1,4 @@
-"""Models with quantised weights: zeroth order learns the scales that go with the integers."""
+"""Models with quantised weights: zeroth order learns their scales, or updates beside them."""
 
 from .formats import Scale
 from .scales import (
@@ -10,17 +10,21 @@ from .scales import (
     prepare,
     tensors_for,
 )
+from .side_updates import add_side_updates, remove_side_updates, side_updates
 from .units import as_saved, unit_of
 
 __all__ = [
     "Names",
     "Scale",
     "Scales",
+    "add_side_updates",
     "as_saved",
     "check_held",
     "check_perturbation",
     "named_tensors",
     "prepare",
+    "remove_side_updates",
+    "side_updates",
     "tensors_for",
     "unit_of",
 ]

@@ -69,4 +69,8 @@ def by_choice(parameter: Tensor) -> str:
     """What else could be done with a weight that is refused, for a message."""
     known = any(format.holds(nn.Module(), parameter) for format in formats())
     scales = "train their scales by quantized='scales', " * known
-    return scales + "keep them as they are by quantized='frozen', " * is_quantised(parameter)
+    others = (
+        "train updates of low rank beside them by quantized='low_rank', keep them as they are by "
+        "quantized='frozen', "
+    )
+    return scales + others * is_quantised(parameter)

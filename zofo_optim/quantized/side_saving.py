@@ -1,0 +1,131 @@
+"""Side updates as files: a LoRA adapter in peft's own form."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..base_weights import write_tensors
+from .side_module import Features, SideUpdate, features_of
+from .side_updates import add_beside, base_name, linear_layers, side_updates
+
+WEIGHTS = "adapter_model.safetensors"
+ABOUT = "side_updates.json"
+_PREFIX = "base_model.model."
+
+
+def save_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write what side updates have learnt as a LoRA adapter: B A is their L R^T.
+
+    Any engine that loads peft's adapters beside the base model, quantised or not, computes with
+    them; ``PeftModel.from_pretrained(base, folder).merge_and_unload()`` merges them into a base
+    model in 16 or 32 bits. ``side_updates.json`` beside the adapter says how to go on, see
+    :func:`load_side_updates`. peft's own adapters in the model are not written.
+
+    Args:
+        model: has side updates, in layers that peft can adapt.
+        folder: where to write; made where it is missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it has no side updates.
+        ImportError: peft or safetensors is not installed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found = side_updates(model)
+    if not found:
+        raise ValueError(
+            "model must have side updates, got none: they are add_side_updates' and "
+            "hybrid_param_groups(quantized='low_rank')'s"
+        )
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(
+            "save_side_updates writes peft's format, which needs: pip install peft"
+        ) from error
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    sides = {base_name(name): side for name, side in found.items()}
+    first = next(iter(found.values()))
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    LoraConfig(
+        r=first.rank,
+        lora_alpha=first.rank,
+        target_modules=sorted(sides),
+        fan_in_fan_out=all(hasattr(model.get_submodule(name), "nx") for name in found),
+        base_model_name_or_path=base or None,
+        inference_mode=True,
+    ).save_pretrained(str(path))
+    tensors = {}
+    for layer, side in sides.items():
+        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = side.right.t().contiguous().cpu()
+        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = side.left.detach().cpu()
+    write_tensors(path / WEIGHTS, tensors)
+    about = {"rank": first.rank, "seed": first.seed, "layers": list(sides)}
+    (path / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    return path
+
+
+@torch.no_grad()
+def load_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, SideUpdate]:
+    """Read what :func:`save_side_updates` wrote, to the bit, so that training may go on.
+
+    Args:
+        model: the base model, quantised or not, or a peft model of it. Side updates that it has are
+            filled in place; else it gets them.
+        folder: holds the files.
+
+    Returns:
+        The side updates, by the layer's name.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        FileNotFoundError: there are none in ``folder``.
+        ValueError: the model lacks one of the layers, or has it in another shape, or has side
+            updates of another rank or seed or beside other layers; nothing is changed.
+        ImportError: safetensors is not installed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    path = Path(folder)
+    if not (path / ABOUT).is_file() or not (path / WEIGHTS).is_file():
+        raise FileNotFoundError(f"no {ABOUT} and {WEIGHTS} at {str(folder)!r}")
+    from safetensors.torch import load_file
+
+    about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+    saved = load_file(path / WEIGHTS)
+    layers = linear_layers(model)
+    by_base = {base_name(name): name for name in layers}
+    lefts = {}
+    for name in about["layers"]:
+        left = saved[f"{_PREFIX}{name}.lora_B.weight"]
+        wanted = Features(saved[f"{_PREFIX}{name}.lora_A.weight"].shape[1], left.shape[0])
+        found = features_of(layers[by_base[name]]) if name in by_base else None
+        if found != wanted:
+            raise ValueError(
+                f"model must have a linear layer {name!r} with {wanted.inputs} inputs and "
+                f"{wanted.outputs} outputs, got {found}"
+            )
+        lefts[by_base[name]] = left
+    present = side_updates(model)
+    if not present:
+        present = add_beside({name: layers[name] for name in lefts}, about["rank"], about["seed"])
+    kinds = {(side.rank, side.seed) for side in present.values()}
+    if present.keys() != lefts.keys() or kinds != {(about["rank"], about["seed"])}:
+        raise ValueError(
+            f"model must have no side updates, or those of {path} (rank {about['rank']}, seed "
+            f"{about['seed']}, {len(lefts)} layers), got {len(present)} of rank and seed "
+            f"{sorted(kinds)}: remove_side_updates(model) first, and make the optimizer anew"
+        )
+    for name, side in present.items():
+        side.left.copy_(lefts[name])
+    return present
