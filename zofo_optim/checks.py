@@ -17,6 +17,7 @@ from zofo_kernels.memory import first_shared, has_memory
 from .active import Active
 from .defaults import value_of
 from .first_order import FirstOrder
+from .offload.in_turn import is_offloaded
 from .settings import Settings
 from .sharding import local_of
 from .zo_groups import ZOGroup
@@ -216,6 +217,22 @@ def check_zo_parameters(groups: Sequence[ZOGroup], first_order: Iterable[Tensor]
         f"shape {tuple(other.shape)}, which would be moved under the first-order gradient; pass "
         "one of them, or make one a copy"
     )
+
+
+def check_offloaded(groups: Sequence[ZOGroup], perturbation: str) -> None:
+    """
+    Raises:
+        ValueError: weights are in a file, and each evaluation would write them there.
+    """
+    if perturbation != "in_place":
+        return
+    for group in groups:
+        for parameter, name in zip(group.placed.locals, group.names, strict=False):
+            if is_offloaded(parameter):
+                raise ValueError(
+                    f"perturbation must be 'streamed' where weights are offloaded, as {name!r} is, "
+                    "got 'in_place', which writes all weights to their file in each evaluation"
+                )
 
 
 def check_active(activity: Active | None, groups: Sequence[ZOGroup]) -> None:

@@ -15,7 +15,7 @@ from . import advice, rule_states, state
 from .agreement import Agreement
 from .buffers import Buffers
 from .capture import StepCounters
-from .checks import check_active, check_group, check_zo_parameters
+from .checks import check_active, check_group, check_offloaded, check_zo_parameters
 from .defaults import given as is_given
 from .defaults import value_of
 from .estimate import Accumulation, Estimate
@@ -178,6 +178,7 @@ class GroupsAndState(Optimizer):
         groups = (g["params"] for g in self.param_groups if g["mode"] == "fo")
         zeroth_order = self.zo_groups()
         check_zo_parameters(zeroth_order, chain.from_iterable(groups))
+        check_offloaded(zeroth_order, self._settings.perturbation)
         check_active(self._settings.activity, zeroth_order)
 
     # ---- state ----------------------------------------------------------------------------------

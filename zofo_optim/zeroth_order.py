@@ -149,9 +149,9 @@ class ZerothOrder:
         if parameter.is_meta and not self._without_data:
             raise ValueError(
                 f"trainable parameter {name!r} must hold data, got a tensor on the meta device: "
-                "where accelerate offloads weights, gradients reach copies only; load them "
-                "without offloading, or freeze them (requires_grad=False) and leave them out "
-                "(exclude=)"
+                "where accelerate offloads weights, gradients reach copies only; call "
+                "zofo_optim.offload.offload_weights(model) first, which loads what is trainable, "
+                "or freeze them (requires_grad=False)"
             )
 
     def _packed(self, parameter: Tensor, name: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,8 +43,9 @@ def check_weight(tensor: Tensor, name: str = "tensor") -> None:
     if tensor.is_meta:
         raise ValueError(
             f"{name} must hold data, got a tensor on the meta device, where accelerate leaves the "
-            "weights that it offloads to the CPU or to disk: load them without offloading, in a "
-            "smaller dtype where they do not fit, or leave them out (exclude=)"
+            "weights that it offloads to the CPU or to disk: call "
+            "zofo_optim.offload.offload_weights(model) first, by which they train from a file, "
+            "load them without offloading, or leave them out (exclude=)"
         )
     check_storage(tensor, name)
     if not tensor.is_contiguous() and overlaps_itself(tensor):
@@ -174,6 +175,15 @@ class Weights:
             )
             for k, tensor in enumerate(self.tensors)
         ]
+
+    def parts_of(self, position: int, size: int) -> Iterator[Weights]:
+        """Runs of ``size`` elements of one contiguous tensor, which is no rectangle with gaps."""
+        tensor, shape = self.tensors[position], self._shapes[position]
+        flat, index = tensor.detach().view(-1), self.indices[position]
+        for low in range(0, flat.numel(), size):
+            place = self.offsets[position] + low
+            full = tensor.shape if shape is None else shape
+            yield Weights([flat[low : low + size]], [index], [place], shapes=[full])
 
     def layout(self) -> Layout:
         """The regions, checked; those of the pass before where no tensor's memory has changed."""

@@ -345,3 +345,20 @@ def test_there_are_no_columns_without_numbers():
         for first, second in pairwise(text.splitlines()):
             if first.startswith("|") and second.startswith("|"):
                 assert first.count("|") == second.count("|"), f"{path.name}: {second}"
+
+
+def test_offloading():
+    """A line a method: growth of resident memory in memory and offloaded, and the ratio of time."""
+    page = (ROOT / "docs" / "offload.md").read_text(encoding="utf-8")
+    content = json.loads((CPU / "offload.json").read_text())
+    found = {(case["method"], case["weights_in"]): case for case in content["cases"]}
+    _, *lines = rows(page)
+    assert {method for method, _ in found} == {line[0] for line in lines}
+    for method, *cells in lines:
+        resident, offloaded = found[method, "memory"], found[method, "offloaded"]
+        assert resident["loss"] == offloaded["loss"]
+        megabytes = [f"{case['stepping'] / 1e6:.0f} MB" for case in (resident, offloaded)]
+        ratio = offloaded["step_processor"] / resident["step_processor"]
+        assert cells == [*megabytes, f"{ratio:.2f}"]
+    (size,) = {case["weights"] for case in content["cases"]}
+    assert f"{size / 1e6:.0f} MB of weights" in page

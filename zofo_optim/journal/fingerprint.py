@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ..offload.in_turn import drop
 from ..sharding import is_sharded, whole_of
 
 _PIECE = 1 << 24  # elements copied to the host at a time
@@ -21,6 +22,7 @@ def fingerprint(tensor: Tensor) -> str:
     for low in range(0, flat.numel(), _PIECE):
         piece = flat[low : low + _PIECE]
         digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
+        drop(piece)
     return digest.hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from zofo_kernels import NOISE_VERSIONS, Direction, Pass, Program, Shift, Weight
 from zofo_kernels.dispatch import backend_name
 
 from ..checks import caller_level
+from ..offload.in_turn import drop
 from ..settings import BEFORE, direction_rank
 from ..sharding import local_of, pieces_of
 from ..zo_groups import Noise
@@ -239,6 +240,8 @@ def apply(
             for weights, size in _pieces(here, _room(len(program.passes))):
                 if program.passes:
                     replay_(weights, program, rounding=header["rounding"], backend=backend)
+                for tensor in weights.tensors:
+                    drop(tensor)
                 done += size
                 if progress is not None:
                     progress(done, total)

@@ -19,6 +19,7 @@ from ..evaluation import Evaluation
 from ..gathered import GatheredWeights
 from ..listeners import Listener
 from ..moves import Moves
+from ..offload.in_turn import in_turn
 from ..quantized import Scale, check_held
 from ..replicas import OneProcess, Replicas
 from ..settings import Settings
@@ -254,16 +255,17 @@ class Perturbation(ABC):
         with uninterrupted():
             self.gathered.reshard()
             for position, update in enumerate(updates):
-                update_(
-                    self.groups[position].weights,
-                    update.directions,
-                    update.coefficients,
-                    update.lr,
-                    weight_decay=update.weight_decay,
-                    recover=self._carried.get(position),
-                    rounding=self._settings.rounding,
-                    backend=self._settings.backend,
-                )
+                for weights in in_turn(self.groups[position].weights):
+                    update_(
+                        weights,
+                        update.directions,
+                        update.coefficients,
+                        update.lr,
+                        weight_decay=update.weight_decay,
+                        recover=self._carried.get(position),
+                        rounding=self._settings.rounding,
+                        backend=self._settings.backend,
+                    )
                 self._carried.pop(position, None)
             self.gathered.updated()
             self.moves.clear()
