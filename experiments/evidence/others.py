@@ -21,7 +21,30 @@ NAMES = {
 
 
 def table() -> str:
-    return markdown([HEAD, *_directions(), *_transfer(), *_sixteen_bit(), *_populations()])
+    studies = (_directions, _transfer, _sixteen_bit, _quantised, _populations)
+    return markdown([HEAD, *(row for study in studies for row in study())])
+
+
+def _quantised() -> list[list[str]]:
+    """Scales of quantised bases, beside all weights in 16 bits."""
+    found = json.loads((RESULTS / "quantized" / "table.json").read_text(encoding="utf-8"))
+    where = {
+        "stories260k": "stories260k, SST-2, 300 steps of 16",
+        "all-minilm-l6-v2": "MiniLM, SST-2, 150 steps of 16",
+    }
+    return [
+        [
+            f"scales of {name.removesuffix(', ZO')}",
+            where[model],
+            "test loss",
+            mean(cell["test_loss"], 3),
+            mean(cells["bf16, ZO"]["test_loss"], 3),
+            "zeroth order on all weights in bf16",
+        ]
+        for model, cells in found.items()
+        for name, cell in cells.items()
+        if name.endswith(", ZO") and not name.startswith("bf16")
+    ]
 
 
 def _directions() -> list[list[str]]:

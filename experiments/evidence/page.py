@@ -1,4 +1,4 @@
-"""Drawing docs/evidence.md: the text of page.md, its tables from committed results."""
+"""Drawing docs/evidence.md: the text of page.txt, its tables from committed results."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from . import others, paper, pictures, sentences, seven, tables
 from .found import Found, read
 from .runs import RESULTS
 
-TEMPLATE = Path(__file__).with_name("page.md")
+TEMPLATE = Path(__file__).with_name("page.txt")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
 PICTURES = RESULTS / "evidence"
 PLACE = re.compile(r"\{\{([a-z0-9-]+)\}\}")
-NOTE = "<!-- Drawn by python -m experiments.evidence from experiments/evidence/page.md. -->\n"
+NOTE = "<!-- Drawn by python -m experiments.evidence from experiments/evidence/page.txt. -->\n"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ PARTS: Mapping[str, Callable[[Evidence], str]] = {
     "others": lambda all_: others.table(),
 }
 """What stands for ``{{name}}`` in the template, of all that is found. A section on other results,
-such as those of experiments/results/quantized, is a function here and a place in page.md."""
+such as those of experiments/results/quantized, is a function here and a place in page.txt."""
 
 
 def text(found: Evidence, template: str | None = None) -> str:
