@@ -36,28 +36,30 @@ class Grid:
         return self.weight()
 
 
-def quantised(model: nn.Module, bits: int, names: list[str]) -> dict[str, Grid]:
-    """Grids of linear layers, by torchao's own rounding; the model gets what they stand for."""
+def quantise(model: nn.Module, bits: int, names: list[str]) -> None:
+    """Give linear layers torchao's weights of integers."""
     quantization: Any = importlib.import_module("torchao.quantization")
     granularities: Any = importlib.import_module("torchao.quantization.granularity")
-    grids = {}
     dtype = getattr(torch, f"int{bits}")
     for name in names:
         layer: Any = model.get_submodule(name)
         grouped = bits == 4 and layer.in_features % GROUP == 0
         granularity = granularities.PerGroup(GROUP) if grouped else granularities.PerAxis(0)
-        packed = nn.Sequential(nn.Linear(layer.in_features, layer.out_features, bias=False))
-        packed[0].weight.data = layer.weight.data.clone()
         config = quantization.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
-        quantization.quantize_(packed, config)
-        weight: Any = packed[0].weight
+        quantization.quantize_(nn.Sequential(layer), config)
+
+
+def taken_apart(model: nn.Module, bits: int, names: list[str]) -> dict[str, Grid]:
+    """Grids of quantised layers, which get what their integers stand for as plain weights."""
+    grids = {}
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        weight = layer.weight
         m, groups = weight.scale.shape
-        integers = weight.qdata.float().view(m, groups, -1)
-        grid = Grid(
-            integers, weight.scale.float()[..., None], -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        )
+        integers, scales = weight.qdata.float().view(m, groups, -1), weight.scale.float()[..., None]
+        grid = Grid(integers, scales, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         if not torch.equal(grid.weight(), weight.dequantize().float()):
             raise RuntimeError(f"{name} must be integers times scales, and is not")
-        layer.weight.data = grid.weight()
+        layer.weight = nn.Parameter(grid.weight(), requires_grad=False)
         grids[name] = grid
     return grids

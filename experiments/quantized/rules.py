@@ -22,8 +22,8 @@ class Way:
     """A way to update, in short.
 
     Attributes:
-        kept: "exact" (a dense sum), "folded" (a sum of low rank), "rounded" (to the grid) or
-            "scales" (these learn instead).
+        kept: "exact" (a dense sum), "folded" (a sum of low rank), "rounded" (to the grid),
+            "scales" (these learn instead) or "library" (side updates as the library has them).
         rank: of a direction.
         redraw: steps between draws of V; 0: it stays.
         cap: of the rank that is kept, where it is folded.
@@ -51,8 +51,6 @@ class Layer:
         self._base = module.weight.data.clone()
         self._u = self._v = torch.empty(0)
         self._since_fold = 0
-        self.lost = 0.0
-        """Share of the squared norm of what is kept that folding has cut off, summed."""
 
     def draw(self, step: int, examples: int) -> None:
         """Of a step: U (examples or 1, m, r), V (the same or 1, n, r)."""
@@ -133,8 +131,6 @@ class Layer:
         """To half the cap, so that there is room for more."""
         weight, half = self._module.weight.data, self._way.cap // 2
         u, s, vt = torch.linalg.svd(weight - self._base, full_matrices=False)
-        squares = s.square()
-        self.lost += float(squares[half:].sum() / squares.sum().clamp_min(1e-30))
         self._module.weight.data = self._base + (u[:, :half] * s[:half]) @ vt[:half]
         self._since_fold = 0
 

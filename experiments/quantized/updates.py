@@ -18,7 +18,7 @@ import copy
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,16 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from zofo_optim import HybridZOFO, add_side_updates, hybrid_param_groups
+
+from ..classification import Batch
 from ..commands import ended, quiet_on_one_thread
 from ..finetune import versions
 from ..forms import FORMS
 from ..models import Problem, load_problem
 from ..tasks import default_source, protocol
 from ..training import LOSS_EXAMPLES, write
-from .grids import quantised
+from .grids import quantise, taken_apart
 from .rules import Layer, Way, all_displaced
 
 MU, STEPS, BATCH = 1e-3, 300, 8
@@ -52,8 +55,8 @@ def _side(rank: int, redraw: int) -> tuple[str, Way]:
 _PER_EXAMPLE = Way(per_example=True)
 WAYS: dict[str, Way] = {
     "dense": Way(),
-    **dict(_side(16, redraw) for redraw in (0, 100)),
-    **dict(_side(4, redraw) for redraw in (0, 25)),
+    "the library's, rank 16": Way("library", rank=16, redraw=0),
+    "the library's, rank 4": Way("library", rank=4, redraw=0),
     "rounded": Way("rounded"),
     "scales": Way("scales"),
     **dict(_side(rank, redraw) for rank in (1, 4, 16) for redraw in (0, 100, 25, 1)),
@@ -65,14 +68,10 @@ WAYS: dict[str, Way] = {
     "folded at 32, per example": replace(_PER_EXAMPLE, kept="folded", cap=32),
 }
 """`dense` updates what the weights stand for, which no quantised weight can: an upper bound."""
-FIRST = [
-    *("dense", "side, rank 16, V stays", "rounded", "side, rank 16, V anew every 25", "scales"),
-    *("side, rank 4, V stays", "side, rank 4, V anew each step", "side, rank 1, V stays"),
-    *("side, rank 16, V stays, per example", "dense, per example", "folded at 32"),
-]
+IN_8_BITS = ["dense", "the library's, rank 16", "side, rank 16, V stays", "rounded", "scales"]
 TASK = "sst2-sentences"
-CELLS = [(TASK, 4, FIRST), (TASK, 4, list(WAYS)), (TASK, 8, FIRST[:5])]
-"""Task, bits and ways, in an order such that the first ones tell most."""
+CELLS = [(TASK, 4, list(WAYS)), (TASK, 8, IN_8_BITS)]
+"""Task, bits and ways."""
 
 
 def run(problem: Problem, bits: int, way: Way, rate: float, seed: int) -> dict[str, float]:
@@ -85,35 +84,66 @@ def run(problem: Problem, bits: int, way: Way, rate: float, seed: int) -> dict[s
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
     ]
-    generator = torch.Generator().manual_seed(1000 + seed)
-    grids = quantised(model, bits, names)
-    layers = [Layer(model.get_submodule(name), grids[name], way, generator) for name in names]
+    quantise(model, bits, names)
+    by_the_library = way.kept == "library"
+    step = (_of_the_library if by_the_library else _simulated)(
+        problem, model, names, bits, way, seed
+    )
 
     def losses() -> tuple[float, float]:
         return problem.dev.mean_loss(model), problem.train.mean_loss(model, LOSS_EXAMPLES)
 
     order = torch.Generator().manual_seed(seed)
     start = losses()
-    with torch.no_grad():
-        for step in range(STEPS):
-            chosen = torch.randperm(len(problem.train), generator=order)[:BATCH].tolist()
-            batch = problem.train.batch(chosen)
-            for layer in layers:
-                layer.draw(step, len(chosen))
-            sides: list[Tensor] = []
-            for mu in (MU, -MU):
-                with all_displaced(layers, mu):
-                    sides.append(problem.train.losses(model, batch))
-            slopes = (sides[0] - sides[1]) / (2 * MU)
-            if not bool(slopes.isfinite().all()):
-                break
-            for layer in layers:
-                layer.update(slopes, rate * (1 - step / STEPS))
+    for number in range(STEPS):
+        chosen = torch.randperm(len(problem.train), generator=order)[:BATCH].tolist()
+        step(number, problem.train.batch(chosen), rate * (1 - number / STEPS))
     end = losses()
-    return {
-        **{"dev_start": start[0], "train_start": start[1], "dev": end[0], "train": end[1]},
-        "lost": statistics.mean(layer.lost for layer in layers),
-    }
+    return {"dev_start": start[0], "train_start": start[1], "dev": end[0], "train": end[1]}
+
+
+Step = Callable[[int, Batch, float], object]
+"""Makes a step, given its number, its batch and its rate."""
+
+
+def _simulated(
+    problem: Problem, model: nn.Module, names: list[str], bits: int, way: Way, seed: int
+) -> Step:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    grids = taken_apart(model, bits, names)
+    layers = [Layer(model.get_submodule(name), grids[name], way, generator) for name in names]
+
+    @torch.no_grad()
+    def step(number: int, batch: Batch, rate: float) -> None:
+        for layer in layers:
+            layer.draw(number, BATCH)
+        sides: list[Tensor] = []
+        for mu in (MU, -MU):
+            with all_displaced(layers, mu):
+                sides.append(problem.train.losses(model, batch))
+        slopes = (sides[0] - sides[1]) / (2 * MU)
+        if bool(slopes.isfinite().all()):
+            for layer in layers:
+                layer.update(slopes, rate)
+
+    return step
+
+
+def _of_the_library(
+    problem: Problem, model: nn.Module, names: list[str], bits: int, way: Way, seed: int
+) -> Step:
+    add_side_updates(model, rank=way.rank, seed=seed)
+    zo = dict(lr=0.0, mu=MU)
+    groups = hybrid_param_groups(
+        model, zo, include="side_update", quantized="low_rank", verbose=False
+    )
+    optimizer = HybridZOFO(groups, seed=seed)
+
+    def step(number: int, batch: Batch, rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step(lambda: problem.train.losses(model, batch).mean())
+
+    return step
 
 
 def _rank(result: dict[str, float]) -> float:
@@ -170,7 +200,7 @@ def study(model: str, out: Path, searching: bool, console: Console) -> None:
             best = min(tried, key=tried.__getitem__)
             for seed in SEEDS:
                 runs.once(task, bits, name, best, seed)
-            console.print(table(runs.found).splitlines()[-1], highlight=False)
+            console.print(f"{task}, int{bits}: {name}, {best:g}", highlight=False)
     (out / "updates.md").write_text(table(runs.found), encoding="utf-8")
 
 
@@ -178,7 +208,8 @@ def table(found: dict[str, Any]) -> str:
     """Ways that have all seeds at some rate: losses on the training examples at the best one."""
     lines = ["| weights | updates | rate | training loss | development loss |", "|" + "---|" * 5]
     for place, ways in found["runs"].items():
-        for name, runs in ways.items():
+        for name in (name for name in WAYS if name in ways):
+            runs = ways[name]
             at: dict[str, list[dict[str, float]]] = {}
             for key, result in runs.items():
                 at.setdefault(key.split(",")[0], []).append(result)
