@@ -198,7 +198,10 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     where = match_names(saved, parameters)
     missing = [name for name in saved if name not in where]
     if missing:
-        raise ValueError(f"model must have the weights in {path}, but has none of {missing[:3]}")
+        hint = ": call add_side_updates first, as before training" * ("side_update" in missing[0])
+        raise ValueError(
+            f"model must have the weights in {path}, but has none of {missing[:3]}{hint}"
+        )
     for name, tensor in saved.items():
         ours = parameters[where[name]]
         if ours.shape != tensor.shape:

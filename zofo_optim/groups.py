@@ -123,11 +123,13 @@ def split_of(
         ValueError: no parameter is left, or the rules refuse one, or a pattern.
     """
     split = Split({}, {}, {}, {}, rules.prepared)
+    first_order: set[str] = set()  # by every name
     for names, parameter in parameters_with_all_names(model):
         mode = mode_of(names, parameter)
         if mode == "fo":
             rules.check_first_order(names[0], parameter)
             split.fo[names[0]] = parameter
+            first_order.update(names)
             continue
         reason = rules.reason_against(names, parameter) if mode == "zo" else mode
         if reason:
@@ -135,7 +137,7 @@ def split_of(
         else:
             split.zo[names[0]] = parameter
     for scales in rules.scales or ():
-        first, reason = scales[0], rules.reason_against_scale(scales)
+        first, reason = scales[0], rules.reason_against_scale(scales, first_order)
         if reason:
             split.left_out.setdefault(reason, []).append(first.tensor)
         else:

@@ -56,7 +56,7 @@ def losses_along(
         Shape (points,) or (points, B), float64.
 
     Raises:
-        ValueError: the optimizer has no zeroth-order group.
+        ValueError: the optimizer has no zeroth-order group, or one has a ``unit``.
         RuntimeError: called from inside a closure.
     """
     groups = optimizer.zo_groups()
@@ -64,6 +64,11 @@ def losses_along(
         raise ValueError("optimizer must have a group with mode='zo', got first-order groups only")
     if optimizer.evaluating:
         raise RuntimeError(f"{said} must not be called inside a closure")
+    if any(group.unit != 1.0 for group in groups):
+        raise ValueError(
+            f"{said} needs groups without a unit, got {[group.unit for group in groups]}: those of "
+            "quantisation scales, which are not perturbed streamed, cannot be measured"
+        )
     settings = dataclasses.replace(
         optimizer.settings,
         distribution=distribution or optimizer.settings.distribution,

@@ -484,6 +484,8 @@ class HybridTrainerMixin(_Base):
             self._partition.save(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if self._group_options.get("quantized") in ("scales", "low_rank"):
+            self.create_optimizer()  # side updates must be there, and units are those of the start
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         if self._saves_in_part():
             load_base_weights(self._module(), resume_from_checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .names import matching, patterns_in
 from .ownership import without_examples
 from .quantized import Scale, Scales, prepare
 from .quantized.refusals import by_choice, check_known, is_quantised
+from .quantized.side_module import NAME as SIDE
 from .quantized.side_updates import add_side_updates, side_updates
 from .settings import DIRECTIONS
 from .sharding import fsdp_modules, pieces_of, reshard
@@ -66,14 +67,14 @@ class ZerothOrder:
         self._unwanted = patterns_in("exclude", exclude)
         if directions not in DIRECTIONS:
             raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
-        self._shared = without_examples(model) if directions == "per_example" else set()
-        self._unreached = _unreached(model)
         self._frozen = quantized in ("frozen", "low_rank")
         self._beside: set[str] = set()
         """Names of quantised weights beside which updates of low rank learn."""
         if quantized == "low_rank":
             sides = side_updates(model) or add_side_updates(model)
             self._beside = {f"{layer}.weight" for layer in sides}
+        self._shared = without_examples(model) if directions == "per_example" else set()
+        self._unreached = _unreached(model)
         self.prepared: dict[str, int] = {}
         """How many tensors of scales were changed first, by what was done."""
         self.scales: Scales | None = None
@@ -111,9 +112,7 @@ class ZerothOrder:
         Raises:
             ValueError: it could learn, is not excluded, and cannot be moved here.
         """
-        included, excluded = matching(self._wanted, names), matching(self._unwanted, names)
-        self._used.update(included, excluded)
-        unwanted = bool(excluded) or bool(self._wanted and not included)
+        included, unwanted = self._asked(_with_weights(names))
         reason = ""
         if self.is_unreached(names):
             reason = "unused"
@@ -135,11 +134,31 @@ class ZerothOrder:
             self._taken[pattern].setdefault(reason, names[0])
         return reason
 
-    def reason_against_scale(self, scales: Sequence[Scale]) -> str:
-        """As :meth:`reason_against`, of one tensor of quantisation scales by all of its names."""
-        if self.is_unreached([scale.weight for scale in scales]):
-            return "unused"
-        return self.reason_against([scale.name for scale in scales], scales[0].tensor)
+    def reason_against_scale(self, scales: Sequence[Scale], first_order: Collection[str]) -> str:
+        """As :meth:`reason_against`, of one tensor of quantisation scales by all of its names.
+
+        Patterns also match the names of the weights that it scales.
+
+        Args:
+            scales: the tensor by each of its names.
+            first_order: names of parameters that learn by gradients.
+        """
+        weights = [scale.weight for scale in scales]
+        included, unwanted = self._asked([*(scale.name for scale in scales), *weights])
+        reason = "excluded" if unwanted else ""
+        if self.is_unreached(weights):
+            reason = "unused"
+        elif any(name in first_order for name in weights):
+            reason = "of weights that learn by gradients"
+        for pattern in included:
+            self._taken[pattern].setdefault(reason, scales[0].name)
+        return reason
+
+    def _asked(self, names: Sequence[str]) -> tuple[list[str], bool]:
+        """Patterns of ``include`` that match, and whether what has these names is left out."""
+        included, excluded = matching(self._wanted, names), matching(self._unwanted, names)
+        self._used.update(included, excluded)
+        return list(included), bool(excluded) or bool(self._wanted and not included)
 
     def check_first_order(self, name: str, parameter: Tensor) -> None:
         """
@@ -176,6 +195,12 @@ class ZerothOrder:
                     f"include must match names of {of} that can train, got {pattern!r}, "
                     f"which matches only {said}" + _WHY_UNUSED * ("unused" in reasons)
                 )
+
+
+def _with_weights(names: Sequence[str]) -> list[str]:
+    """With those of the weights that side updates stand beside, by which users know them."""
+    mark = f".{SIDE}."
+    return [*names, *(f"{name.split(mark)[0]}.weight" for name in names if mark in name)]
 
 
 def _packed(parameter: Tensor, name: str) -> str | None:

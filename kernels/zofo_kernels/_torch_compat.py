@@ -60,10 +60,13 @@ class _SparedParametrizing:
 
     def __init__(self) -> None:
         self._lock, self._blocks = threading.Lock(), 0
-        self._maybe_set: Callable[[Tensor, Tensor], None] = parametrize._maybe_set
+        self._maybe_set: Callable[[Tensor, Tensor], None] | None = None
 
     @contextmanager
     def block(self) -> Generator[None, None, None]:
+        if not hasattr(parametrize, "_maybe_set"):  # a torch that does it in another way
+            yield
+            return
         with self._lock:
             self._blocks += 1
             if self._blocks == 1:
@@ -78,7 +81,7 @@ class _SparedParametrizing:
                     parametrize._maybe_set = self._maybe_set  # type: ignore[assignment]
 
     def _set(self, dest: Tensor, src: Tensor) -> None:
-        if dest is not src:
+        if dest is not src and self._maybe_set is not None:
             self._maybe_set(dest, src)
 
 

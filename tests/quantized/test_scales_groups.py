@@ -271,3 +271,23 @@ def test_units(value):
     expected = {0.0: 1.0, 1.0: 1.0, 0.09: 2.0**-3, 3e-8: 2.0**-25, float("inf"): 1.0}[value]
     assert unit_of(torch.full((3, 2), value)) == expected
     assert unit_of(torch.empty(0)) == 1.0
+
+
+def test_patterns_see_the_names_of_the_weights_that_scales_are_of():
+    model = nn.Sequential(
+        *quantised(nn.Sequential(nn.Linear(64, 64)), "bnb int8"), nn.LayerNorm(64)
+    )
+    assert [n for g in groups_of(model) for n in g["param_names"]][-1] == "0.SCB"
+    without = groups_of(model, exclude=r"^0\.weight$")
+    assert "0.SCB" not in [n for g in without for n in g["param_names"]]
+    alone = groups_of(model, include=r"^0\.weight$")
+    assert [n for g in alone for n in g["param_names"]] == ["0.SCB"]
+
+
+def test_what_streams_cannot_measure_scales():
+    from zofo_optim.smoothness import along_directions
+
+    model = network("nf4")
+    optimizer = HybridZOFO(groups_of(model))
+    with pytest.raises(ValueError, match="groups without a unit"):
+        along_directions(optimizer, lambda: model(X).square().mean())

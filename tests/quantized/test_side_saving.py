@@ -132,3 +132,56 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         load_side_updates("model", tmp_path)
     with pytest.raises(TypeError, match="model must be"):
         save_side_updates("model", tmp_path)
+
+
+def test_layers_that_peft_replaces_get_none():
+    """A module to save stands in for the base's own, and learns by gradients."""
+    config = peft.LoraConfig(target_modules=["first"], modules_to_save=["second"])
+    model = peft.get_peft_model(Small(), config)
+    sides = add_side_updates(model, include=".")
+    assert list(sides) == ["base_model.model.first.base_layer"]
+
+
+def test_subspaces_of_a_part_are_not_taken_for_those_of_the_whole(tmp_path):
+    part = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    whole = nn.Module()
+    whole.body = part
+    add_side_updates(whole.body, include=".", rank=4)
+    save_side_updates(whole, tmp_path)
+    other = nn.Module()
+    other.body = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    with pytest.raises(ValueError, match="subspaces"):
+        load_side_updates(other, tmp_path)
+    assert not side_updates(other)
+
+
+def test_another_adapter_is_not_written_over(tmp_path):
+    peft.get_peft_model(Small(), peft.LoraConfig(target_modules=["first"])).save_pretrained(
+        tmp_path
+    )
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="another adapter"):
+        save_side_updates(trained(), tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_exclude_by_the_weight_s_name():
+    model = small()
+    groups = hybrid_param_groups(
+        model, zo=dict(lr=1.0), quantized="low_rank", exclude=r"second\.weight", verbose=False
+    )
+    names = [name for group in groups for name in group["param_names"]]
+    assert "first.side_update.left_seed_0" in names
+    assert "second.side_update.left_seed_0" not in names
+
+
+def test_weights_of_side_updates_ask_for_them(tmp_path):
+    from zofo_optim import load_base_weights, save_base_weights
+
+    model = small()
+    optimizer = HybridZOFO(
+        hybrid_param_groups(model, zo=dict(lr=1.0), quantized="low_rank", verbose=False)
+    )
+    save_base_weights(optimizer, model, tmp_path)
+    with pytest.raises(ValueError, match="call add_side_updates first"):
+        load_base_weights(small(), tmp_path)

@@ -30,9 +30,9 @@ def features_of(module: nn.Module) -> Features | None:
 
     Known by ``in_features`` and ``out_features``, as those of torch, bitsandbytes, torchao, quanto
     and HQQ, by ``infeatures`` and ``outfeatures``, as of GPTQ, or ``nx`` and ``nf``, as of GPT-2's
-    ``Conv1D``. A layer around another one (peft's) is none: the one within is.
+    ``Conv1D``. A module around others (peft's) is none: the one within is.
     """
-    if isinstance(getattr(module, "base_layer", None), nn.Module):
+    if any(name not in (NAME, "parametrizations") for name, _ in module.named_children()):
         return None
     for inputs, outputs in (
         ("in_features", "out_features"),

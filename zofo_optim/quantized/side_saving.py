@@ -11,7 +11,7 @@ from torch import nn
 
 from ..base_weights import write_tensors
 from .side_module import Features, SideUpdate, features_of
-from .side_updates import add_beside, base_name, linear_layers, side_updates
+from .side_updates import add_beside, base_names, linear_layers, remove_side_updates, side_updates
 
 WEIGHTS = "adapter_model.safetensors"
 ABOUT = "side_updates.json"
@@ -35,7 +35,8 @@ def save_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: it has no side updates.
+        ValueError: it has no side updates, or some of several ranks or seeds, or ``folder`` holds
+            another adapter.
         ImportError: peft or safetensors is not installed.
     """
     if not isinstance(model, nn.Module):
@@ -52,9 +53,17 @@ def save_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         raise ImportError(
             "save_side_updates writes peft's format, which needs: pip install peft"
         ) from error
+    kinds = {(side.rank, side.seed) for side in found.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"model must have side updates of one rank and seed to be saved, got {sorted(kinds)}"
+        )
     path = Path(folder)
+    if (path / WEIGHTS).exists() and not (path / ABOUT).exists():
+        raise ValueError(f"folder must not hold another adapter, got {str(folder)!r}, which does")
     path.mkdir(parents=True, exist_ok=True)
-    sides = {base_name(name): side for name, side in found.items()}
+    names = base_names(model, found)
+    sides = {names[name]: side for name, side in found.items()}
     first = next(iter(found.values()))
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     LoraConfig(
@@ -91,7 +100,7 @@ def load_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> dict[
         TypeError: ``model`` is no module.
         FileNotFoundError: there are none in ``folder``.
         ValueError: the model lacks one of the layers, or has it in another shape, or has side
-            updates of another rank or seed or beside other layers; nothing is changed.
+            updates of another rank, seed or subspace or beside other layers; nothing is changed.
         ImportError: safetensors is not installed.
     """
     if not isinstance(model, nn.Module):
@@ -104,7 +113,7 @@ def load_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> dict[
     about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     saved = load_file(path / WEIGHTS)
     layers = linear_layers(model)
-    by_base = {base_name(name): name for name in layers}
+    by_base = {base: name for name, base in base_names(model, layers).items()}
     lefts = {}
     for name in about["layers"]:
         left = saved[f"{_PREFIX}{name}.lora_B.weight"]
@@ -117,8 +126,10 @@ def load_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> dict[
             )
         lefts[by_base[name]] = left
     present = side_updates(model)
-    if not present:
-        present = add_beside({name: layers[name] for name in lefts}, about["rank"], about["seed"])
+    new = not present
+    if new:
+        chosen = {name: layers[name] for name in lefts}
+        present = add_beside(model, chosen, about["rank"], about["seed"])
     kinds = {(side.rank, side.seed) for side in present.values()}
     if present.keys() != lefts.keys() or kinds != {(about["rank"], about["seed"])}:
         raise ValueError(
@@ -126,6 +137,15 @@ def load_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> dict[
             f"{about['seed']}, {len(lefts)} layers), got {len(present)} of rank and seed "
             f"{sorted(kinds)}: remove_side_updates(model) first, and make the optimizer anew"
         )
+    for name, base in base_names(model, present).items():
+        right = saved[f"{_PREFIX}{base}.lora_A.weight"].t()
+        if not torch.equal(present[name].right.cpu().to(right.dtype), right):
+            if new:
+                remove_side_updates(model)
+            raise ValueError(
+                f"folder must hold side updates beside the subspaces of this model, got others for "
+                f"{base!r}: they were added to another model, or to a part of one"
+            )
     for name, side in present.items():
         side.left.copy_(lefts[name])
     return present

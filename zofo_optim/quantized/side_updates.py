@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import adapter_parameters
-from ..names import matching, patterns_in, without_layers
+from ..names import matching, patterns_in, unwrapped, without_layers
 from ..sharding import is_sharded
 from .refusals import is_quantised
 from .side_module import NAME, SideUpdate, attach, detach, features_of
@@ -62,17 +62,19 @@ def add_side_updates(
             raise ValueError(f"{name} must be an int in [{lowest}, {limit}), got {value!r}")
     if present := next(iter(side_updates(model)), None):
         raise ValueError(f"model must have no side updates yet, got one in {present!r}")
-    return add_beside(_chosen(model, include, exclude), rank, seed)
+    return add_beside(model, _chosen(model, include, exclude), rank, seed)
 
 
-def add_beside(layers: Mapping[str, nn.Module], rank: int, seed: int) -> dict[str, SideUpdate]:
-    """Give each of these layers an update; all, or none where one raises."""
-    sides = {}
+def add_beside(
+    model: nn.Module, layers: Mapping[str, nn.Module], rank: int, seed: int
+) -> dict[str, SideUpdate]:
+    """Give each of these layers of the model an update; all, or none where one raises."""
+    sides, names = {}, base_names(model, layers)
     for name, module in layers.items():
         features = features_of(module)
         assert features is not None
         device = _device_of(name, module)
-        sides[name] = SideUpdate(features, rank, seed, base_name(name), device)
+        sides[name] = SideUpdate(features, rank, seed, names[name], device)
     for name, side in sides.items():
         attach(layers[name], side)
     return sides
@@ -87,12 +89,26 @@ def side_updates(model: nn.Module) -> dict[str, SideUpdate]:
     }
 
 
-def base_name(layer: str) -> str:
-    """A layer's name in the base model, without what wrappers and adapters add."""
-    inner = without_layers(f"{layer}.weight").removesuffix(".weight")
-    for wrapper in ("module.", "base_model.model."):
-        inner = inner.removeprefix(wrapper)
-    return inner
+def base_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Layers' names in the base model, without what wrappers and adapters add, by those here.
+
+    Raises:
+        ValueError: two layers would have one name.
+    """
+    inner = unwrapped(model)
+    of_peft = getattr(inner, "get_base_model", None)
+    base = inner if of_peft is None else unwrapped(of_peft())
+    within = {id(module): name for name, module in base.named_modules()}
+    found: dict[str, str] = {}
+    for layer in layers:
+        name = within.get(id(model.get_submodule(layer)), layer)
+        name = without_layers(f"{name}.weight").removesuffix(".weight")
+        if name in found.values():
+            raise ValueError(
+                f"layers must have one name each in the base model, got {name!r} twice"
+            )
+        found[layer] = name
+    return found
 
 
 def remove_side_updates(model: nn.Module) -> None:
@@ -114,6 +130,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if features_of(module) is not None
         and id(module) not in packed
+        and name.split(".")[-1] != "original_module"  # which peft replaces
         and not any(id(p) in of_adapters for p in module.parameters(recurse=False))
     }
 
