@@ -309,3 +309,14 @@ def test_a_model_on_the_meta_device_is_refused():
         model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="'0' on the meta device"):
         add_side_updates(model, include="0")
+
+
+def test_they_stay_in_fp32_where_the_model_is_converted():
+    model = network("intx int8")
+    (side, *_) = add_side_updates(model, rank=3).values()
+    before = side.right.clone()
+    model.to(torch.bfloat16)
+    model.double()
+    assert side.left.dtype == side.right.dtype == torch.float32
+    assert torch.equal(side.right, before)
+    assert isinstance(side.left, nn.Parameter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +97,16 @@ class SideUpdate(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             moved = F.linear(x.to(self.right.dtype) @ self.right, self.left)
             return (output + moved).to(output.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SideUpdate:
+        """Conversions of the model to another dtype leave it in fp32; all else moves along."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.right.shape[0]} -> {self.left.shape[0]}, rank {self.left.shape[1]}"

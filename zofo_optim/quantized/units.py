@@ -41,7 +41,7 @@ def as_saved(
     before = [list(g["param_names"]) for g in ours]
     complete = len(every) == len(where) == len(tensors)
     same_others = len(first_order) == len(saved) - len(theirs)
-    if arranged == before or not complete or not same_others:
+    if not ours or arranged == before or not complete or not same_others:
         return None
     zeroth_order = iter(
         {**ours[0], **_options(theirs[k]), "params": [tensors[n] for n in group if n is not None]}
