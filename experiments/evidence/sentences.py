@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ..partition.recipes import GAUSSIAN, LORA, PER_EXAMPLE, PLAIN, Recipe
+from ..partition.recipes import ALL, GAUSSIAN, LORA, PER_EXAMPLE, PLAIN, Recipe
 from ..partition.regions import LOSES, TIES, WINS, verdict
 from .found import Entry, Found
 from .grid import STUDIES, cells
@@ -22,13 +22,25 @@ def summary(found: Sequence[Found]) -> str:
     ahead, behind, compared = _beside(found)
     return "\n".join(
         [
-            f"- *At equal steps*, {len(found)} comparisons: {_counted(steps)}.",
-            f"- *At equal time*, {len(timed)} comparisons: {_counted(after)}.",
+            f"- *At equal steps*, {len(found)} comparisons: {_counted(steps)}. "
+            + _with_full([one.entries for one in found], steps),
+            f"- *At equal time*, {len(timed)} comparisons: {_counted(after)}. "
+            + _with_full([one.timed for one in timed], after),
             f"- *At equal memory*: {_memory([one for one in found if one.memory_points()])}",
             "- *Beside the same first-order part*, zeroth order in the rest lowers the test loss "
             f"by more than the spread in {ahead} of {compared} comparisons, and raises it in "
             f"{behind}.",
         ]
+    )
+
+
+def _with_full(compared: Sequence[Sequence[Entry]], verdicts: Sequence[str | None]) -> str:
+    """Whether the strongest reference was there."""
+    there = [any(entry.recipe.first == ALL for entry in entries) for entries in compared]
+    tied = [full for full, found in zip(there, verdicts, strict=True) if found == TIES]
+    return (
+        f"Full fine-tuning was run in {sum(there)} of them, and in {sum(tied)} of the {len(tied)} "
+        "within the spread."
     )
 
 

@@ -274,7 +274,16 @@ def sequence_number(node: Any) -> int:
 
 
 def saving_hook() -> Any:
-    """What packs the tensors that autograd saves now; None where nobody asked to."""
+    """What packs the tensors that autograd saves now; None where nobody asked to.
+
+    Raises:
+        RuntimeError: this torch cannot tell.
+    """
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        raise RuntimeError(
+            f"counting costs needs a later torch than {torch.__version__}, which cannot tell "
+            "whether other hooks save tensors; 2.13 is known to"
+        )
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 

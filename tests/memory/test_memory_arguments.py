@@ -158,3 +158,9 @@ def test_memories_that_are_none(memory):
     found = estimate_memory(config(), "zo", BATCH, weights="bf16")
     with pytest.raises((TypeError, ValueError), match="memory must be bytes"):
         found.fits(memory)
+
+
+@pytest.mark.parametrize("option", ["perturbation", "fo_optimizer", "gradient_checkpointing"])
+def test_options_that_tell_methods_apart_are_refused(option):
+    with pytest.raises(ValueError, match=f"tell the methods apart, got {option}"):
+        which_fits(None, None, "1GB", **{option: "streamed"})

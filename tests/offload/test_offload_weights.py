@@ -452,3 +452,21 @@ def test_a_disk_that_is_full(tmp_path):
     with pytest.raises(OSError, match="folder must have room for"):
         maps.new_map(tmp_path, 1 << 50)
     assert os.listdir(tmp_path) == []
+
+
+def test_tensors_that_share_memory_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    model[1].weight = nn.Parameter(model[0].weight.data, requires_grad=False)
+    before = model[0].weight
+    with pytest.raises(ValueError, match=r"share memory, got '0\.weight' and '1\.weight'"):
+        offload_weights(model)
+    assert model[0].weight is before
+
+
+def test_views_of_one_buffer_that_do_not_overlap_move():
+    whole = torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for layer, part in zip(model, whole.split(4), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+    offload_weights(model)
+    assert torch.equal(torch.cat([layer.weight for layer in model]), whole)

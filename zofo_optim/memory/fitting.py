@@ -66,9 +66,16 @@ def which_fits(
         options: further ones of :func:`estimate_memory`, such as ``device``.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used.
+        TypeError, ValueError: an argument that cannot be used, such as an option that tells the
+            methods apart.
     """
     room = bytes_of(memory)
+    own = {name for _, options in COMMON.values() for name in options}
+    if told := sorted(own & options.keys()):
+        raise ValueError(
+            f"options must not be those that tell the methods apart, got {', '.join(told)}: call "
+            "estimate_memory for a method of your own"
+        )
     found = {
         name: estimate_memory(model, method, batch, weights=weights, **{**options, **own})
         for name, (method, own) in COMMON.items()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zofo_kernels._torch_compat import is_wrapper_subclass
 
+from ..offload.in_turn import is_offloaded
 from .quantized import quantize, unquantized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +35,11 @@ def without_data(model: Any) -> nn.Module:
                 raise TypeError(
                     "model must have plain weights, got quantised or sharded ones, such as "
                     f"{name!r}: give its config, and weights='int8' or 'int4'"
+                )
+            if is_offloaded(p):
+                raise TypeError(
+                    f"model must have its weights in memory, got {name!r} offloaded, of which no "
+                    "estimate is made"
                 )
         return _copied(model)
     try:

@@ -10,8 +10,10 @@ import errno
 import math
 import mmap
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
@@ -38,11 +40,13 @@ class Map(mmap.mmap):
 
     def drop(self, start: int, nbytes: int) -> None:
         """Pages are no longer resident; the file and the kernel's cache of it have them."""
-        self.madvise(mmap.MADV_DONTNEED, start, nbytes)
+        with suppress(OSError):  # advice: a kernel that does not take it keeps more in memory
+            self.madvise(mmap.MADV_DONTNEED, start, nbytes)
 
     def prefetch(self, start: int, nbytes: int) -> None:
         """Begin to read from the disk what is not in the kernel's cache; returns at once."""
-        self.madvise(mmap.MADV_WILLNEED, start, nbytes)
+        with suppress(OSError):
+            self.madvise(mmap.MADV_WILLNEED, start, nbytes)
 
 
 _maps: WeakSet[Map] = WeakSet()
@@ -94,7 +98,7 @@ def _file_system(folder: Path) -> str:
     found = ""
     longest = -1
     for _, point, kind, *_ in (line.split(" ") for line in lines):
-        mounted = Path(point.encode().decode("unicode_escape"))
+        mounted = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point))
         if folder.is_relative_to(mounted) and len(mounted.parts) >= longest:
             found, longest = kind, len(mounted.parts)
     return found

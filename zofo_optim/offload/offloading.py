@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zofo_kernels import check_weight
+from zofo_kernels.memory import first_shared, has_memory
 
 from .in_turn import is_offloaded
 from .maps import Map, Plan, new_map, pages_of
@@ -76,7 +77,8 @@ def offload_weights(
             add the adapter before; what requires gradients, and buffers, are in memory afterwards.
         checkpoint: a folder of safetensors files, for what is on the meta device: parameters are
             found by name and converted to the model's dtype, one at a time. Build such a model by
-            ``accelerate.init_empty_weights()``, which leaves buffers alone.
+            ``accelerate.init_empty_weights()``, which leaves buffers alone, and add an adapter
+            afterwards.
         folder: of the private file, on a disk with room for the weights; None: that of temporary
             files.
 
@@ -85,8 +87,9 @@ def offload_weights(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: frozen weights are quantised, sharded or not on the CPU, or accelerate computes
-            with them elsewhere; some have no data; nothing is frozen; or ``folder`` is in memory.
+        ValueError: frozen weights are quantised, sharded or not on the CPU, or share memory with
+            another tensor, or accelerate computes with them elsewhere; some have no data; nothing
+            is frozen; or ``folder`` is in memory.
         FileNotFoundError: ``checkpoint`` has no safetensors files.
         OSError: the disk has no room. In all these cases the model is as before.
         RuntimeError: the system is not Linux.
@@ -107,6 +110,7 @@ def offload_weights(
             "model must have frozen weights that are not offloaded yet, got none: call "
             "model.requires_grad_(False), or add the adapter, before"
         )
+    _check_own_memory(frozen, weights)
     plan = Plan()
     starts = [plan.place(weight.tensor.nbytes) for weight in frozen]
     map = new_map(folder, plan.nbytes)
@@ -118,6 +122,23 @@ def offload_weights(
             _set(weight, tensor)
     _remove_hooks(model)
     return Offload(model, map, len(frozen))
+
+
+def _check_own_memory(frozen: Sequence[Weight], weights: Sequence[Weight]) -> None:
+    """
+    Raises:
+        ValueError: a weight shares memory with another tensor of the model, which it would leave.
+    """
+    here = [w for w in frozen if has_memory(w.tensor)]
+    goes = {id(w) for w in frozen}
+    others = [w for w in weights if id(w) not in goes and has_memory(w.tensor)]
+    shared = first_shared([w.tensor for w in here], [w.tensor for w in others])
+    if shared is not None:
+        first, second = ([*here, *others][place].names[0] for place in shared)
+        raise ValueError(
+            f"model must not have tensors that share memory, got {first!r} and {second!r}: make "
+            "one of them a copy, or both one parameter"
+        )
 
 
 def _goes(weight: Weight) -> bool:
