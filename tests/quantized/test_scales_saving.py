@@ -193,6 +193,35 @@ def test_trainer(kind, base, tmp_path):
     check_equal(whole.model, again.model)
 
 
+def test_trainer_resumes_side_updates(base, tmp_path):
+    """They are added before a checkpoint is read, which would have no place for them."""
+
+    def trainer(folder, **options):
+        model = quantised(transformers.AutoModelForCausalLM.from_pretrained(base), "intx int8")
+        return HybridTrainer(
+            with_lora(model),
+            arguments(folder, save_strategy="steps", save_steps=2, **options),
+            train_dataset=DATA,
+            zo=dict(lr=0.1, mu=1e-2),
+            quantized="low_rank",
+            hybrid=dict(seed=3),
+        )
+
+    def learnt(trained):
+        return {n: p for n, p in trained.model.named_parameters() if "side_update" in n}
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    trainer(tmp_path / "part", max_steps=2).train()
+    again = trainer(tmp_path / "part")
+    again.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
+    found = learnt(again)
+    assert found
+    for name, wanted in learnt(whole).items():
+        assert wanted.abs().max() > 0
+        assert torch.equal(found[name], wanted), name
+
+
 def test_trainer_takes_no_partition_with_it(base, tmp_path):
     with pytest.raises(ValueError, match=r"quantized must be left out where partition is given"):
         HybridTrainer(
