@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -34,6 +37,42 @@ def run_parts(
     for part in parts:
         if part in wanted:
             getattr(command, part)()
+
+
+def data_folder(given: str | None) -> str:
+    """Of the tasks' data: ``--data``, or what ZOFO_DATA names.
+
+    Raises:
+        DataError: neither is there.
+    """
+    data = given or os.environ.get("ZOFO_DATA")
+    if not data:
+        raise DataError("--data must be given, or ZOFO_DATA be set, got neither")
+    return data
+
+
+def check_runs(out: Path) -> None:
+    """
+    Raises:
+        DataError: a report is asked of a folder that is not there.
+    """
+    if not out.is_dir():
+        raise DataError(f"--out must be a folder with runs, got {str(out)!r}, which is none")
+
+
+class Deadline:
+    """After so many minutes nothing begins; never, where there is no number."""
+
+    def __init__(self, minutes: float | None, console: Console) -> None:
+        self._minutes, self._console = minutes, console
+        self._began = time.monotonic()
+
+    def is_over(self, next: str) -> bool:
+        """Says so, and what would have begun."""
+        if self._minutes is None or time.monotonic() - self._began <= 60 * self._minutes:
+            return False
+        self._console.print(f"{self._minutes:g} minutes are over: {next} and what follows")
+        return True
 
 
 def parts_first(argv: Sequence[str] | None, parts: Collection[str]) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -15,6 +15,8 @@ from .partition.problems import Sizes, load
 from .partition.runs import SEARCHED, Unfinished
 from .report import Result
 from .training import RunError, write
+
+C = TypeVar("C")
 
 
 class Kept:
@@ -87,3 +89,14 @@ class Kept:
         """A line about a run that was made."""
         if self._console is not None:
             self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def finished(results: Callable[[C], list[Result]], cells: Iterable[C]) -> dict[C, list[Result]]:
+    """Runs at the best rates, of the cells that are complete."""
+    found = {}
+    for cell in cells:
+        try:
+            found[cell] = results(cell)
+        except Unfinished:
+            continue
+    return found

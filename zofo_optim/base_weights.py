@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapter_parameters
-from .names import match_names, unwrapped, without_layers
+from .names import match_names, unwrapped, within_peft, without_layers
 from .optimizer import HybridZOFO
 from .quantized import Names, tensors_for
 from .sharding import fill, fsdp_modules, is_sharded, reshard, whole_of
@@ -79,9 +79,7 @@ def base_weights(
     """
     model = unwrapped(model)
     reshard(fsdp_modules(model))
-    of_peft = getattr(model, "get_base_model", None)
-    base: nn.Module = of_peft() if callable(of_peft) else model
-    known = Names(base)
+    known = Names(within_peft(model))
     of_adapters = {id(p) for p in adapter_parameters(model)}
     tensors = {}
     for group in optimizer.zo_groups():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from .names import within_peft
 from .score_config import ScoreConfig
 
 Prompt = str | list[dict[str, Any]]
@@ -238,8 +239,7 @@ class Writer:
 
 def _takes(model: Any) -> set[str]:
     """Names of what the model's forward takes; a peft model's is that within."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(inner.forward).parameters)
+    return set(inspect.signature(within_peft(model).forward).parameters)
 
 
 def _generation_config(model: Any, tokenizer: Any, args: ScoreConfig) -> GenerationConfig:

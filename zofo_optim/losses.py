@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .names import unwrapped
+from .names import unwrapped, within_peft
 
 TOKEN_TASKS = ("causal_lm", "seq2seq_lm", "masked_lm", "token_classification")
 """A label a token."""
@@ -302,10 +302,7 @@ def _split(batch: Any) -> tuple[dict[str, Any], Tensor]:
 
 def _base_of(model: nn.Module) -> Any:
     """The transformers model in what torch.compile, DDP and peft put around it, in any order."""
-    inner: Any = unwrapped(model)
-    if hasattr(inner, "get_base_model"):
-        inner = unwrapped(inner.get_base_model())
-    return inner
+    return unwrapped(within_peft(unwrapped(model)))
 
 
 def task_of(model: nn.Module, labels: Tensor, task: str | None = None) -> str:

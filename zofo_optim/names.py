@@ -32,6 +32,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if inner is None else unwrapped(inner)
 
 
+def within_peft(model: nn.Module) -> nn.Module:
+    """The base model that peft has wrapped; the model itself where it has not."""
+    of_peft = getattr(model, "get_base_model", None)
+    base: nn.Module = of_peft() if callable(of_peft) else model
+    return base
+
+
 def without_layers(name: str) -> str:
     """A base parameter's name without the layers that peft and torch put around it."""
     first, *inside = [part for part in name.split(".") if part not in _ANYWHERE] or [""]

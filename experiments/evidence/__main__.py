@@ -9,7 +9,6 @@ again. `runs` and `steps` write what they made to results/evidence.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..commands import Ending, parts_first, quiet_on_one_thread, run_parts
+from ..commands import Deadline, Ending, parts_first, quiet_on_one_thread, run_parts
 from ..finetune import machine, versions
 from ..options import OUT, option, parse
 from ..partition.grid import Cell
@@ -52,7 +51,7 @@ class Command:
 
     def runs(self) -> None:
         """All that are not there, those that tell most first; committed when one is made."""
-        given, began = self._options, time.monotonic()
+        given, deadline = self._options, Deadline(self._options.minutes, self._console)
         known = runs.committed()
         runs.restore(known, given.out)
         pairs = [
@@ -63,8 +62,7 @@ class Command:
             if cell.tier in (given.tiers or (cell.tier,))
         ]
         for one, cell in sorted(pairs, key=_order):
-            if given.minutes is not None and time.monotonic() - began > 60 * given.minutes:
-                self._console.print(f"{given.minutes:g} minutes are over: {cell.name} and the rest")
+            if deadline.is_over(cell.name):
                 return
             one.results(cell)
             runs.store(runs.collect(given.out, runs.committed([runs.OTHERS])), runs.COMMITTED)

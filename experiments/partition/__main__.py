@@ -22,22 +22,28 @@ Needs, in a checkout: pip install -e ".[experiments]"
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from ..commands import Ending, parts_first, quiet_on_one_thread, run_parts
-from ..files import DataError
+from ..commands import (
+    Deadline,
+    Ending,
+    check_runs,
+    data_folder,
+    parts_first,
+    quiet_on_one_thread,
+    run_parts,
+)
+from ..kept import finished
 from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
 from . import costs, plan, report
 from .comparisons import Found
 from .grid import Cell, cells, study_of
 from .problems import Sizes, default_models
-from .runs import Searches, Unfinished
+from .runs import Searches
 
 PARTS = ("steps", "runs", "costs", "report")
 ABOUT = "Compare hybrid first- and zeroth-order training with what else saves memory."
@@ -84,9 +90,7 @@ class Command:
 
     def _searches(self, made: bool) -> list[Searches]:
         given = self._options
-        data = given.data or os.environ.get("ZOFO_DATA")
-        if made and not data:
-            raise DataError("--data must be given, or ZOFO_DATA be set, got neither")
+        data = data_folder(given.data) if made else None
         sizes = Sizes(given.train_size, given.dev_size, given.test_size)
         return [
             Searches(
@@ -94,7 +98,7 @@ class Command:
                 model,
                 given.out,
                 given.seeds,
-                data=data if made else None,
+                data=data,
                 sizes=sizes,
                 steps=given.steps,
                 console=self._console,
@@ -124,13 +128,11 @@ class Command:
 
     def runs(self) -> None:
         """All that are not there, those that tell most first."""
-        minutes = self._options.minutes
-        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        deadline = Deadline(self._options.minutes, self._console)
         for searches, cell in in_order(self._searches(made=True)):
             if not self._is_asked(cell):
                 continue
-            if deadline is not None and time.monotonic() > deadline:
-                self._console.print(f"{minutes:g} minutes are over: {cell.name} and what follows")
+            if deadline.is_over(cell.name):
                 return
             searches.results(cell)
 
@@ -143,20 +145,12 @@ class Command:
     def report(self) -> None:
         """Tables and plots of all that is finished."""
         out, found = self._options.out, []
-        if not out.is_dir():
-            raise DataError(f"--out must be a folder with runs, got {str(out)!r}, which is none")
+        check_runs(out)
         for searches in self._searches(made=False):
-            finished = {}
-            for cell in cells(searches.study):
-                try:
-                    finished[cell] = searches.results(cell)
-                except Unfinished:
-                    continue
-            searched = {cell: searches.searched(cell) for cell in finished}
-            if finished:
-                found.append(
-                    Found(searches.study, searches.name, finished, searched, searches.costs())
-                )
+            done = finished(searches.results, cells(searches.study))
+            searched = {cell: searches.searched(cell) for cell in done}
+            if done:
+                found.append(Found(searches.study, searches.name, done, searched, searches.costs()))
         if found:
             report.render(out, found)
         if measured := costs.read(out):

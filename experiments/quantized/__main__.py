@@ -15,16 +15,21 @@ Needs, in a checkout: pip install -e ".[experiments,quantized]"
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from ..commands import ended, parts_first, quiet_on_one_thread, run_parts
-from ..files import DataError
+from ..commands import (
+    Deadline,
+    check_runs,
+    data_folder,
+    ended,
+    parts_first,
+    quiet_on_one_thread,
+    run_parts,
+)
 from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
 from ..partition.problems import Sizes, default_models
 from . import report
@@ -75,16 +80,14 @@ class Command:
 
     def _searches(self, made: bool) -> list[Searches]:
         given = self._options
-        data = given.data or os.environ.get("ZOFO_DATA")
-        if made and not data:
-            raise DataError("--data must be given, or ZOFO_DATA be set, got neither")
+        data = data_folder(given.data) if made else None
         return [
             Searches(
                 study_of(model),
                 model,
                 given.out,
                 given.seeds,
-                data=data if made else None,
+                data=data,
                 sizes=Sizes(given.train_size, given.dev_size, given.test_size),
                 console=self._console,
             )
@@ -93,25 +96,20 @@ class Command:
 
     def runs(self) -> None:
         """All that are not there, those that tell most first."""
-        asked, minutes = self._options.cells, self._options.minutes
-        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        asked, deadline = self._options.cells, Deadline(self._options.minutes, self._console)
         every = self._searches(made=True)
         for cell in cells():
             for searches in every:
                 if asked and cell.name not in asked:
                     continue
-                if deadline is not None and time.monotonic() > deadline:
-                    self._console.print(
-                        f"{minutes:g} minutes are over: {searches.name}: {cell.name} and the rest"
-                    )
+                if deadline.is_over(f"{searches.name}: {cell.name}"):
                     return
                 searches.results(cell)
 
     def report(self) -> None:
         """Tables of all that is finished."""
         out = self._options.out
-        if not out.is_dir():
-            raise DataError(f"--out must be a folder with runs, got {str(out)!r}, which is none")
+        check_runs(out)
         report.render(out, self._searches(made=False))
 
 

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..partition.runs import Unfinished, is_at_an_end
+from ..kept import finished
+from ..partition.runs import is_at_an_end
 from ..report import Result, markdown, mean
 from ..training import write
 from .grid import Cell, cells
@@ -23,17 +24,6 @@ between others, in at most 5 runs: * where it does not. Rates of scales count in
 weights of the best evaluation are tested. Seconds are those of the process, on one thread of a
 processor on which formats have no fast kernels.
 """
-
-
-def finished(searches: Searches) -> dict[Cell, list[Result]]:
-    """Runs at the best rates, of the cells that are complete."""
-    found = {}
-    for cell in cells():
-        try:
-            found[cell] = searches.results(cell)
-        except Unfinished:
-            continue
-    return found
 
 
 def table(searches: Searches, found: dict[Cell, list[Result]]) -> str:
@@ -77,7 +67,7 @@ def render(out: Path, every: Sequence[Searches]) -> None:
     """Write ``table.md`` and ``table.json``."""
     parts, tables = [ABOUT], {}
     for searches in every:
-        found = finished(searches)
+        found = finished(searches.results, cells())
         if found:
             parts.append(f"## {searches.name}\n\n{table(searches, found)}")
             tables[searches.name] = {

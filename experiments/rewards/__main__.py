@@ -30,7 +30,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..commands import ended, quiet_on_one_thread, run_parts
+from ..commands import check_runs, ended, quiet_on_one_thread, run_parts
 from ..files import DataError
 from ..options import COUNT, INDEX, OUT, check_ranges, option, parse
 from ..training import write
@@ -115,8 +115,7 @@ class Command:
     def report(self) -> None:
         """Tables and plots of all rewards that have runs."""
         out = self._options.out
-        if not out.is_dir():
-            raise DataError(f"--out must be a folder with runs, got {str(out)!r}, which is none")
+        check_runs(out)
         runs = Runs(out, self._options.seeds)
         found = []
         for cell in (cell for reward in grid.REWARDS for cell in cells(reward)):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..partition.runs import Unfinished, is_at_an_end
+from ..kept import finished
+from ..partition.runs import is_at_an_end
 from ..report import Result, markdown, mean
 from ..training import write
 from . import costs, methods, variants
@@ -42,17 +43,6 @@ activations of both, which lie on the CPU; where the large model is it takes *a 
 A bridge's adapter needs no text: rows only tell its errors.
 
 """
-
-
-def finished(searches: Searches) -> dict[Cell, list[Result]]:
-    """Runs at the best rates, of the cells that are complete."""
-    found = {}
-    for cell in cells(searches.study):
-        try:
-            found[cell] = searches.results(cell)
-        except Unfinished:
-            continue
-    return found
 
 
 def table(searches: Searches, found: dict[Cell, list[Result]]) -> str:
@@ -168,7 +158,7 @@ def render(out: Path, searched: Sequence[Searches]) -> None:
     """Write ``table.md`` and ``table.json``."""
     sections, kept = [], []
     for searches in searched:
-        found = finished(searches)
+        found = finished(searches.results, cells(searches.study))
         if found:
             sections.append(section(searches, found))
             kept.append(_kept(searches, found))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zofo_kernels._torch_compat import is_wrapper_subclass
 
+from ..names import within_peft
 from ..offload.in_turn import is_offloaded
 from .quantized import quantize, unquantized
 
@@ -98,8 +99,7 @@ def in_format(
         with torch.device("meta"), _quiet():
             made = peft.get_peft_model(model, copy.deepcopy(adapter))
     if weights in QUANTIZED:
-        base = made.get_base_model() if adapter is not None else made  # type: ignore[operator]
-        quantize(base, kept, weights or "", **how)
+        quantize(within_peft(made) if adapter is not None else made, kept, weights or "", **how)
     return made
 
 
@@ -135,11 +135,7 @@ def inputs_of(model: nn.Module, batch: Any) -> dict[str, Any]:
         raise ValueError(f"{must}, got {batch!r}")
     rows, tokens = batch
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    name = type(_base(model)).__name__
+    name = type(within_peft(model)).__name__
     of_rows = name.endswith("ForSequenceClassification")
     labels = torch.zeros(rows, dtype=torch.long, device="meta") if of_rows else ids
     return dict(input_ids=ids, labels=labels)
-
-
-def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

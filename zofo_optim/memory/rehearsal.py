@@ -20,6 +20,7 @@ from zofo_kernels._torch_compat import backward_within
 
 from ..costs.memory import LiveBytes
 from ..costs.watched import attention
+from ..names import within_peft
 from ..watch import Answer
 
 
@@ -124,7 +125,7 @@ def checkpointed(model: nn.Module) -> None:
     Raises:
         TypeError: the model is none of transformers' that can.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = within_peft(model)
     if not hasattr(base, "gradient_checkpointing_enable"):
         raise TypeError(
             "model must be of transformers where gradient_checkpointing=True, got "

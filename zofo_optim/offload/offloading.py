@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zofo_kernels import check_weight
 from zofo_kernels.memory import first_shared, has_memory
 
+from ..names import within_peft
 from .in_turn import is_offloaded
 from .maps import Map, Plan, new_map, pages_of
 from .sources import Weight, offloading_hooks, weights_of
@@ -209,14 +210,9 @@ def _set(weight: Weight, tensor: Tensor) -> None:
 # ---- what other libraries know of the model -----------------------------------------------------
 
 
-def _base(model: nn.Module) -> Any:
-    of_peft = getattr(model, "get_base_model", None)
-    return of_peft() if callable(of_peft) else model
-
-
 def _tie(model: nn.Module) -> None:
     """Accelerate and meta devices part weights that are one."""
-    base = _base(model)
+    base: Any = within_peft(model)
     if hasattr(base, "tie_weights") and any(p.is_meta for p in model.parameters()):
         base.tie_weights()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import adapter_parameters
-from ..names import matching, patterns_in, unwrapped, without_layers
+from ..names import matching, patterns_in, unwrapped, within_peft, without_layers
 from ..sharding import is_sharded
 from .refusals import is_quantised
 from .side_module import NAME, SideUpdate, attach, detach, features_of
@@ -95,9 +95,7 @@ def base_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
     Raises:
         ValueError: two layers would have one name.
     """
-    inner = unwrapped(model)
-    of_peft = getattr(inner, "get_base_model", None)
-    base = inner if of_peft is None else unwrapped(of_peft())
+    base = unwrapped(within_peft(unwrapped(model)))
     within = {id(module): name for name, module in base.named_modules()}
     found: dict[str, str] = {}
     for layer in layers:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..names import within_peft
 from .bottlenecks import without_bottlenecks
 from .intact import input_gradients_off
 
@@ -137,7 +138,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.no_grad())
             model.eval()
             stack.enter_context(without_bottlenecks(model))
-            stack.enter_context(input_gradients_off(plain(model)))
+            stack.enter_context(input_gradients_off(within_peft(model)))
             peft: Any = model
             # virtual tokens are no part of the plain model
             if hasattr(peft, "peft_config") and not peft.active_peft_config.is_prompt_learning:
@@ -149,10 +150,3 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for p, flag in flags:  # peft lets an adapter train that is switched on again
             p.requires_grad_(flag)
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The model within peft's, whose modules have the names that they have without."""
-    inner: Any = getattr(model, "get_base_model", None)
-    found: nn.Module = model if inner is None else inner()
-    return found

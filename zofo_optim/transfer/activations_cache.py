@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import Positions, Tap, at_rest, forward, plain
+from ..names import within_peft
+from .activations import Positions, Tap, at_rest, forward
 from .layers import stack_of
 from .projections import Rows
 from .recording import joined, taken
@@ -37,7 +38,7 @@ def record_cache(
         ValueError: the model does not take a cache.
     """
     wanted = list(dict.fromkeys(taps))
-    stack = stack_of(plain(model))
+    stack = stack_of(within_peft(model))
     found: dict[Tap, list[tuple[Tensor, Tensor]]] = {tap: [] for tap in wanted}
     for batch, place in zip(batches, places, strict=True) if wanted else ():
         if not place.tokens.any():
@@ -57,7 +58,7 @@ def cache_shape(model: nn.Module) -> tuple[int, int]:
     Raises:
         ValueError: the model does not take a cache, or layers differ.
     """
-    stack = stack_of(plain(model))
+    stack = stack_of(within_peft(model))
     one = dict.fromkeys(("input_ids", "attention_mask"), torch.ones(1, 1, dtype=torch.int64))
     with at_rest(model):
         cache = _cached(model, one, stack.size)
@@ -77,7 +78,7 @@ def _cached(model: nn.Module, batch: Mapping[str, Any], count: int) -> list[dict
     """Of each layer keys and values, (texts, heads, tokens, width)."""
     from transformers.cache_utils import DynamicCache
 
-    whole: Any = plain(model)
+    whole: Any = within_peft(model)
     body = whole.base_model  # without a head, whose logits are large
     if "past_key_values" not in inspect.signature(body.forward).parameters:
         raise ValueError(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activations import inputs_of, plain, positions
+from ..names import within_peft
+from .activations import inputs_of, positions
 from .bottleneck_map import Bottlenecks
 from .checks import check_arrived, check_models, check_small_peft, check_vocabularies, follow_mode
 from .intact import all_or_nothing, without_input_gradients
@@ -85,7 +86,7 @@ def transfer_adapter(
     """
     check_models(small, large)
     make = _kind_of(small, adapter_name)
-    config = getattr(plain(small), "config", None)
+    config = getattr(within_peft(small), "config", None)
     kept = kept_layers(config)
     width = width or (METHODS[0] if kept is None else "same")
     if width not in METHODS:
@@ -106,7 +107,7 @@ def transfer_adapter(
         )
     check_vocabularies(small, large, read or ())
     text = None if read is None else Text(read, positions(read, tokens, seed))
-    stacks = stack_of(plain(small)), stack_of(large)
+    stacks = stack_of(within_peft(small)), stack_of(large)
     check_made_of(config, large)
 
     if layers is None and kept is not None:

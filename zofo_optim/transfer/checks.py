@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activations import plain
+from ..names import within_peft
 from .kinds import State
 
 
@@ -48,7 +48,7 @@ def check_vocabularies(small: Any, large: Any, batches: Iterable[Mapping[str, An
     """
     most = max((int(batch["input_ids"].max()) for batch in batches), default=-1)
     for which, model in (("small", small), ("large", large)):
-        inner: Any = plain(model)
+        inner: Any = within_peft(model)
         size = getattr(inner.get_input_embeddings(), "num_embeddings", None)
         if size is not None and most >= size:
             raise ValueError(

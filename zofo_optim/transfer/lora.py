@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .activations import Tap, plain
+from ..names import within_peft
+from .activations import Tap
 from .heads import heads_of
 from .kinds import Fitted, Pair, State, module_of, widths_of
 from .layers import counterparts, stack_of
@@ -39,7 +40,7 @@ class LoRA:
         self._config, self._adapter = small.peft_config[adapter], adapter
         self._small, self._large = small, large
         _check(self._config)
-        base = plain(small)
+        base = within_peft(small)
         self._stacks = stacks = stack_of(base), stack_of(large)
         self._modules: dict[str, tuple[str, Any]] = {}
         """By name in the large model: the name in the small one, and its module there."""
@@ -74,7 +75,7 @@ class LoRA:
                 f"({type(module.get_base_layer()).__name__})"
             )
         reads = Pair(Tap(name, "input"), Tap(other, "input"), (ours[0], theirs[0]), "small", "none")
-        seen = seen_at(plain(self._small), self._stacks[0], name)
+        seen = seen_at(within_peft(self._small), self._stacks[0], name)
         place = Tap(name, "output") if seen is None else seen
         ends = place, Tap(self._renamed(place.module, name, other), place.side)
         writes = Pair(*ends, (ours[1], theirs[1]), "large", "centred", seen is not None)

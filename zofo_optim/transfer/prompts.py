@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import Tap, plain
+from ..names import within_peft
+from .activations import Tap
 from .activations_cache import CACHED, cache_shape
 from .heads import Head, heads_of
 from .kept import bridge_of
@@ -38,7 +39,7 @@ class _VirtualTokens:
                 f"num_transformer_submodules={self._config.num_transformer_submodules}"
             )
         self._points = _points(small, adapter)
-        self._heads: list[Head] = heads_of(plain(small), adapter, large)
+        self._heads: list[Head] = heads_of(within_peft(small), adapter, large)
 
     def _with_heads(
         self, points: Tensor, rows: list[Carried], maps: Mapping[Pair, Fitted]
@@ -81,7 +82,7 @@ class Prompt(_VirtualTokens):
         self, small: Any, adapter: str, large: nn.Module, layers: Mapping[int, int]
     ) -> None:
         super().__init__(small, adapter, large)
-        (ours, narrow), (theirs, wide) = _embedding(plain(small)), _embedding(large)
+        (ours, narrow), (theirs, wide) = _embedding(within_peft(small)), _embedding(large)
         if self._points.shape[1] != narrow:
             raise ValueError(
                 f"layer {ours!r} cannot be mapped: it has embeddings of width {narrow}, and its "
@@ -118,7 +119,7 @@ class Prefix(_VirtualTokens):
         self, small: Any, adapter: str, large: nn.Module, layers: Mapping[int, int]
     ) -> None:
         super().__init__(small, adapter, large)
-        base: Any = plain(small)
+        base: Any = within_peft(small)
         ours, theirs = stack_of(base), stack_of(large)
         if (bridge_of(base.config) or {}).get("heads"):
             raise ValueError(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import Positions, Tap, forward, plain
+from ..names import within_peft
+from .activations import Positions, Tap, forward
 from .projections import Rows
 
 
@@ -37,7 +38,7 @@ def record(
         for batch, place in sorted(texts, key=lambda both: not both[1].tokens.any()):
             if place.tokens.any() or recording.one_a_text:
                 recording.start(place)
-                forward(plain(model), batch)
+                forward(within_peft(model), batch)
                 recording.check()
     return joined(recording.parts)
 
@@ -83,13 +84,13 @@ class Recording:
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """Takes what passes the taps of the model in here."""
-        modules = dict(plain(model).named_modules())
+        modules = dict(within_peft(model).named_modules())
         with ExitStack() as stack:
             for tap in self.parts:
                 module = modules.get(tap.module)
                 if module is None:
                     raise ValueError(
-                        f"{type(plain(model)).__name__} must have the module {tap.module!r}"
+                        f"{type(within_peft(model)).__name__} must have the module {tap.module!r}"
                     )
                 register: Any = (
                     module.register_forward_pre_hook
