@@ -32,6 +32,8 @@ from typing import Any
 
 from rich.console import Console
 
+from zofo_optim.whole import write_json
+
 from . import report
 from .commands import RESUMES, Ending
 from .finetune import Runs, machine, model_name, there, versions
@@ -42,7 +44,6 @@ from .plots import plot_curves, plot_rates
 from .report import Result, as_csv, cells, markdown
 from .summary import start_name
 from .tasks import TASKS
-from .training import write
 
 QUANTITIES = {
     "accuracy": "Test accuracy, %",
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (out / f"figure2-{task}.csv").write_text(text, encoding="utf-8")
     if ending.code:
         return ending.code
-    write(
+    write_json(
         out / "results.json",
         {
             "settings": shared_settings(results),

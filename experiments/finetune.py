@@ -50,6 +50,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from zofo_optim.whole import write_json
+
 from . import own_data
 from .classification import LAYOUTS
 from .commands import RESUMES, Ending
@@ -66,7 +68,7 @@ from .report import Result
 from .settings import Settings, settings
 from .summary import print_table
 from .tasks import TASKS, Parts, default_source, protocol
-from .training import RunError, finished, run, write
+from .training import RunError, finished, run
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -176,7 +178,7 @@ class Runs:
         of = Path(wanted[0].data).name if task == OWN else task
         title = f"{model_name(given.model)} on {of}, batches of {wanted[0].batch_size}"
         title += f", {len(seeds)} seeds" if len(seeds) > 1 else ""
-        write(
+        write_json(
             given.out / task / "results.json",
             {"runs": results, "versions": versions(), "machine": machine(self.device)},
         )

@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
+from zofo_optim.whole import write_json
+
 from .finetune import model_name, versions
 from .models import Problem
 from .partition.problems import Sizes, load
-from .partition.runs import SEARCHED, Unfinished
 from .report import Result
-from .training import RunError, write
+from .search import seeds_of
+from .training import RunError
 
 C = TypeVar("C")
+
+
+class Unfinished(Exception):
+    """A run or a time is not there, and must not be made."""
+
+
+def kept(
+    file: Path, settings: Mapping[str, Any], *, made: bool, measured: Collection[str] = ()
+) -> Result | None:
+    """The run that a file holds; None: it is to be made.
+
+    Args:
+        settings: that the run must have, where runs are made; where they are only read, it may be
+            of any.
+        made: whether what is not there is made.
+        measured: settings that followed from a measurement, and need not be the same.
+
+    Raises:
+        RunError: it holds a run with other settings.
+        Unfinished: it is not there, and must not be made.
+    """
+    if not file.is_file():
+        if made:
+            return None
+        raise Unfinished(str(file))
+    found: Result = json.loads(file.read_text(encoding="utf-8"))
+    there = {name: value for name, value in found["settings"].items() if name not in measured}
+    if made and there != json.loads(json.dumps(settings)):
+        raise RunError(f"{file} holds a run with other settings: take another --out")
+    return found
 
 
 class Kept:
@@ -30,7 +62,7 @@ class Kept:
         data: folder of the tasks' data; None: what is there is read, what is not is
             :class:`Unfinished`.
         sizes: numbers of examples.
-        head: an encoder's first one.
+        head: an encoder's first one; None: as :func:`partition.problems.load` chooses it.
     """
 
     def __init__(
@@ -43,10 +75,10 @@ class Kept:
         data: str | None,
         sizes: Sizes | None,
         console: Console | None,
-        head: str = "prompts",
+        head: str | None = None,
     ) -> None:
         self.task, self.name, self.folder = task, model_name(model), folder
-        self.seeds = [SEARCHED, *(seed for seed in seeds if seed != SEARCHED)]
+        self.seeds = seeds_of(seeds)
         self._model, self._data, self._console, self._head = model, data, console, head
         self._sizes = sizes or Sizes()
         self._problem: Problem | None = None
@@ -64,26 +96,15 @@ class Kept:
             self._problem = load(self._model, self.task, self._data, self._sizes, self._head)
         return self._problem
 
-    def kept(self, file: Path, settings: dict[str, Any]) -> Result | None:
-        """What a file holds, if there is one.
-
-        Raises:
-            RunError: it holds a run with other settings.
-            Unfinished: it is not there, and there are no data.
-        """
-        if not file.is_file():
-            if self._data is None:
-                raise Unfinished(str(file))
-            return None
-        found: Result = json.loads(file.read_text(encoding="utf-8"))
-        if self._data is not None and found["settings"] != json.loads(json.dumps(settings)):
-            raise RunError(f"{file} holds a run with other settings: take another --out")
-        return found
+    def kept(
+        self, file: Path, settings: Mapping[str, Any], measured: Collection[str] = ()
+    ) -> Result | None:
+        """What a file holds; see :func:`kept`."""
+        return kept(file, settings, made=self._data is not None, measured=measured)
 
     def keep(self, file: Path, found: Result) -> None:
         """Write a result, with the versions that made it."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, {**found, "versions": versions()})
+        write_json(file, {**found, "versions": versions()})
 
     def say(self, text: str) -> None:
         """A line about a run that was made."""

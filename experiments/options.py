@@ -46,6 +46,11 @@ def option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata=told)
 
 
+def some_of(parts: Sequence[str]) -> str:
+    """Of a command whose parts may be named first; see :func:`commands.parts_first`."""
+    return f"some of {', '.join(parts)}; also as first words of the command line"
+
+
 @dataclass(frozen=True)
 class Range:
     """Numbers at least, or above, one bound, and below another."""

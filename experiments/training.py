@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zofo_optim import HybridZOFO
 from zofo_optim.trainer import HybridTrainer
+from zofo_optim.whole import write_json
 
 from .classification import Batch
 from .measure import peak_memory
@@ -258,7 +259,7 @@ def run(
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     if checkpoint is not None:
         clock.seconds = _seconds_until(Path(checkpoint))
-    write(folder / "settings.json", asdict(settings))
+    write_json(folder / "settings.json", asdict(settings))
     if checkpoint is None or not checkpoint.endswith(f"-{settings.steps}"):
         trainer.train(resume_from_checkpoint=checkpoint)
     else:  # it ended before its result was written; the Trainer would make another step
@@ -268,7 +269,7 @@ def run(
     if keep_weights:
         result["saved"] = save(method, model, problem, folder)
         model = problem.base  # saving took the adapter apart
-    write(folder / "result.json", result)
+    write_json(folder / "result.json", result)
     for part in folder.glob("checkpoints/checkpoint-*"):
         shutil.rmtree(part)
     if not any(Path(checkpoints).iterdir()):  # reports may be there
@@ -350,10 +351,3 @@ def _peak_of_a_step(trainer: FinetuneTrainer, settings: Settings, problem: Probl
         for p, before in zip(live, kept, strict=True):
             p.copy_(before)
     return peak
-
-
-def write(path: Path, value: Any) -> None:
-    """As JSON; there whole, or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)

@@ -18,7 +18,10 @@ from hypothesis import is_hypothesis_test, settings
 
 from zofo_kernels import unavailable_reason
 
-for helper in ("arranged", "least_squares", "simulation", "streamed_models", "toys"):
+for helper in (
+    *("arranged", "least_squares", "simulation", "streamed_models", "toys"),
+    *("trained_llama", "tuned_llama"),
+):
     pytest.register_assert_rewrite(helper)
 
 settings.register_profile("zofo", derandomize=True, deadline=None, max_examples=60, database=None)

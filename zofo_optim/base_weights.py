@@ -14,6 +14,7 @@ from .names import match_names, unwrapped, within_peft, without_layers
 from .optimizer import HybridZOFO
 from .quantized import Names, tensors_for
 from .sharding import fill, fsdp_modules, is_sharded, reshard, whole_of
+from .whole import whole
 
 FILE = "zo_weights.safetensors"
 
@@ -144,9 +145,8 @@ def write_tensors(
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    save_file(dict(tensors), fresh, metadata={"format": "pt", **(metadata or {})})
-    fresh.replace(path)
+    with whole(path) as fresh:
+        save_file(dict(tensors), fresh, metadata={"format": "pt", **(metadata or {})})
     return path
 
 

@@ -25,6 +25,7 @@ from .journal import Journal, JournalError, replay
 from .names import match_names, unwrapped
 from .optimizer import HybridZOFO
 from .sharding import is_sharded
+from .whole import whole, write_json
 
 SUMMARY = "hybrid.json"
 FIRST_ORDER = "fo_weights.safetensors"
@@ -107,9 +108,8 @@ def save_hybrid(
     elif of_base:
         write_tensors(path / FILE, of_base)
         written.append(FILE)
-    fresh = path / f"{OPTIMIZER}.new"
-    torch.save(_plain(optimizer.state_dict()), fresh)
-    fresh.replace(path / OPTIMIZER)
+    with whole(path / OPTIMIZER) as fresh:
+        torch.save(_plain(optimizer.state_dict()), fresh)
 
     summary = {
         "format": _FORMAT,
@@ -119,9 +119,7 @@ def save_hybrid(
         "journal": recorded,
         "files": sorted(written),
     }
-    fresh = path / f"{SUMMARY}.new"
-    fresh.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path / SUMMARY)
+    write_json(path / SUMMARY, summary)
     return path
 
 

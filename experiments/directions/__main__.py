@@ -27,16 +27,18 @@ from typing import Any
 
 from rich.console import Console
 
+from zofo_optim.whole import write_json
+
 from ..commands import RESUMES, ended, run_parts
 from ..files import DataError
 from ..finetune import Runs, machine, model_name, versions
+from ..kept import finished
 from ..models import DEFAULT_MODEL_PACKAGE
 from ..options import OUT, OptionError, Options, option, parse
 from ..settings import OF_ZEROTH_ORDER
-from ..training import write
 from . import report
-from .grid import STUDIES, Cell, cells, study_of
-from .runs import Searches, Unfinished
+from .grid import STUDIES, cells, study_of
+from .runs import Searches
 from .timing import step_seconds
 
 PARTS = ("runs", "times", "report")
@@ -97,8 +99,7 @@ class Command:
         for task in study.tasks:
             own = [cell for some in cells(study) for cell in some if cell.task == task]
             found = step_seconds(self._runs, own, self._options.rounds, self._console)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write(
+            write_json(
                 self._folder / f"times-{task}.json",
                 {"steps": found, "versions": versions(), "machine": machine(self._runs.device)},
             )
@@ -118,15 +119,9 @@ def _found(out: Path, seeds: list[int]) -> dict[str, list[report.Found]]:
         if study is None:
             continue
         searches = Searches(None, folder, seeds)
-        by_task: dict[str, list[Cell]] = {task: [] for task in study.tasks}
-        for some in cells(study):
-            for cell in some:
-                try:
-                    searches.results(cell)
-                except Unfinished:
-                    continue
-                by_task[cell.task].append(cell)
-        for task, own in by_task.items():
+        done = finished(searches.results, (cell for some in cells(study) for cell in some))
+        for task in study.tasks:
+            own = [cell for cell in done if cell.task == task]
             times: dict[str, Any] = {"steps": {}}
             file = folder / f"times-{task}.json"
             if file.is_file():
@@ -136,7 +131,7 @@ def _found(out: Path, seeds: list[int]) -> dict[str, list[report.Found]]:
                     task,
                     own,
                     {cell: searches.searched(cell) for cell in own},
-                    {cell: searches.results(cell) for cell in own},
+                    {cell: done[cell] for cell in own},
                     times["steps"],
                 )
                 studies.setdefault(folder.name, []).append(one)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from ..finetune import Runs
+from ..kept import Unfinished
 from ..report import Result
+from ..search import SEARCHED, loss_of, seeds_of
 from .grid import Cell
-
-SEARCHED = 0
-"""The seed that rates are searched on."""
-
-
-class Unfinished(Exception):
-    """A run is not there, and must not be made."""
 
 
 class Searches:
@@ -31,7 +25,7 @@ class Searches:
 
     def __init__(self, runs: Runs | None, out: Path, seeds: list[int]) -> None:
         self._runs, self._out = runs, out
-        self._seeds = [SEARCHED, *(seed for seed in seeds if seed != SEARCHED)]
+        self._seeds = seeds_of(seeds)
         self._best: dict[Cell, float] = {}
 
     def searched(self, cell: Cell) -> dict[float, Result]:
@@ -44,7 +38,7 @@ class Searches:
         Rates that lose more than they gain with another seed are left out, but where all do.
         """
         if cell not in self._best:
-            losses = {rate: _loss(run) for rate, run in self.searched(cell).items()}
+            losses = {rate: loss_of(run) for rate, run in self.searched(cell).items()}
             ordered = sorted(losses, key=losses.__getitem__)
             sound = (rate for rate in ordered if not any(map(_diverged, self._at(cell, rate))))
             self._best[cell] = next(sound, ordered[0])
@@ -75,11 +69,6 @@ def _read(file: Path) -> Result:
         raise Unfinished(str(file))
     found: Result = json.loads(file.read_text(encoding="utf-8"))
     return found
-
-
-def _loss(run: Result) -> float:
-    loss = float(run["best"]["loss"])
-    return math.inf if math.isnan(loss) else loss
 
 
 def _diverged(run: Result) -> bool:

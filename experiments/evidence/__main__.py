@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from zofo_optim.whole import write_json
+
 from ..commands import Deadline, Ending, parts_first, quiet_on_one_thread, run_parts
 from ..finetune import machine, versions
 from ..options import OUT, option, parse
 from ..partition.grid import Cell
 from ..partition.recipes import step_name
 from ..partition.runs import Searches
-from ..training import write
 from . import found, runs, seven, steps
 from .grid import ENCODER, STUDIES, cells, savings
 
@@ -82,7 +83,7 @@ class Command:
                 if name in own:
                     continue
                 own[name] = steps.of_step(problem, study, recipe, saving)
-                write(
+                write_json(
                     found.STEPS,
                     {"steps": measured, "versions": versions(), "machine": machine(CPU)},
                 )
@@ -103,7 +104,7 @@ class Command:
                 one.study, self._options.out, made=True, sizes=seven.SIZES
             ).problem
             measured[found.key(one.study)] = steps.peaks(problem, one.study, methods)
-            write(seven.PEAKS, {"peaks": measured, "versions": versions()})
+            write_json(seven.PEAKS, {"peaks": measured, "versions": versions()})
 
     def page(self) -> None:
         """The page and its pictures, of what is committed."""

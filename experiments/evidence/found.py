@@ -12,11 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..kept import Unfinished
 from ..partition.grid import Cell, Study
 from ..partition.recipes import PLAIN, Recipe, Saving, step_name
 from ..partition.regions import Point
-from ..partition.runs import Unfinished, is_at_an_end
 from ..report import Result
+from ..search import is_at_an_end
 from . import runs
 from .grid import ENCODER, STUDIES, cells, savings
 

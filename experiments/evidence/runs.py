@@ -46,7 +46,7 @@ def searches(
     """Of a model and task, in a folder of their own.
 
     Args:
-        made: what is not there is made; else it is :class:`experiments.partition.runs.Unfinished`.
+        made: what is not there is made; else it is :class:`experiments.kept.Unfinished`.
         sizes: numbers of examples; default: those of `partition/`.
 
     Raises:

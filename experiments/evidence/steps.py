@@ -22,8 +22,8 @@ from ..partition.grid import Study
 from ..partition.loop import PROFILED
 from ..partition.problems import batches, longest_batch
 from ..partition.recipes import PLAIN, Recipe, Saving, step_name
-from ..partition.setups import Setup, set_up
-from ..partition.steps import RATE, WARM, peak_of
+from ..partition.setups import Setup
+from ..partition.steps import peak_of, ready
 from .grid import cells, savings
 
 ROUNDS = 7
@@ -56,17 +56,7 @@ def of_forward(problem: Problem, study: Study) -> Cost:
 def of_step(problem: Problem, study: Study, recipe: Recipe, saving: Saving) -> Cost:
     """On the first batches of the first seed; rates do not matter to it."""
     own = list(islice(batches(problem, study.batch, 0), max(ROUNDS, PROFILED)))
-    setup = set_up(
-        problem,
-        recipe,
-        lr_fo=RATE if recipe.first else None,
-        lr_zo=RATE if recipe.kind else None,
-        seed=0,
-        batches=own[:PROFILED],
-        saving=saving,
-    )
-    for _ in range(WARM):
-        setup.step(own[0])
+    setup = ready(problem, recipe, saving, own[:PROFILED])
     ratios = _ratios(problem, setup, own[:ROUNDS])
     return {
         "passes": statistics.median(ratios),
@@ -103,8 +93,6 @@ def peaks(problem: Problem, study: Study, methods: Iterable[Recipe]) -> dict[str
     found = {}
     for recipe in methods:
         for saving in savings(recipe):
-            setup = set_up(problem, recipe, lr_fo=RATE, lr_zo=None, seed=0, saving=saving)
-            for _ in range(WARM):
-                setup.step(own[0])
+            setup = ready(problem, recipe, saving, own)
             found[step_name(recipe, saving)] = peak_of(setup, longest_batch(problem, study.batch))
     return found

@@ -38,47 +38,31 @@ from ..commands import (
     run_parts,
 )
 from ..kept import finished
-from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
+from ..options import COUNT, INDEX, OUT, check_ranges, option, parse, some_of
+from ..study_options import StudyOptions
 from . import costs, plan, report
 from .comparisons import Found
 from .grid import Cell, cells, study_of
-from .problems import Sizes, default_models
+from .problems import default_models
 from .runs import Searches
 
 PARTS = ("steps", "runs", "costs", "report")
 ABOUT = "Compare hybrid first- and zeroth-order training with what else saves memory."
-RANGES = {
-    **{"seeds": INDEX, "tiers": INDEX, "steps": COUNT, "minutes": POSITIVE},
-    **dict.fromkeys(("train_size", "dev_size", "test_size"), COUNT),
-}
 
 
 @dataclass
-class PartitionOptions:
+class PartitionOptions(StudyOptions):
     """The command line of `partition`."""
 
-    do: list[str] = option(
-        list(PARTS),
-        f"some of {', '.join(PARTS)}; also as first words of the command line",
-        choices=PARTS,
-        metavar="PART",
-    )
+    do: list[str] = option(list(PARTS), some_of(PARTS), choices=PARTS, metavar="PART")
     plan: bool = option(False, "say how long the runs will take, by measured steps, and stop")
-    models: list[str] = option(
-        [], "hub ids or folders; default: MiniLM, and models/stories260k in ZOFO_DATA"
-    )
-    data: str | None = option(None, "folder with the tasks' data; default: ZOFO_DATA")
-    seeds: list[int] = option([0, 1, 2], "of the best rate; rates are searched on 0")
     steps: int | None = option(None, "of a run; default: as in grid.py")
     tiers: list[int] = option([], "of the grid, see grid.py; default: all")
-    minutes: float | None = option(None, "no run begins after so many; default: all do")
-    train_size: int = option(Sizes.train, "training examples, at most")
-    dev_size: int = option(Sizes.dev, "examples to choose rates and weights by, at most")
-    test_size: int = option(Sizes.test, "examples of the final scores, at most")
     out: Path = option(Path("runs/partition"), OUT)
 
     def __post_init__(self) -> None:
-        check_ranges(self, RANGES)
+        super().__post_init__()
+        check_ranges(self, {"tiers": INDEX, "steps": COUNT})
 
 
 class Command:
@@ -91,7 +75,6 @@ class Command:
     def _searches(self, made: bool) -> list[Searches]:
         given = self._options
         data = data_folder(given.data) if made else None
-        sizes = Sizes(given.train_size, given.dev_size, given.test_size)
         return [
             Searches(
                 study_of(model),
@@ -99,7 +82,7 @@ class Command:
                 given.out,
                 given.seeds,
                 data=data,
-                sizes=sizes,
+                sizes=given.sizes,
                 steps=given.steps,
                 console=self._console,
             )

@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zofo_optim.whole import write_json
+
 from ..choices import ChoiceData
 from ..classification import Encoded, Example
 from ..finetune import machine, versions
 from ..forms import FORMS
 from ..models import DEFAULT_MODEL_PACKAGE, Problem, load_model
 from ..report import markdown
-from ..training import write
 from . import plots
 from .recipes import (
     ALL,
@@ -148,8 +149,7 @@ def measure(
             partitions=out / "partitions" / name.split(",")[0],
         )
         kept.update(versions=versions(), machine=machine(torch.device("cpu")))
-        out.mkdir(parents=True, exist_ok=True)
-        write(file, kept)
+        write_json(file, kept)
         console.print(f"{name}: {step}: {_cell(own[step])}", highlight=False)
 
 

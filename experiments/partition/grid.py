@@ -19,11 +19,6 @@ from .recipes import (
     Recipe,
 )
 
-RATES = tuple(float(f"{digit}e{exponent}") for exponent in range(-7, 0) for digit in (1, 3))
-"""Half a decade apart: the one grid that every rate is searched on."""
-MOST_TRIED = 5
-"""Rates of a search."""
-
 BUDGETS = (0.3, 0.1, 0.6)
 """Shares of full back-propagation's FLOPs that Hi-ZFO is tried at, and its authors', 0.6."""
 MIDDLE = BUDGETS[0]

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zofo_optim.whole import write_json
+
 from ..report import Result, markdown, mean
-from ..training import write
+from ..search import is_at_an_end
 from . import plots
 from .comparisons import Found, additions, is_ablation, points, where
 from .grid import LONGER, MIDDLE, Cell
 from .recipes import HEAD, TOP, step_name
 from .regions import Point
-from .runs import is_at_an_end
 
 ABOUT = """# Where hybrid training pays
 
@@ -193,7 +194,7 @@ def render(out: Path, models: Sequence[Found]) -> None:
     """Write ``table.md``, ``runs.json`` and plots."""
     sections = [section(out, found) for found in models]
     (out / "table.md").write_text("\n".join([ABOUT, *sections]), encoding="utf-8")
-    write(out / "runs.json", [_kept(found) for found in models])
+    write_json(out / "runs.json", [_kept(found) for found in models])
 
 
 def _kept(found: Found) -> dict[str, Any]:

@@ -33,17 +33,42 @@ class StepCost(TypedDict):
     predicted: dict[str, float]
 
 
+def ready(
+    problem: Problem,
+    recipe: Recipe,
+    saving: Saving,
+    batches: Sequence[Batch],
+    partitions: Path | None = None,
+) -> Setup:
+    """What trains, of the first seed, after the steps that come before any is measured.
+
+    Args:
+        batches: that a partition is chosen on; the first one trains.
+        partitions: see :func:`setups.set_up`.
+    """
+    setup = set_up(
+        problem,
+        recipe,
+        lr_fo=RATE if recipe.first else None,
+        lr_zo=RATE if recipe.kind else None,
+        seed=0,
+        batches=batches,
+        saving=saving,
+        partitions=partitions,
+    )
+    for _ in range(WARM):
+        setup.step(batches[0])
+    return setup
+
+
 def cost(setup: Setup, batches: Sequence[Batch], longest: Batch, rounds: int) -> StepCost:
     """
     Args:
-        setup: whose weights change.
+        setup: that is :func:`ready`; its weights change.
         batches: that are timed, each ``rounds`` times, of which the quickest counts.
         longest: the batch that memory is measured on.
     """
-    for _ in range(WARM):
-        setup.step(batches[0])
     times = [min(_timed(setup, batch) for _ in range(rounds)) for batch in batches]
-
     return {
         "seconds": statistics.fmean(times),
         "peak_bytes": peak_of(setup, longest),
@@ -86,14 +111,5 @@ def measured(
         partitions: see :func:`setups.set_up`.
     """
     own = list(islice(batches(problem, batch, 0), max(count, profiled)))
-    setup = set_up(
-        problem,
-        recipe,
-        lr_fo=RATE if recipe.first else None,
-        lr_zo=RATE if recipe.kind else None,
-        seed=0,
-        batches=own[:profiled],
-        saving=saving,
-        partitions=partitions,
-    )
+    setup = ready(problem, recipe, saving, own[:profiled], partitions)
     return cost(setup, own[:count], longest_batch(problem, batch), rounds)

@@ -30,8 +30,9 @@ from ..commands import (
     quiet_on_one_thread,
     run_parts,
 )
-from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
-from ..partition.problems import Sizes, default_models
+from ..options import OUT, option, parse, some_of
+from ..partition.problems import default_models
+from ..study_options import StudyOptions
 from . import report
 from .grid import cells, study_of
 from .runs import Searches
@@ -39,36 +40,15 @@ from .runs import Searches
 PARTS = ("runs", "report")
 ABOUT = "Compare quantised bases, whose scales learn, with the run in 16 bits."
 NAMES = [cell.name for cell in cells()]
-RANGES = {
-    **{"seeds": INDEX, "minutes": POSITIVE},
-    **dict.fromkeys(("train_size", "dev_size", "test_size"), COUNT),
-}
 
 
 @dataclass
-class QuantizedOptions:
+class QuantizedOptions(StudyOptions):
     """The command line of `quantized`."""
 
-    do: list[str] = option(
-        list(PARTS),
-        f"some of {', '.join(PARTS)}; also as first words of the command line",
-        choices=PARTS,
-        metavar="PART",
-    )
-    models: list[str] = option(
-        [], "hub ids or folders; default: MiniLM, and models/stories260k in ZOFO_DATA"
-    )
+    do: list[str] = option(list(PARTS), some_of(PARTS), choices=PARTS, metavar="PART")
     cells: list[str] = option([], f"some of {'; '.join(NAMES)}; default: all", choices=NAMES)
-    data: str | None = option(None, "folder with the task's data; default: ZOFO_DATA")
-    seeds: list[int] = option([0, 1, 2], "of the best rate; rates are searched on 0")
-    minutes: float | None = option(None, "no cell begins after so many; default: all do")
-    train_size: int = option(1000, "training examples, at most")
-    dev_size: int = option(150, "examples to choose rates and weights by, at most")
-    test_size: int = option(500, "examples of the final scores, at most")
     out: Path = option(Path("runs/quantized"), OUT)
-
-    def __post_init__(self) -> None:
-        check_ranges(self, RANGES)
 
 
 class Command:
@@ -88,7 +68,7 @@ class Command:
                 given.out,
                 given.seeds,
                 data=data,
-                sizes=Sizes(given.train_size, given.dev_size, given.test_size),
+                sizes=given.sizes,
                 console=self._console,
             )
             for model in self._models

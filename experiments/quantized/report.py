@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from zofo_optim.whole import write_json
+
 from ..kept import finished
-from ..partition.runs import is_at_an_end
 from ..report import Result, markdown, mean
-from ..training import write
+from ..search import is_at_an_end
 from .grid import Cell, cells
 from .runs import Searches
 
@@ -80,4 +81,4 @@ def render(out: Path, every: Sequence[Searches]) -> None:
                 for cell, runs in found.items()
             }
     (out / "table.md").write_text("\n".join(parts), encoding="utf-8")
-    write(out / "table.json", tables)
+    write_json(out / "table.json", tables)

@@ -18,9 +18,9 @@ from ..methods import METHODS, AdapterOptions, prepare
 from ..models import Problem
 from ..partition.loop import train
 from ..partition.problems import Sizes
-from ..partition.runs import SEARCHED, best_of, climb
 from ..partition.setups import OPTIMIZERS, Setup
 from ..report import Result
+from ..search import SEARCHED, best_of, search
 from .bases import with_base
 from .grid import HYBRID, LORA, MU, NOTHING, SCALES, ZO, Cell, Study
 
@@ -56,11 +56,10 @@ class Searches(Kept):
 
     def searched(self, cell: Cell) -> dict[float, Result]:
         """By rate, on the first seed, in order of rates; empty where none is searched."""
-        found: dict[float, Result] = {}
-        if cell.searched:
-            for rate in climb(self.study.starts[cell.method, cell.quantised], found):
-                found[rate] = self.run(cell, rate, SEARCHED)
-        return dict(sorted(found.items()))
+        if not cell.searched:
+            return {}
+        start = self.study.starts[cell.method, cell.quantised]
+        return search(start, lambda rate: self.run(cell, rate, SEARCHED))
 
     def results(self, cell: Cell) -> list[Result]:
         """At the best rate, one a seed; one, where there is no rate."""

@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from zofo_optim import HybridZOFO, add_side_updates, hybrid_param_groups
+from zofo_optim.whole import write_json
 
 from ..classification import Batch
 from ..commands import ended, quiet_on_one_thread
@@ -35,7 +36,7 @@ from ..finetune import versions
 from ..forms import FORMS
 from ..models import Problem, load_problem
 from ..tasks import default_source, protocol
-from ..training import LOSS_EXAMPLES, write
+from ..training import LOSS_EXAMPLES
 from .grids import quantise, taken_apart
 from .rules import Layer, Way, all_displaced
 
@@ -176,7 +177,7 @@ class Runs:
         key = f"{rate:g}, seed {seed}"
         if key not in runs:
             runs[key] = run(self._problem(task), bits, WAYS[name], rate, seed)
-            write(self._file, self.found)
+            write_json(self._file, self.found)
         result: dict[str, float] = runs[key]
         return result
 

@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from zofo_optim import HybridZOFO, find_lr
+from zofo_optim.whole import write_json
 
 from ..commands import ended, quiet_on_one_thread, run_parts
 from ..directions.grid import Cell, cells, study_of
@@ -35,7 +36,6 @@ from ..finetune import Runs, machine, model_name, versions
 from ..models import DEFAULT_MODEL_PACKAGE
 from ..options import OUT, Options, option, parse
 from ..settings import OF_ZEROTH_ORDER
-from ..training import write
 from . import blind, report
 from .asked import setting, suggested
 from .found import Searched, is_other, searched
@@ -115,7 +115,7 @@ class Command:
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self._options.out.mkdir(parents=True, exist_ok=True)
         about = {"versions": versions("scipy"), "machine": machine(self._runs.device)}
-        write(self._file, {**about, "rows": rows})
+        write_json(self._file, {**about, "rows": rows})
 
     def _cells(self) -> Iterator[tuple[Cell, Searched]]:
         """Those that are asked for and have a best rate."""

@@ -21,15 +21,17 @@ from typing import Any
 
 from rich.console import Console
 
+from zofo_optim.whole import write_json
+
 from ..commands import RESUMES, Ending, run_parts
 from ..directions.grid import BASELINE, BESIDE_ADAPTERS, Cell
-from ..directions.runs import SEARCHED, Searches
+from ..directions.runs import Searches
 from ..files import DataError
 from ..finetune import Runs, machine, model_name, versions
 from ..models import DEFAULT_MODEL_PACKAGE
 from ..options import OUT, Options, option, parse
+from ..search import SEARCHED
 from ..settings import OF_ZEROTH_ORDER
-from ..training import write
 from .asked import setting, suggested
 
 PARTS = ("suggest", "grid")
@@ -126,7 +128,7 @@ class Command:
     def _write(self, name: str, found: list[dict[str, Any]]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         about = {"versions": versions("scipy"), "machine": machine(self._runs.device)}
-        write(self._folder / f"{self._name}-{name}.json", {**about, "rows": found})
+        write_json(self._folder / f"{self._name}-{name}.json", {**about, "rows": found})
 
 
 def _grown(searches: Searches, cell: Cell) -> dict[str, Any]:

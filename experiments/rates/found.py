@@ -9,10 +9,9 @@ from pathlib import Path
 
 from ..directions.grid import Cell
 from ..presets import preset
+from ..search import SEARCHED
 
 RUNS = Path(__file__).parents[1] / "results" / "directions" / "runs.csv"
-SEARCHED = "0"
-"""The seed of the runs at every rate."""
 OTHERS = ("winogrande", "prefix")
 """A task and an adapter that the formula was not fitted to; their best rates had been seen."""
 
@@ -38,7 +37,7 @@ def searched(model: str, cell: Cell, runs: Path = RUNS) -> Searched | None:
             float(row["rate"]): float(row["dev_loss"])
             for row in csv.DictReader(file)
             if (row["model"], row["task"], row["method"], row["directions"], row["seed"])
-            == (model, cell.task, cell.method, cell.kind, SEARCHED)
+            == (model, cell.task, cell.method, cell.kind, str(SEARCHED))
         }
     if losses:
         finite = {rate: loss if loss == loss else math.inf for rate, loss in losses.items()}

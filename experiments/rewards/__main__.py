@@ -30,21 +30,23 @@ from typing import Any
 
 from rich.console import Console
 
+from zofo_optim.whole import write_json
+
 from ..commands import check_runs, ended, quiet_on_one_thread, run_parts
 from ..files import DataError
-from ..options import COUNT, INDEX, OUT, check_ranges, option, parse
-from ..training import write
-from . import grid, report
+from ..kept import finished
+from ..options import COUNT, OUT, check_ranges, option, parse
+from ..study_options import SearchOptions
+from . import report
 from .grid import GRPO, REWARDS, Cell, cells
-from .runs import Runs, Unfinished
+from .runs import Runs
 
 PARTS = ("runs", "memory", "report")
 ABOUT = "Let scores of generated text rise, with and without gradients, and compare."
-RANGES = {"seeds": INDEX, "steps": COUNT, "evaluation_texts": COUNT}
 
 
 @dataclass
-class RewardsOptions:
+class RewardsOptions(SearchOptions):
     """The command line of `rewards`."""
 
     do: list[str] = option(
@@ -57,13 +59,13 @@ class RewardsOptions:
         None, "causal language model, hub id or folder; default: models/stories260k in ZOFO_DATA"
     )
     data: str | None = option(None, "folder of SST-2, for sentiment; default: in ZOFO_DATA")
-    seeds: list[int] = option([0, 1, 2], "of the best rate; rates are searched on 0")
     steps: int | None = option(None, "of a run, at most; default: as in grid.py")
     evaluation_texts: int = option(64, "fresh texts that a point of a curve is the mean of")
     out: Path = option(Path("runs/rewards"), OUT)
 
     def __post_init__(self) -> None:
-        check_ranges(self, RANGES)
+        super().__post_init__()
+        check_ranges(self, {"steps": COUNT, "evaluation_texts": COUNT})
 
 
 class Command:
@@ -109,20 +111,15 @@ class Command:
         for cell in self._possible():
             if cell.kind not in found:
                 found[cell.kind] = runs.memory(cell)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write(file, found)
+                write_json(file, found)
 
     def report(self) -> None:
         """Tables and plots of all rewards that have runs."""
         out = self._options.out
         check_runs(out)
         runs = Runs(out, self._options.seeds)
-        found = []
-        for cell in (cell for reward in grid.REWARDS for cell in cells(reward)):
-            try:
-                found.append(report.Found(cell, runs.searched(cell), runs.results(cell)))
-            except Unfinished:
-                continue
+        done = finished(runs.results, (cell for reward in REWARDS for cell in cells(reward)))
+        found = [report.Found(cell, runs.searched(cell), one) for cell, one in done.items()]
         report.render(out, found, _memory(out / "memory.json"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 import warnings
@@ -18,26 +17,22 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.zofo_bench.machine import cpu_model
+from zofo_optim.whole import write_json
 
 from ..finetune import machine, model_name, versions
+from ..kept import kept
 from ..measure import growth, peak_memory, stored_bytes
 from ..models import ModelError
 from ..report import Result
-from ..training import RunError, write
+from ..search import SEARCHED, seeds_of
 from . import grpo
 from .grid import FULL_SIZE, GRPO, MU, TOKENS, Cell
 from .methods import STEPPED, Method
 from .scores import SCORES, Score
 from .texts import Judge, Writer, evaluated
 
-SEARCHED = 0
-"""The seed that rates are searched on."""
 FRESH = 1_000_000
 """Seeds of evaluations are above those of runs."""
-
-
-class Unfinished(Exception):
-    """A run is not there, and must not be made."""
 
 
 class Record:
@@ -100,7 +95,7 @@ class Runs:
     ) -> None:
         self._out, self._model, self._data = out, model, data
         self._steps, self._texts, self._console = steps, texts, console
-        self.seeds = [SEARCHED, *(seed for seed in seeds if seed != SEARCHED)]
+        self.seeds = seeds_of(seeds)
         self._scores: dict[str, Score] = {}
         self._warm: set[Cell] = set()
         self._loaded: tuple[Any, Any] | None = None
@@ -124,28 +119,18 @@ class Runs:
         return [self.run(cell, rate, seed) for seed in self.seeds]
 
     def run(self, cell: Cell, rate: float, seed: int) -> Result:
-        """Made, or read.
-
-        Raises:
-            Unfinished: it is not there, and there is no model.
-            RunError: it is there by other settings.
-        """
+        """Made, where there is a model, or read; see :func:`experiments.kept.kept`."""
         cell = self.cut(cell)
         file = self._out / cell.folder / f"{rate:g}" / f"seed-{seed}.json"
         settings = {name: value for name, value in asdict(cell).items() if name != "rates"}
         settings.update(rate=rate, seed=seed, mu=MU, tokens=TOKENS, evaluation_texts=self._texts)
         settings["model"] = self._model and model_name(self._model)
-        if file.is_file():
-            found: Result = json.loads(file.read_text(encoding="utf-8"))
-            if self._model is not None and found["settings"] != settings:
-                raise RunError(f"{file} holds a run with other settings: take another --out")
+        found = kept(file, settings, made=self._model is not None)
+        if found is not None:
             return found
-        if self._model is None:
-            raise Unfinished(str(file))
         self._warm_up(cell)
         result = {"settings": settings, **self._made(cell, rate, seed)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, result)
+        write_json(file, result)
         last = result["curve"][-1]
         self._say(
             f"{cell.problem}: {cell.name}, {rate:g}, seed {seed}: "

@@ -27,10 +27,11 @@ from typing import Any
 
 from rich.console import Console
 
+from zofo_optim.whole import write_json
+
 from ..commands import Ending, parts_first, quiet_on_one_thread
 from ..finetune import model_name, versions
 from ..options import parse
-from ..training import write
 from . import displacement, example23, fig1, fig2, scatter
 from .options import FIGURES, TheoryOptions
 
@@ -53,8 +54,7 @@ def make(name: str, options: TheoryOptions, console: Console) -> None:
     settings["data"] = None if options.data is None else Path(options.data).name
     settings["models"] = [model_name(model) for model in options.models]
     content = {"figure": name, "result": result, "settings": settings, "versions": versions()}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write(options.out / f"{name}.json", content)
+    write_json(options.out / f"{name}.json", content)
     MODULES[name].plot(options.out / f"{name}.png", content)
 
 

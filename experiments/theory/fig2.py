@@ -6,6 +6,7 @@ AdamW would scale the adapter's steps by itself, and the same number would not b
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,15 @@ from ..finetune import Runs, model_name
 from ..options import EVERYTHING
 from ..plots import diverges, plot_rates
 from ..report import Result, markdown, mean
+from .numbers import strict
 from .options import TheoryOptions
 from .studies import chosen
 
 ADAPTER = "prompt"
 EVALUATIONS = 6
 _LOSSES = ("train_loss", "loss")
+Panels = dict[str, dict[str, list[Result]]]
+"""Runs by heading and method."""
 KEPT = ("task", "method", "seed", "curve", "skipped_steps")
 
 
@@ -55,7 +59,7 @@ def measure(options: TheoryOptions, console: Console) -> dict[str, Any]:
         panels = rates(Runs(given, console), study.task, ADAPTER)
         found[f"{model_name(model)}, {study.task}"] = {
             heading: {
-                method: [{name: run[name] for name in KEPT} for run in runs]
+                method: [strict({name: run[name] for name in KEPT}) for run in runs]
                 for method, runs in lines.items()
             }
             for heading, lines in panels
@@ -63,7 +67,26 @@ def measure(options: TheoryOptions, console: Console) -> dict[str, Any]:
     return found
 
 
-def _lines(panels: dict[str, Any]) -> Iterator[tuple[str, str, list[Result]]]:
+def _panels(content: dict[str, Any]) -> Iterator[tuple[str, Panels]]:
+    """By model and task; numbers that were not finite are NaN again."""
+    for name, panels in content["result"].items():
+        yield (
+            name,
+            {
+                heading: {
+                    method: [{**run, "curve": [*map(_numbers, run["curve"])]} for run in runs]
+                    for method, runs in lines.items()
+                }
+                for heading, lines in panels.items()
+            },
+        )
+
+
+def _numbers(point: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in point.items()}
+
+
+def _lines(panels: Panels) -> Iterator[tuple[str, str, list[Result]]]:
     for heading, lines in panels.items():
         for method, runs in lines.items():
             yield heading, method, runs
@@ -72,7 +95,7 @@ def _lines(panels: dict[str, Any]) -> Iterator[tuple[str, str, list[Result]]]:
 def table(content: dict[str, Any]) -> str:
     head = ["model, task", "rates", "method", "steps", "seeds", "training loss at first"]
     rows = [[*head, "training loss at last", "development loss at last"]]
-    for name, panels in content["result"].items():
+    for name, panels in _panels(content):
         for heading, method, runs in _lines(panels):
             first = statistics.fmean(run["curve"][0]["train_loss"] for run in runs)
             ends = ["diverges"] * 2
@@ -89,7 +112,7 @@ def table(content: dict[str, Any]) -> str:
 
 def plot(path: Path, content: dict[str, Any]) -> None:
     """A file a model."""
-    for name, panels in content["result"].items():
+    for name, panels in _panels(content):
         model = name.partition(",")[0]
         title = f"{name}, {ADAPTER} tuning, SGD"
         plot_rates(path.with_name(f"{path.stem}-{model}.png"), list(panels.items()), title)

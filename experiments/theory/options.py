@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..options import COUNT, INDEX, OUT, Range, check_ranges, option
+from ..options import COUNT, INDEX, OUT, Range, check_ranges, option, some_of
+from ..study_options import MODELS
 
 FIGURES = ("example23", "fig2", "displacement", "fig1a", "fig1b", "scatter")
 RANGES = {
@@ -18,16 +19,9 @@ RANGES = {
 class TheoryOptions:
     """The command line of `theory`."""
 
-    do: list[str] = option(
-        list(FIGURES),
-        f"some of {', '.join(FIGURES)}; also as first words of the command line",
-        choices=FIGURES,
-        metavar="FIGURE",
-    )
+    do: list[str] = option(list(FIGURES), some_of(FIGURES), choices=FIGURES, metavar="FIGURE")
     out: Path = option(Path("runs/theory"), OUT)
-    models: list[str] = option(
-        [], "hub ids or folders; default: MiniLM, and models/stories260k in ZOFO_DATA"
-    )
+    models: list[str] = option([], MODELS)
     data: str | None = option(None, "folder with the tasks' data; default: ZOFO_DATA")
     seeds: list[int] = option([0, 1, 2], "of fig2 and scatter; the others take the first")
     steps: int | None = option(None, "of a run; default: as in studies.py")

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from zofo_optim.smoothness import measure_smoothness
+from zofo_optim.whole import write_json
 
 from ..classification import Batch
 from ..finetune import model_name
@@ -27,7 +28,7 @@ from ..methods import METHODS, AdapterOptions, prepare
 from ..models import Problem
 from ..partition.problems import Sizes, batches, load
 from ..tasks import default_source
-from ..training import RunError, write
+from ..training import RunError
 from .options import TheoryOptions
 from .studies import Study
 
@@ -161,8 +162,7 @@ def rows_of(
             highlight=False,
             soft_wrap=True,
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, {"settings": plan.settings, "rows": rows})
+    write_json(file, {"settings": plan.settings, "rows": rows})
     return rows
 
 

@@ -38,8 +38,9 @@ from ..commands import (
     quiet_on_one_thread,
     run_parts,
 )
-from ..options import COUNT, INDEX, OUT, POSITIVE, check_ranges, option, parse
-from ..partition.problems import Sizes, default_models
+from ..options import OUT, option, parse, some_of
+from ..partition.problems import default_models
+from ..study_options import DEV, TEST, StudyOptions
 from . import costs, report, variants
 from .grid import STUDIES, cells, study_of
 from .runs import FIRST_HEADS, Searches
@@ -47,37 +48,18 @@ from .runs import FIRST_HEADS, Searches
 PARTS = ("runs", "variants", "costs", "report")
 ABOUT = "Compare adapters of small models, carried over, with what trains the large model."
 NAMES = list(dict.fromkeys(cell.name for study in STUDIES for cell in cells(study)))
-RANGES = {
-    **{"seeds": INDEX, "minutes": POSITIVE},
-    **dict.fromkeys(("train_size", "dev_size", "test_size"), COUNT),
-}
 
 
 @dataclass
-class TransferOptions:
+class TransferOptions(StudyOptions):
     """The command line of `transfer`."""
 
-    do: list[str] = option(
-        list(PARTS),
-        f"some of {', '.join(PARTS)}; also as first words of the command line",
-        choices=PARTS,
-        metavar="PART",
-    )
-    models: list[str] = option(
-        [], "hub ids or folders; default: MiniLM, and models/stories260k in ZOFO_DATA"
-    )
+    do: list[str] = option(list(PARTS), some_of(PARTS), choices=PARTS, metavar="PART")
     tasks: list[str] = option(list(FIRST_HEADS), "of the models' own", choices=list(FIRST_HEADS))
     methods: list[str] = option([], f"some of {', '.join(NAMES)}; default: all", choices=NAMES)
-    data: str | None = option(None, "folder with the tasks' data; default: ZOFO_DATA")
-    seeds: list[int] = option([0, 1, 2], "of the best rate; rates are searched on 0")
-    minutes: float | None = option(None, "no method begins after so many; default: all do")
-    train_size: int = option(1000, "training examples, at most")
-    dev_size: int = option(200, "examples to choose rates and weights by, at most")
-    test_size: int = option(1000, "examples of the final scores, at most")
+    dev_size: int = option(200, DEV)
+    test_size: int = option(1000, TEST)
     out: Path = option(Path("runs/transfer"), OUT)
-
-    def __post_init__(self) -> None:
-        check_ranges(self, RANGES)
 
 
 class Command:
@@ -99,7 +81,7 @@ class Command:
                 given.out,
                 given.seeds,
                 data=data,
-                sizes=Sizes(given.train_size, given.dev_size, given.test_size),
+                sizes=given.sizes,
                 console=self._console,
             )
             for model in self._models

@@ -12,14 +12,14 @@ from rich.console import Console
 from torch import nn
 
 from zofo_optim.transfer import transfer_adapter
+from zofo_optim.whole import write_json
 
 from ..classification import Batch
 from ..measure import growth, peak_memory, stored_bytes
 from ..models import Problem
 from ..partition.problems import longest_batch
-from ..partition.runs import SEARCHED
 from ..partition.setups import Setup
-from ..training import write
+from ..search import SEARCHED
 from .grid import BRIDGED, LORA, PLUGGED, REFINED, ROUTES, ZO, Cell
 from .guard import no_graph
 from .large import zeroth_order
@@ -43,8 +43,7 @@ def measure(searches: Searches, console: Console) -> None:
     for name, measured in _all(searches).items():
         if name not in found:
             found[name] = size = measured()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(file, {"bytes": found})
+            write_json(file, {"bytes": found})
             text = f"{searches.name}, {searches.task}: {name}: {size / 1e6:.1f} MB"
             console.print(text, highlight=False)
 

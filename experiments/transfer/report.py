@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zofo_optim.whole import write_json
+
 from ..kept import finished
-from ..partition.runs import is_at_an_end
 from ..report import Result, markdown, mean
-from ..training import write
+from ..search import is_at_an_end
 from . import costs, methods, variants
 from .grid import LORA, PLUGGED, REFINED, ZO, Cell, cells
 from .runs import Searches
@@ -163,7 +164,7 @@ def render(out: Path, searched: Sequence[Searches]) -> None:
             sections.append(section(searches, found))
             kept.append(_kept(searches, found))
     (out / "table.md").write_text("\n".join([ABOUT, *sections]), encoding="utf-8")
-    write(out / "table.json", kept)
+    write_json(out / "table.json", kept)
 
 
 def _kept(searches: Searches, found: dict[Cell, list[Result]]) -> dict[str, Any]:

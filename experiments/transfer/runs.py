@@ -15,8 +15,8 @@ from ..finetune import model_name
 from ..kept import Kept
 from ..models import Problem
 from ..partition.problems import Sizes
-from ..partition.runs import SEARCHED, best_of, climb
 from ..report import Result
+from ..search import SEARCHED, best_of, search
 from ..training import RunError
 from . import methods
 from .grid import LORA, NOTHING, PLUGGED, PROBE, SCALED, ZO, ZO_ALONE, Cell, Study
@@ -35,10 +35,7 @@ class Searches(Kept):
         task: one of its tasks.
         model: folder or hub id.
         out: folder of the runs of all models.
-        seeds: of the best rate, the searched one among them.
-        data: folder of the tasks' data; None: what is there is read, what is not is
-            :class:`Unfinished`.
-        sizes: numbers of examples.
+        seeds, data, sizes, console: see :class:`Kept`.
     """
 
     def __init__(
@@ -75,18 +72,18 @@ class Searches(Kept):
         """That of the cell's small model; made once."""
         key = Cell(PLUGGED, cell.route, cell.layers)
         if key not in self._small:
-            self._small[key] = small_problem(self.problem, cell.route, cell.layers, self._head)
+            head = FIRST_HEADS[self.task]
+            self._small[key] = small_problem(self.problem, cell.route, cell.layers, head)
         return self._small[key]
 
     # ---- rates -------------------------------------------------------------------------------
 
     def searched(self, cell: Cell) -> dict[float, Result]:
         """By rate, on the first seed, in order of rates; empty where none is searched."""
-        found: dict[float, Result] = {}
-        if cell.searched:
-            for rate in climb(self.study.starts[cell.method], found):
-                found[rate] = self.run(cell, rate, SEARCHED)
-        return dict(sorted(found.items()))
+        if not cell.searched:
+            return {}
+        start = self.study.starts[cell.method]
+        return search(start, lambda rate: self.run(cell, rate, SEARCHED))
 
     def rate(self, cell: Cell) -> float:
         """The best one."""
@@ -102,12 +99,7 @@ class Searches(Kept):
     # ---- runs --------------------------------------------------------------------------------
 
     def run(self, cell: Cell, rate: float | None, seed: int) -> Result:
-        """Made, or read.
-
-        Raises:
-            RunError: the file holds one with other settings.
-            Unfinished: it is not there, and there are no data.
-        """
+        """Made, or read; see :meth:`Kept.kept`."""
         file = self._file(cell, rate, seed)
         settings = {
             **{"model": self.name, "task": self.task, "cell": asdict(cell), "lr": rate},

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..partition.runs import SEARCHED
 from ..report import Result
+from ..search import SEARCHED
 from . import methods
 from .grid import BRIDGE, PLUGGED, SMALL, Cell
 from .large import Way

@@ -3,11 +3,15 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from zofo_optim import HybridZOFO, hybrid_param_groups
 
 ROWS = 8
 """Of the global batch of a step."""
+STREAMED = {"perturbation": "streamed"}
+LOW_RANK = {**STREAMED, "structure": "low_rank", "rank": 2}
+OF_EXAMPLES = {**LOW_RANK, "directions": "per_example"}
 
 
 def network(*, hybrid=True, dtype=torch.float64):
@@ -19,6 +23,10 @@ def network(*, hybrid=True, dtype=torch.float64):
     model.requires_grad_(False)
     model[4].requires_grad_(hybrid)
     return model
+
+
+def wrapped(model):
+    return DistributedDataParallel(model)
 
 
 def batch(step, dtype=torch.float64):

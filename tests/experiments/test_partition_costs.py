@@ -10,7 +10,7 @@ from experiments.partition import __main__ as command
 from experiments.partition import costs, setups
 from experiments.partition.problems import longest_batch
 from experiments.partition.recipes import ALL, LORA, PARTITION, PLAIN, SAVINGS, Recipe, step_name
-from experiments.partition.steps import cost
+from experiments.partition.steps import cost, ready
 
 __all__ = ["quick_collections"]
 
@@ -65,10 +65,7 @@ def test_steps_that_save_memory_take_less(small):
     batch = longest_batch(small, 8)
 
     def peak(recipe, saving):
-        setup = setups.set_up(
-            small, recipe, lr_fo=1e-6, lr_zo=None, seed=0, batches=[batch], saving=saving
-        )
-        return cost(setup, [batch], batch, rounds=1)
+        return cost(ready(small, recipe, saving, [batch]), [batch], batch, rounds=1)
 
     full = {saving: peak(Recipe(ALL), saving) for saving in SAVINGS}
     assert all(one["seconds"] > 0 for one in full.values())

@@ -7,7 +7,9 @@ import pytest
 import torch
 from small_models import SIZES, quick_collections, tiny, words
 
+from experiments import search
 from experiments.files import DataError
+from experiments.kept import Unfinished
 from experiments.models import ModelError
 from experiments.partition import __main__ as command
 from experiments.partition import comparisons, grid, loop, plan, problems, runs, setups
@@ -96,7 +98,7 @@ def test_cells_come_after_those_their_rates_are_of(study):
             if isinstance(source, grid.Cell):
                 assert source in found[:place]
             elif source is not None:
-                assert source in grid.RATES
+                assert source in search.RATES
         assert (cell.fo is not None) == bool(cell.recipe.first)
         assert (cell.zo is not None or cell.ratio is not None) == bool(cell.recipe.kind)
         if cell.recipe.is_hybrid and not comparisons.is_ablation(cell):
@@ -117,10 +119,10 @@ def test_cells_come_after_those_their_rates_are_of(study):
 
 
 def test_rates_are_one_grid_half_a_decade_apart():
-    for before, after in pairwise(grid.RATES):
+    for before, after in pairwise(search.RATES):
         assert after / before == pytest.approx(10**0.5, rel=0.06)
-    assert grid.RATES[0] == 1e-7
-    assert grid.RATES[-1] == 0.3
+    assert search.RATES[0] == 1e-7
+    assert search.RATES[-1] == 0.3
 
 
 @pytest.mark.parametrize(
@@ -135,19 +137,19 @@ def test_rates_are_one_grid_half_a_decade_apart():
 )
 def test_a_search_climbs_until_the_best_lies_between_others(start, best, tried, open_):
     found = {}
-    for rate in runs.climb(start, found):
-        distance = abs(grid.RATES.index(rate) - grid.RATES.index(best))
+    for rate in search.climb(start, found):
+        distance = abs(search.RATES.index(rate) - search.RATES.index(best))
         found[rate] = {"best": {"loss": 1.0 + distance}}
     assert list(found) == tried
-    assert runs.best_of(found) == best
-    assert runs.is_at_an_end(found) == open_
+    assert search.best_of(found) == best
+    assert search.is_at_an_end(found) == open_
 
 
 def test_a_run_that_diverged_is_not_the_best():
     found = {1e-4: {"best": {"loss": float("nan")}}, 3e-4: {"best": {"loss": 2.0}}}
-    assert runs.best_of(found) == 3e-4
+    assert search.best_of(found) == 3e-4
     with pytest.raises(ValueError, match=r"start must be on the grid of rates, got 0\.0002"):
-        next(runs.climb(2e-4, {}))
+        next(search.climb(2e-4, {}))
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -282,8 +284,7 @@ def small(monkeypatch):
     monkeypatch.setattr(grid, "STUDIES", (study,))
     monkeypatch.setattr(command, "cells", few)
     monkeypatch.setattr(runs, "TIMED_BATCHES", 2)
-    monkeypatch.setattr(grid, "MOST_TRIED", 2)
-    monkeypatch.setattr(runs, "MOST_TRIED", 2)
+    monkeypatch.setattr(search, "MOST_TRIED", 2)
     return few(study)
 
 
@@ -351,9 +352,9 @@ def test_at_equal_seconds_dearer_steps_are_fewer(small, tmp_path):
     (folder / "steps.json").write_text(json.dumps({"steps": steps}))
     assert searches.steps_of(small[0]) == 4
     assert searches.steps_of(cell) == 12
-    with pytest.raises(runs.Unfinished):
+    with pytest.raises(Unfinished):
         searches.cost(Recipe(LORA))
-    with pytest.raises(runs.Unfinished):
+    with pytest.raises(Unfinished):
         searches.results(cell)
 
 

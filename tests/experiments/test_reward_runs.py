@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import base_model, quick_collections, tiny, word_tokenizer, words
 
+from experiments.kept import Unfinished
 from experiments.rewards import __main__ as command
 from experiments.rewards import grid, methods, report, runs, scores, texts
 from experiments.tasks import DEMO_DATA
@@ -299,7 +300,7 @@ def test_what_is_not_there_is_refused_or_left_out(small, tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         command.main(["--steps", "0", "--out", str(tmp_path)])
     assert "--steps must be at least 1, got 0" in capsys.readouterr().err
-    with pytest.raises(runs.Unfinished):
+    with pytest.raises(Unfinished):
         runs.Runs(tmp_path, [0]).run(small[0], 0.1, 0)
 
 

@@ -172,12 +172,18 @@ def test_runs_that_diverge_are_told(made):
     content = contents(made, "fig2")
     (panels,) = content["result"].values()
     (run,) = panels["large rate, 0.1"]["zo"]
-    for loss in (math.nan, 1e9):
+    for loss in (None, math.nan, 1e9):
         last = {**run["curve"][-1], "train_loss": loss, "loss": loss}
         broken = {**run, "curve": [*run["curve"][:-1], last]}
         panels["large rate, 0.1"]["zo"] = [broken, broken]
         (line,) = [x for x in fig2.table(content).splitlines() if "large rate, 0.1 | zo" in x]
         assert line.endswith("| diverges | diverges |")
+
+
+def test_numbers_that_are_not_finite_are_none_in_json():
+    found = {"curve": [{"loss": math.nan, "step": 1}], "worst": (math.inf, -math.inf, 2.0)}
+    wanted = {"curve": [{"loss": None, "step": 1}], "worst": [None, None, 2.0]}
+    assert numbers.strict(found) == wanted
 
 
 def test_displacements_of_medium_length_are_exact(made):

@@ -169,7 +169,7 @@ def shallow(monkeypatch):
     starts |= dict.fromkeys((grid.ZO, grid.REFINED), 1e-4)
     study = grid.Study("deep", ("sst2",), 4, 4, 2, 1.5, False, starts)
     monkeypatch.setattr(grid, "STUDIES", (study,))
-    monkeypatch.setattr("experiments.partition.runs.MOST_TRIED", 1)
+    monkeypatch.setattr("experiments.search.MOST_TRIED", 1)
     return study
 
 

@@ -21,6 +21,7 @@ from ..optimizer import HybridZOFO
 from ..parallel import processes
 from ..plain import plain
 from ..update import Update
+from ..whole import whole
 from .cut import Cut, cut_before
 from .errors import JournalError
 from .format import Chain, Part, encode_header, precise
@@ -181,12 +182,11 @@ class Journal(Listener):
         for entry, of_group in zip(header["groups"], marks, strict=True):
             entry["fingerprints"] = of_group
         content, crc = encode_header(header)
-        fresh = self.path.with_name(self.path.name + ".new")
-        with open(fresh, "wb") as file:
+        # so that no header is ever cut short
+        with whole(self.path) as fresh, open(fresh, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(self.path)  # so that no header is ever cut short
         self._chain = Chain(header, crc)
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         self._file.seek(0, os.SEEK_END)

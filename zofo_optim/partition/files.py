@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..whole import write_json
+
 if TYPE_CHECKING:
     from .partition import Partition
 
@@ -18,11 +20,7 @@ VERSION = 1
 def save(partition: Partition, path: str | os.PathLike[str]) -> None:
     """Write ``partition``; see :meth:`Partition.save`."""
     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(partition)}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)  # so that it is there whole, or not at all
+    write_json(Path(path), content)
 
 
 def load(path: str | os.PathLike[str]) -> Partition:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..evaluation import Closure
 from ..groups_and_state import GroupsAndState
+from ..whole import whole
 from .alarms import Alarms
 from .plots import draw_rows
 from .snapshot import METHODS, Snapshots
@@ -183,8 +184,7 @@ class SmoothnessRecorder:
         """Write the rows: as CSV where ``path`` ends in .csv, else as JSON, which can be loaded."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".new")
-        with open(fresh, "w", newline="", encoding="utf-8") as file:
+        with whole(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
             if path.suffix == ".csv":
                 names = dict.fromkeys(name for row in self.rows for name in row)
                 writer = csv.DictWriter(file, list(names))
@@ -192,7 +192,6 @@ class SmoothnessRecorder:
                 writer.writerows(self.rows)
             else:
                 json.dump(self.state_dict(), file, indent=1)
-        fresh.replace(path)  # so that it is there whole, or not at all
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from a JSON file of :meth:`save`, in place of the rows here.

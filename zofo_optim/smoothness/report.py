@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..whole import write_json
+
 FORMAT = "zofo-optim smoothness"
 VERSION = 1
 _HEAD = (
@@ -128,12 +130,7 @@ class Smoothness(Mapping[str, BlockSmoothness]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".new")
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(path)
+        write_json(Path(path), {"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Smoothness:
