@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zofo_kernels.memory import has_memory
 
-from .quantized import Scale, Scales
+from .quantized import LearningScales, Scale, Scales
 
 _ROOM = 1 << 28
 """Bytes that the first step copies at most; past that, the largest buffers go by their versions."""
@@ -38,7 +38,7 @@ class ParamGroups(list[dict[str, Any]]):
     ) -> None:
         super().__init__(groups)
         self.model = model
-        self.scales = list(scales)
+        self.scales = LearningScales(scales)
 
 
 class _Content(NamedTuple):
@@ -82,17 +82,23 @@ def model_of(params: Any, restore_buffers: bool | nn.Module) -> nn.Module | None
     return params.model if isinstance(params, ParamGroups) else module_of(params, restore_buffers)
 
 
-def scales_among(params: Any, model: nn.Module | None, tensors: Iterable[Tensor]) -> list[Scale]:
-    """The quantisation scales among an optimizer's tensors.
+def scales_among(
+    params: Any, model: nn.Module | None, groups: Iterable[dict[str, Any]]
+) -> LearningScales:
+    """The quantisation scales in an optimizer's zeroth-order groups.
 
     Args:
         params: what it was given.
         model: see :func:`model_of`.
-        tensors: what it trains by zeroth order.
+        groups: what it made of that.
     """
-    if isinstance(params, ParamGroups):
-        return params.scales
-    return [] if model is None else Scales(model).among(tensors)
+    found = LearningScales(params.scales if isinstance(params, ParamGroups) else ())
+    if model is not None and not isinstance(params, ParamGroups):
+        known = Scales(model)
+        for group in groups:
+            if group["mode"] == "zo":
+                found += known.among(group["params"], group.get("param_names"))
+    return found
 
 
 class Buffers:

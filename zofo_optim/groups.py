@@ -54,10 +54,10 @@ def hybrid_param_groups(
             scales, and zero points that are floats, learn by zeroth order, in groups by size, each
             with that size as its ``unit``: the root mean square of a tensor as a power of two. They
             are named as in the format's state dicts, such as ``"q_proj.weight.absmax"``, also for
-            ``include`` and ``exclude``. Scales that are quantised themselves or have 16 bits become
-            fp32 first. "low_rank": updates of low rank beside them learn, those of
-            :func:`add_side_updates`, which is called where the model has none; also where the
-            format is unknown. "frozen": quantised weights stay as they are.
+            ``include`` and ``exclude``. Those that are quantised themselves, or have 16 bits where
+            the format takes fp32, become fp32 first. "low_rank": updates of low rank beside them
+            learn, those of :func:`add_side_updates`, which is called where the model has none; also
+            where the format is unknown. "frozen": quantised weights stay as they are.
         verbose: print a one-line summary.
 
     Returns:
@@ -123,26 +123,27 @@ def split_of(
         ValueError: no parameter is left, or the rules refuse one, or a pattern.
     """
     split = Split({}, {}, {}, {}, rules.prepared)
-    first_order: set[str] = set()  # by every name
-    for names, parameter in parameters_with_all_names(model):
-        mode = mode_of(names, parameter)
+    parameters = [(*named, mode_of(*named)) for named in parameters_with_all_names(model)]
+    first_order = {name for names, _, mode in parameters if mode == "fo" for name in names}
+    of_scales = [
+        (every[0], rules.reason_against_scale(every, first_order)) for every in rules.scales or ()
+    ]
+    for names, parameter, mode in parameters:
         if mode == "fo":
             rules.check_first_order(names[0], parameter)
             split.fo[names[0]] = parameter
-            first_order.update(names)
             continue
         reason = rules.reason_against(names, parameter) if mode == "zo" else mode
         if reason:
             split.left_out.setdefault(reason, []).append(parameter)
         else:
             split.zo[names[0]] = parameter
-    for scales in rules.scales or ():
-        first, reason = scales[0], rules.reason_against_scale(scales, first_order)
+    for scale, reason in of_scales:
         if reason:
-            split.left_out.setdefault(reason, []).append(first.tensor)
+            split.left_out.setdefault(reason, []).append(scale.tensor)
         else:
-            split.zo[first.name] = first.tensor
-            split.units[first.name] = unit_of(first.tensor)
+            split.zo[scale.name] = scale.tensor
+            split.units[scale.name] = unit_of(scale.tensor)
     rules.check_patterns()
     if not split.zo and not split.fo:
         raise ValueError("model must have at least one parameter to train, got none")

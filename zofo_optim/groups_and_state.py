@@ -13,7 +13,7 @@ from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from . import advice, rule_states, state
 from .agreement import Agreement
-from .buffers import Buffers
+from .buffers import Buffers, scales_among
 from .capture import StepCounters
 from .checks import check_active, check_group, check_offloaded, check_zo_parameters
 from .defaults import given as is_given
@@ -26,7 +26,7 @@ from .listeners import Listener, Listeners, Move
 from .monitor import Monitor
 from .perturbation import PERTURBATIONS
 from .plain import make_plain
-from .quantized import as_saved
+from .quantized import LearningScales, as_saved, check_perturbation
 from .replicas import LOST, Replicas, group_now, replicas_of
 from .settings import Settings
 from .zo_groups import ZOGroup
@@ -162,6 +162,8 @@ class GroupsAndState(Optimizer):
             check_group(param_group, given, self._fo, has_rate=has_rate)
             if not self._constructing:
                 self._check_parameters()
+            scales = scales_among(param_group, self._perturbation.model, [param_group])
+            check_perturbation(scales, self._settings.perturbation)
             if param_group["mode"] == "fo":
                 self._fo.add(param_group, self.state)
         except BaseException:
@@ -172,6 +174,7 @@ class GroupsAndState(Optimizer):
             param_group["zo_step"] = int(first["zo_step"])
         if param_group["mode"] == "zo":
             rule_states.begin(self._settings.rule, param_group)
+        self._perturbation.scales += scales
 
     def _check_parameters(self) -> None:
         """Of all groups at once, since any two parameters may share memory."""
@@ -209,7 +212,7 @@ class GroupsAndState(Optimizer):
         try:
             arranged = as_saved(groups, state_dict.get("param_groups", ()))
             if arranged is not None:
-                self._listeners.group_adding(arranged[-1])
+                self._listeners.places_changing()
                 self.param_groups[:] = arranged
             for position, group in state.emptied(groups, state_dict.get("param_groups", ())):
                 if group.get("mode") == "zo":
@@ -231,11 +234,13 @@ class GroupsAndState(Optimizer):
         own = ("_settings", "_zo_shared", "_fo", "_accumulation", "_monitor", "_advice")
         kept = {name: self.__dict__[name] for name in own}
         kept["_process_group"] = None if self._process_group is None else LOST
-        return {**super().__getstate__(), **kept, "_moves": self._perturbation.moves}
+        kept["_moves"] = self._perturbation.moves
+        # first, as a copy's groups are to have the scales that its modules use
+        return {"_scales": self._perturbation.scales, **super().__getstate__(), **kept}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
         state_ = dict(state_)
-        moves = state_.pop("_moves", None)
+        moves, scales = state_.pop("_moves", None), state_.pop("_scales", None)
         loaded = state_.get("param_groups", ())  # torch's need no groups either
         state.check_same_modes(self.__dict__.get("param_groups"), loaded)
         state.check_same_names(self.__dict__.get("param_groups"), loaded)
@@ -244,6 +249,7 @@ class GroupsAndState(Optimizer):
         if moves is not None:  # unpickled, not loaded
             self._start()
             self._perturbation.moves = moves
+            self._perturbation.scales = LearningScales(scales or ())
             self._accumulation = Accumulation(self._estimate)  # a shallow copy has its own
         self._fo.rebuild(self.param_groups, self.state)
 

@@ -179,8 +179,7 @@ class HybridZOFO(Evaluating):
         self._evaluator.buffers = Buffers(module_of(params, plain(restore_buffers)))
         model = model_of(params, plain(restore_buffers))
         self._perturbation.model = model
-        zeroth_order = (p for group in self.zo_groups() for p in group.params)
-        self._perturbation.scales = scales_among(params, model, zeroth_order)
+        self._perturbation.scales = scales_among(params, model, self.param_groups)
         check_perturbation(self._perturbation.scales, settings.perturbation)
 
     # ---- a step: read from here down ----------------------------------------------------------

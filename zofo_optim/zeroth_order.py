@@ -12,8 +12,8 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from .names import matching, patterns_in
 from .ownership import without_examples
-from .quantized import Scale, Scales, prepare
-from .quantized.refusals import by_choice, check_known, is_quantised
+from .quantized import Scale, Scales, prepare, scaled_weights
+from .quantized.refusals import by_choice, check_known, is_of_bitsandbytes, is_quantised
 from .quantized.side_module import NAME as SIDE
 from .quantized.side_updates import add_side_updates, side_updates
 from .settings import DIRECTIONS
@@ -65,6 +65,8 @@ class ZerothOrder:
         self._without_data = without_data
         self._wanted = patterns_in("include", include)
         self._unwanted = patterns_in("exclude", exclude)
+        self._used: set[str] = set()
+        self._taken: dict[str, dict[str, str]] = {pattern: {} for pattern in self._wanted}
         if directions not in DIRECTIONS:
             raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
         self._frozen = quantized in ("frozen", "low_rank")
@@ -78,14 +80,16 @@ class ZerothOrder:
         self.prepared: dict[str, int] = {}
         """How many tensors of scales were changed first, by what was done."""
         self.scales: Scales | None = None
-        """That learn, of quantised weights."""
+        """Of quantised weights, of which :meth:`reason_against_scale` tells whether they learn."""
+        self._scaled: set[str] = set()
+        """Names of the weights that have such scales."""
+        self._learning: set[str] = set()
+        """Of those, the ones of which some learn, as far as was told."""
         if quantized == "scales":
             check_known(model)
-            self.prepared = prepare(model)
+            self.prepared = prepare(model, self._leaves)
             self.scales = Scales(model)
-        self._scaled = set() if self.scales is None else self.scales.weights
-        self._used: set[str] = set()
-        self._taken: dict[str, dict[str, str]] = {pattern: {} for pattern in self._wanted}
+            self._scaled = scaled_weights(model)
 
     def is_unreached(self, names: Sequence[str]) -> bool:
         """Whether no forward pass uses a parameter, or it is an adapter's that does not train."""
@@ -117,7 +121,8 @@ class ZerothOrder:
         if self.is_unreached(names):
             reason = "unused"
         elif any(name in self._scaled for name in names):
-            reason = "quantised, their scales learn"
+            learn = not self._learning.isdisjoint(names)
+            reason = "quantised, their scales learn" if learn else "quantised, frozen"
         elif self._beside.intersection(names) and is_quantised(parameter):
             reason = "quantised, low-rank updates beside them learn"
         elif self._frozen and is_quantised(parameter):
@@ -137,7 +142,8 @@ class ZerothOrder:
     def reason_against_scale(self, scales: Sequence[Scale], first_order: Collection[str]) -> str:
         """As :meth:`reason_against`, of one tensor of quantisation scales by all of its names.
 
-        Patterns also match the names of the weights that it scales.
+        Asked first: what becomes of a weight depends on its scales. Patterns also match the names
+        of the weights that it scales.
 
         Args:
             scales: the tensor by each of its names.
@@ -152,6 +158,8 @@ class ZerothOrder:
             reason = "of weights that learn by gradients"
         for pattern in included:
             self._taken[pattern].setdefault(reason, scales[0].name)
+        if not reason:
+            self._learning.update(weights)
         return reason
 
     def _asked(self, names: Sequence[str]) -> tuple[list[str], bool]:
@@ -159,6 +167,12 @@ class ZerothOrder:
         included, excluded = matching(self._wanted, names), matching(self._unwanted, names)
         self._used.update(included, excluded)
         return list(included), bool(excluded) or bool(self._wanted and not included)
+
+    def _leaves(self, names: Sequence[str]) -> bool:
+        """Whether patterns leave what has these names to learn."""
+        excluded = matching(self._unwanted, names)
+        self._used.update(excluded)  # scales that stay as they are may be integers, and so unknown
+        return not excluded and (not self._wanted or bool(matching(self._wanted, names)))
 
     def check_first_order(self, name: str, parameter: Tensor) -> None:
         """
@@ -214,7 +228,7 @@ def _packed(parameter: Tensor, name: str) -> str | None:
             "weights that DeepSpeed ZeRO-3 has partitioned: train without DeepSpeed, as zeroth "
             "order keeps neither gradients nor optimizer state of the base model"
         )
-    if type(parameter).__name__ in ("Params4bit", "Int8Params"):
+    if is_of_bitsandbytes(parameter):
         return (
             "weights quantised by bitsandbytes in a zeroth-order group: train their scales by "
             "quantized='scales', updates of low rank beside them by quantized='low_rank', or leave "

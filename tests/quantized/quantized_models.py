@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from zofo_optim.quantized import Scales
@@ -14,6 +15,11 @@ pytest.importorskip("torchao", reason="quantised weights need torchao")
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_  # noqa: E402
 from torchao.quantization.granularity import PerGroup  # noqa: E402
 
+try:
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig as Int4OnCpu
+except ImportError:  # its name in older versions
+    from torchao.prototype.int4_opaque_tensor import Int4WeightOnlyOpaqueTensorConfig as Int4OnCpu
+
 INT4 = torch.int4  # type: ignore[attr-defined]  # torch does not list it
 FORMATS = {
     "nf4": dict(quant_type="nf4", compress_statistics=False),
@@ -23,10 +29,12 @@ FORMATS = {
     "torchao int8": Int8WeightOnlyConfig(version=2),
     "intx int8": IntxWeightOnlyConfig(weight_dtype=torch.int8),
     "intx int4": IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(32)),
+    "int4 cpu": Int4OnCpu(group_size=32, set_inductor_config=False),
 }
 NAMES = {"nf4": "weight.absmax", "nf4 double": "weight.absmax", "fp4": "weight.absmax"}
 NAMES |= {"bnb int8": "SCB"}
 NAMES |= dict.fromkeys(("torchao int8", "intx int8", "intx int4"), "weight.scale")
+NAMES |= {"int4 cpu": "weight.scale_and_zero"}
 
 
 def network(kind, dtype=torch.float32, sizes=(64, 64, 32), train=True):
@@ -65,6 +73,8 @@ def dequantised(layer):
     if isinstance(weight, bnb.nn.Int8Params):
         scale = weight.SCB if weight.SCB is not None else layer.state.SCB
         return bnb.functional.int8_vectorwise_dequant(weight.data, scale)
+    if hasattr(weight, "scale_and_zero"):  # its only operation is a product
+        return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype), weight).t()
     return weight.dequantize()
 
 
@@ -73,5 +83,25 @@ def scales(model):
     return {every[0].name: every[0].tensor for every in Scales(model)}
 
 
+def replaced(layer, kind):
+    """Give a layer other tensors of its scales, as moving to another device does."""
+    if kind.startswith(("nf4", "fp4")):
+        layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.clone()
+    elif kind == "bnb int8":
+        holder = layer.weight if layer.weight.SCB is not None else layer.state
+        holder.SCB = holder.SCB.clone()
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
 def layers(model):
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+def batch(rows=6):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 64, generator=generator)
+
+
+def losses(model, x):
+    return model(x).square().mean(1)

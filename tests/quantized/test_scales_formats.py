@@ -68,13 +68,22 @@ def test_weights_move_with_their_scales(kind, dtype):
     for (now, weights), sign in ((seen[0], 1), (seen[-1], -1)):
         for name, scale in along(optimizer.zo_groups(), start, sign * MU).items():
             # to the bit on the way forth, from there to an ulp: weights move by recovering first
-            torch.testing.assert_close(now[name], scale, rtol=0.0 if sign > 0 else ULP, atol=0.0)
+            check_close(now[name], scale, exact=sign > 0)
             scales(expected)[name].copy_(now[name])
         for got, layer in zip(weights, layers(expected), strict=True):
             assert torch.equal(got, dequantised(layer))
     assert not torch.equal(seen[0][1][0], seen[-1][1][0])
     for name, scale in scales(model).items():
-        torch.testing.assert_close(scale, start[name], rtol=ULP, atol=0.0)
+        check_close(scale, start[name])
+
+
+def check_close(scale, wanted, exact=False):
+    """To an ulp, or to the bit; scales of 16 bits round in each move."""
+    if scale.dtype == torch.float32:
+        torch.testing.assert_close(scale, wanted, rtol=0.0 if exact else ULP, atol=0.0)
+    else:
+        atol = torch.finfo(scale.dtype).eps * wanted.abs().max().item()
+        torch.testing.assert_close(scale.float(), wanted.float(), rtol=0.0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,8 +184,38 @@ def test_zero_points_that_are_floats_learn():
     model = network("intx int4")
     for layer in layers(model):
         layer.weight.zero_point = layer.weight.zero_point.float() + 0.5
-    names = {name for group in groups_of(model) for name in group["param_names"]}
-    assert names == {f"{i}.weight.{part}" for i in "02" for part in ("scale", "zero_point")}
+    names = {f"{i}.weight.{part}" for i in "02" for part in ("scale", "zero_point")}
+    optimizer = HybridZOFO(groups_of(model), seed=7, distribution="rademacher")
+    assert {name for group in optimizer.zo_groups() for name in group.names} == names
+    start = copied(model)
+    optimizer.step(lambda: model(X).square().mean())
+    wanted = along(optimizer.zo_groups(), start, -LR * optimizer.projected_grads[0, 0].item())
+    for name, scale in scales(model).items():
+        torch.testing.assert_close(scale, wanted[name], rtol=8 * ULP, atol=0.0)
+        assert not torch.equal(scale, start[name])
+    for layer in layers(model):
+        packed = layer.weight
+        by_group = packed.qdata.float().unflatten(1, (-1, 32)) - packed.zero_point.unsqueeze(2)
+        torch.testing.assert_close(
+            dequantised(layer), (by_group * packed.scale.unsqueeze(2)).flatten(1)
+        )
+
+
+def test_zero_points_in_a_tensor_with_scales_learn():
+    """(groups, rows, 2): a weight is scale * (q - 8) + zero, q as the product's kernel has it."""
+    model = network("int4 cpu")
+    layer = layers(model)[0]
+    packed, before = layer.weight.scale_and_zero, dequantised(layer)
+    scale, zero = (packed[..., i].t().repeat_interleave(32, 1).clone() for i in (0, 1))
+    integers = (before - zero) / scale
+    assert torch.equal(integers.round().unique(), torch.arange(-8.0, 8.0))
+    optimizer = HybridZOFO(groups_of(model), seed=7)
+    optimizer.step(lambda: model(X).square().mean())
+    now, shift = (packed[..., i].t().repeat_interleave(32, 1) for i in (0, 1))
+    assert not torch.equal(now, scale)
+    assert not torch.equal(shift, zero)
+    wanted = now * integers.round() + shift
+    torch.testing.assert_close(dequantised(layer), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

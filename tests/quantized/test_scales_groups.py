@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from quantized_models import NAMES, layers, network, quantised, scales
+from quantized_models import NAMES, layers, network, quantised, replaced, scales
 from torch import nn
 
 from zofo_optim import HybridZOFO, hybrid_param_groups, load_base_weights, save_base_weights
@@ -70,12 +70,36 @@ def test_quantised_weights_that_stay(capsys):
     assert all(torch.equal(scale, before[name]) for name, scale in scales(model).items())
 
 
-@pytest.mark.parametrize("kind", NAMES)
-def test_quantised_weights_are_refused_unless_said(kind):
-    model = network(kind)
-    match = r"quantised.*quantized='scales'.*quantized='frozen'.*exclude=.*'0.weight' is one"
-    with pytest.raises(ValueError, match=match):
-        hybrid_param_groups(model, zo=ZO, verbose=False)
+@pytest.mark.parametrize("kind", ["nf4 double", "intx int4"])
+def test_scales_that_are_excluded_stay_as_they_are(kind, capsys):
+    """Their weights are not said to learn, nor are they expanded."""
+    model = network(kind, torch.bfloat16)
+    name = f"0.{NAMES[kind]}"
+    (group,) = groups_of(model, exclude=name.replace(".", r"\."), verbose=True)
+    assert group["param_names"] == [f"2.{NAMES[kind]}"]
+    printed = capsys.readouterr().out
+    first, second = layers(model)
+    for layer, why in ((first, "frozen"), (second, "their scales learn")):
+        size = f"{layer.weight.numel() / 1000:.1f} k"
+        assert f"left out (quantised, {why}): 1 tensors, {size}" in printed
+    assert "scales of 1 weights expanded" in printed
+    if kind == "nf4 double":
+        assert first.weight.quant_state.nested
+        assert not second.weight.quant_state.nested
+    else:
+        dtypes = [layer.weight.scale.dtype for layer in (first, second)]
+        assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_base_weights_leave_other_scales_as_they_are(tmp_path):
+    model = network("nf4 double")
+    optimizer = HybridZOFO(groups_of(model, include=r"^2\."))
+    run(model, optimizer, 1)
+    save_base_weights(optimizer, model, tmp_path)
+    load_base_weights(other := network("nf4 double"), tmp_path)
+    assert layers(other)[0].weight.quant_state.nested
+    assert torch.equal(scales(other)["2.weight.absmax"], scales(model)["2.weight.absmax"])
+    assert torch.equal(other(X), model(X))
 
 
 def test_arguments():
@@ -100,76 +124,6 @@ def test_scales_move_in_place_only(options):
     HybridZOFO(groups, **options).step(lambda: model(X).square().mean())
 
 
-# ---- formats that are not known -----------------------------------------------------------------
-
-
-class OtherLinear(nn.Module):
-    """As GPTQ and AWQ hold weights: integers and scales in buffers."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
-        self.register_buffer("scales", torch.ones(4))
-
-
-class Hqq(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.W_q = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
-
-
-@pytest.mark.parametrize("module", [OtherLinear, Hqq])
-def test_other_libraries(module):
-    model = nn.Sequential(nn.Linear(4, 4), module()).requires_grad_(False)
-    match = rf"must be quantised by bitsandbytes .* got a {module.__name__} that holds .* in '1'"
-    with pytest.raises(ValueError, match=match):
-        groups_of(model)
-    (group,) = groups_of(model, quantized="frozen")
-    assert group["param_names"] == ["0.weight", "0.bias"]
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "quanto", "fp8", "compressed-tensors"])
-def test_other_methods_of_transformers(method):
-    model = network("nf4")
-    model.config = nn.Module()
-    model.config.quantization_config = {"quant_method": method}
-    with pytest.raises(ValueError, match=f"got one of quant_method='{method}': load it unquant"):
-        groups_of(model)
-
-
-def test_quanto():
-    quanto = pytest.importorskip("optimum.quanto", reason="not installed")
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    quanto.quantize(model, weights=quanto.qint8, exclude="1")
-    quanto.freeze(model)
-    model.requires_grad_(False)
-    match = r"weights that cannot be perturbed .*unquantised.*'frozen'.*'0.weight' is one"
-    for quantized in (None, "scales"):
-        with pytest.raises(ValueError, match=match):
-            groups_of(model, quantized=quantized)
-    groups = groups_of(model, quantized="frozen")
-    assert "0.weight" not in groups[0]["param_names"]
-
-
-def test_float8():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
-    eight = model[0].weight.detach().to(torch.float8_e4m3fn)
-    model[0].weight = nn.Parameter(eight, requires_grad=False)
-    with pytest.raises(ValueError, match=r"float8_e4m3fn.*'frozen'.*'0.weight' is one"):
-        groups_of(model)
-    (group,) = groups_of(model, quantized="frozen")
-    assert group["param_names"] == ["0.bias", "1.weight", "1.bias"]
-
-
-def test_activations_that_are_quantised_too():
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    model = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
-    with pytest.raises(ValueError, match=r"cannot be perturbed.*'0.weight' is one"):
-        groups_of(model)
-
-
 # ---- scales that a module no longer uses --------------------------------------------------------
 
 
@@ -180,23 +134,13 @@ def test_scales_that_are_replaced(kind):
     optimizer = HybridZOFO(groups)
     optimizer.step(lambda: model(X).square().mean())
     before = copy.deepcopy(optimizer.state_dict())
-    replace(layers(model)[1], kind)
+    replaced(layers(model)[1], kind)
     learnt = {name: scale.clone() for name, scale in scales(model).items()}
     with pytest.raises(RuntimeError, match=rf"has replaced '2\.{NAMES[kind]}'.*make the groups"):
         optimizer.step(lambda: model(X).square().mean())
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
     assert all(torch.equal(scale, learnt[name]) for name, scale in scales(model).items())
     HybridZOFO(groups_of(model)).step(lambda: model(X).square().mean())
-
-
-def replace(layer, kind):
-    """As moving to another device does."""
-    if kind == "nf4":
-        layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.clone()
-    elif kind == "bnb int8":
-        layer.state.SCB = layer.state.SCB.clone()
-    else:
-        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "bnb int8", "torchao int8", "intx int4"])

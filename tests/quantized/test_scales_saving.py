@@ -1,19 +1,26 @@
-"""Tuned scales in files: the format's own, zo_weights.safetensors, journals, a Trainer's."""
+"""Tuned scales in files: the format's own, zo_weights.safetensors and journals."""
 
 import copy
 
 import pytest
 import torch
-from quantized_models import INT4, bnb, layers, quantised, scales
+from quantized_llama import (
+    ALONE,
+    CONFIGS,
+    KINDS,
+    check_equal,
+    loaded,
+    optimizer_of,
+    peft,
+    saved_llama,
+    trained,
+    transformers,
+    with_lora,
+)
+from quantized_models import bnb, layers, scales
+from tiny_llama import TOKENS
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-from tiny_llama import DATA, TOKENS, arguments  # noqa: E402
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig  # noqa: E402
-from torchao.quantization.granularity import PerGroup  # noqa: E402
-
-from zofo_optim import (  # noqa: E402
+from zofo_optim import (
     HybridZOFO,
     Journal,
     hybrid_param_groups,
@@ -23,79 +30,13 @@ from zofo_optim import (  # noqa: E402
     save_base_weights,
     save_hybrid,
 )
-from zofo_optim.quantized import prepare  # noqa: E402
-from zofo_optim.trainer import HybridTrainer  # noqa: E402
 
-NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-CONFIGS = {
-    "nf4": lambda: transformers.BitsAndBytesConfig(**NF4),
-    "nf4 double": lambda: transformers.BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=True),
-    "bnb int8": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
-    "torchao int8": lambda: transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2)),
-    "intx int4": lambda: transformers.TorchAoConfig(
-        IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(32))
-    ),
-}
-KINDS = pytest.mark.parametrize("kind", CONFIGS)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A Llama of one layer, wide enough for blocks of 64."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=0,
-    )
-    folder = tmp_path_factory.mktemp("llama")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def loaded(base, kind, dtype=torch.float32):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=CONFIGS[kind](), dtype=dtype, device_map="cpu"
-    )
-    return model.requires_grad_(False).train()
-
-
-def with_lora(model):
-    torch.manual_seed(1)
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
-
-
-def optimizer_of(model, **options):
-    groups = hybrid_param_groups(
-        model,
-        zo=dict(lr=0.1, mu=1e-2),
-        fo=dict(lr=0.1) if any(p.requires_grad for p in model.parameters()) else None,
-        quantized="scales",
-        verbose=False,
-    )
-    return HybridZOFO(groups, **{"seed": 3, **options})
-
-
-def trained(model, optimizer, steps=2):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        optimizer.step(lambda: model(input_ids=TOKENS, labels=TOKENS).loss)
-    return model
-
-
-def check_equal(model, other):
-    """The scales, to the bit, and what the models compute."""
-    ours, theirs = scales(model), scales(other)
-    assert len(ours) == len(theirs) >= 7
-    for (name, a), b in zip(ours.items(), theirs.values(), strict=True):
-        assert torch.equal(a, b), name
-    with torch.no_grad():
-        logits = [m.train()(input_ids=TOKENS).logits for m in (model, other)]
-    assert torch.equal(*logits)
+    return saved_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -111,6 +52,20 @@ def test_save_pretrained(kind, dtype, base, tmp_path):
         tmp_path, dtype=dtype, device_map="cpu"
     )
     check_equal(model, again)
+
+
+def test_save_pretrained_where_some_scales_are_quantised_still(base, tmp_path):
+    model = loaded(base, "nf4 double")
+    groups = hybrid_param_groups(
+        model, zo=dict(lr=0.1, mu=1e-2), exclude="q_proj", quantized="scales", verbose=False
+    )
+    trained(model, HybridZOFO(groups))
+    states = [layer.weight.quant_state for layer in layers(model) if hasattr(layer, "quant_state")]
+    assert sorted(state.nested for state in states) == [False] * 6 + [True]
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
 @KINDS
@@ -150,7 +105,7 @@ def test_save_hybrid(kind, recorded, base, tmp_path):
     check_equal(trained(model, optimizer), trained(again, other))
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [*CONFIGS, ALONE])
 def test_a_journal_remakes_the_scales(kind, base, tmp_path):
     model = loaded(base, kind)
     optimizer = optimizer_of(model)
@@ -163,74 +118,45 @@ def test_a_journal_remakes_the_scales(kind, base, tmp_path):
     check_equal(model, again)
 
 
-@pytest.mark.parametrize("kind", ["nf4 double", "bnb int8", "intx int4"])
-def test_trainer(kind, base, tmp_path):
-    """Hybrid QLoRA by the Trainer, and a checkpoint that goes on as if there had been none."""
-
-    def trainer(folder, **options):
-        if kind.startswith("intx"):  # transformers' own torchao models are refused by its Trainer
-            model = quantised(transformers.AutoModelForCausalLM.from_pretrained(base), kind)
-        else:
-            model = loaded(base, kind)
-        prepare(model)
-        return HybridTrainer(
-            with_lora(model),
-            arguments(folder, save_strategy="steps", save_steps=2, **options),
-            train_dataset=DATA,
-            zo=dict(lr=0.1, mu=1e-2),
-            quantized="scales",
-            hybrid=dict(seed=3),
-        )
-
-    whole = trainer(tmp_path / "whole")
-    before = {name: scale.clone() for name, scale in scales(whole.model).items()}
-    whole.train()
-    assert all(not torch.equal(scale, before[name]) for name, scale in scales(whole.model).items())
-    part = trainer(tmp_path / "part", max_steps=2)
-    part.train()
-    again = trainer(tmp_path / "part")
-    again.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    check_equal(whole.model, again.model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_int4_for_cpus_in_files(dtype, base, tmp_path):
+    model = loaded(base, ALONE, dtype)
+    optimizer = optimizer_of(model)
+    trained(model, optimizer)
+    save_base_weights(optimizer, model, tmp_path)
+    load_base_weights(again := loaded(base, ALONE, dtype), tmp_path)
+    check_equal(model, again)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    again = loaded(base, ALONE, dtype)
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))
+    check_equal(model, again)
 
 
-def test_trainer_resumes_side_updates(base, tmp_path):
-    """They are added before a checkpoint is read, which would have no place for them."""
-
-    def trainer(folder, **options):
-        model = quantised(transformers.AutoModelForCausalLM.from_pretrained(base), "intx int8")
-        return HybridTrainer(
-            with_lora(model),
-            arguments(folder, save_strategy="steps", save_steps=2, **options),
-            train_dataset=DATA,
-            zo=dict(lr=0.1, mu=1e-2),
-            quantized="low_rank",
-            hybrid=dict(seed=3),
-        )
-
-    def learnt(trained):
-        return {n: p for n, p in trained.model.named_parameters() if "side_update" in n}
-
-    whole = trainer(tmp_path / "whole")
-    whole.train()
-    trainer(tmp_path / "part", max_steps=2).train()
-    again = trainer(tmp_path / "part")
-    again.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    found = learnt(again)
-    assert found
-    for name, wanted in learnt(whole).items():
-        assert wanted.abs().max() > 0
-        assert torch.equal(found[name], wanted), name
+def test_an_adapter_beside_int4_for_cpus_gets_no_gradients(base):
+    model = with_lora(loaded(base, ALONE))
+    before = {name: scale.clone() for name, scale in scales(model).items()}
+    with pytest.raises(RuntimeError, match=r"derivative for .*int4pack.* is not implemented"):
+        trained(model, optimizer_of(model), steps=1)
+    assert all(torch.equal(scale, before[name]) for name, scale in scales(model).items())
 
 
-def test_trainer_takes_no_partition_with_it(base, tmp_path):
-    with pytest.raises(ValueError, match=r"quantized must be left out where partition is given"):
-        HybridTrainer(
-            with_lora(loaded(base, "nf4")),
-            arguments(tmp_path),
-            train_dataset=DATA,
-            quantized="scales",
-            partition=dict(budget=0.5),
-        )
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8"])
+def test_base_weights_bring_back_earlier_scales(kind, base, tmp_path):
+    """As early stopping does, with the optimizer going on; bitsandbytes' state dicts do not."""
+    model = loaded(base, kind)
+    optimizer = optimizer_of(model)
+    trained(model, optimizer)
+    save_base_weights(optimizer, model, tmp_path)
+    best, state = copy.deepcopy((model, optimizer.state_dict()))
+    trained(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*absmax|into non-quantized"):
+        model.load_state_dict(best.state_dict())
+    load_base_weights(model, tmp_path)
+    optimizer.load_state_dict(state)
+    check_equal(model, best)
+    again = optimizer_of(best)
+    again.load_state_dict(state)
+    check_equal(trained(model, optimizer), trained(best, again))
 
 
 def test_a_dense_model_of_trained_scales(base):

@@ -20,7 +20,7 @@ from ..gathered import GatheredWeights
 from ..listeners import Listener
 from ..moves import Moves
 from ..offload.in_turn import in_turn
-from ..quantized import Scale, check_held
+from ..quantized import LearningScales, check_held
 from ..replicas import OneProcess, Replicas
 from ..settings import Settings
 from ..update import Update
@@ -52,7 +52,7 @@ class Perturbation(ABC):
         """Since the last update; moves round, so weights depend on them."""
         self.model: nn.Module | None = None
         """That the parameters are of; None: unknown."""
-        self.scales: list[Scale] = []
+        self.scales = LearningScales()
         """What learns of quantised weights; a module may come to use another tensor."""
         self.gathered = GatheredWeights()
         """What FSDP2 has gathered of the weights."""
@@ -84,7 +84,7 @@ class Perturbation(ABC):
         Raises:
             RuntimeError: the model has replaced quantisation scales that learn.
         """
-        check_held(self.scales)
+        check_held(self.scales, (p for group in groups for p in group.params))
         self.groups = groups
         weights = [group.weights for group in groups]
         if not is_same(weights, self._weights):

@@ -2,18 +2,21 @@
 
 from .formats import Scale
 from .scales import (
+    LearningScales,
     Names,
     Scales,
     check_held,
     check_perturbation,
     named_tensors,
     prepare,
+    scaled_weights,
     tensors_for,
 )
 from .side_updates import add_side_updates, remove_side_updates, side_updates
 from .units import as_saved, unit_of
 
 __all__ = [
+    "LearningScales",
     "Names",
     "Scale",
     "Scales",
@@ -24,6 +27,7 @@ __all__ = [
     "named_tensors",
     "prepare",
     "remove_side_updates",
+    "scaled_weights",
     "side_updates",
     "tensors_for",
     "unit_of",

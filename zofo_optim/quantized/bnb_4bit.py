@@ -7,6 +7,7 @@ A weight is absmax[block] * code[q]. The scales, ``absmax`` (blocks,), are in th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ class Bnb4bit:
     title = "bitsandbytes 4-bit"
 
     def holds(self, module: nn.Module, parameter: Tensor) -> bool:
-        state = getattr(parameter, "quant_state", None)
-        return is_of(parameter, "bitsandbytes", "Params4bit") and state is not None
+        """Also a plain parameter with the state, as in models that were pickled."""
+        return is_of(getattr(parameter, "quant_state", None), "bitsandbytes", "QuantState")
 
     def prepare(self, module: nn.Module, parameter: Any) -> str:
         """Scales to fp32, weights to the layout that training and state dicts use.
@@ -48,11 +49,12 @@ class Bnb4bit:
         return said
 
     def scales(self, module: nn.Module, attribute: str) -> Sequence[tuple[str, Read]]:
-        def read() -> Tensor | None:
-            state = getattr(getattr(module, attribute), "quant_state", None)
-            return getattr(state, "absmax", None)
+        return [(f"{attribute}.absmax", partial(_absmax, module, attribute))]
 
-        return [(f"{attribute}.absmax", read)]
+
+def _absmax(module: nn.Module, attribute: str) -> Tensor | None:
+    state = getattr(getattr(module, attribute, None), "quant_state", None)
+    return getattr(state, "absmax", None)
 
 
 def _expanded(state: Any) -> Tensor:

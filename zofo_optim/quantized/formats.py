@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 Read = Callable[[], Tensor | None]
-"""What a module holds now in a scale's place."""
+"""What a module holds now in a scale's place; a ``partial``, by which copies read their module."""
 
 
 class Scale(NamedTuple):

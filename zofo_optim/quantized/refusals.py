@@ -12,7 +12,10 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 from ..sharding import is_sharded
 from .formats import formats
 
-KNOWN = "bitsandbytes 4-bit and 8-bit, torchao Int8WeightOnlyConfig and IntxWeightOnlyConfig"
+KNOWN = (
+    "bitsandbytes 4-bit and 8-bit, torchao Int8WeightOnlyConfig, IntxWeightOnlyConfig and "
+    "PrototypeInt4WeightOnlyConfig"
+)
 _METHODS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "torchao")
 """What transformers calls the libraries of these formats."""
 _PACKED = ("qweight", "W_q", "qzeros", "codebooks")
@@ -54,9 +57,16 @@ def _method_of(module: nn.Module) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def is_of_bitsandbytes(parameter: Tensor) -> bool:
+    """By its type, or by the attributes that a pickled model's plain parameters have too."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params") or any(
+        hasattr(parameter, name) for name in ("quant_state", "has_fp16_weights")
+    )
+
+
 def is_quantised(parameter: Tensor) -> bool:
     """Whether a weight is held as integers or 8-bit floats with scales."""
-    if type(parameter).__name__ in ("Params4bit", "Int8Params"):
+    if is_of_bitsandbytes(parameter):
         return True
     if is_sharded(parameter):
         return False

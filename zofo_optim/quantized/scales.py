@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..names import match_names
-from .formats import Format, Scale, formats, memory_of
+from .formats import Format, Read, Scale, formats, memory_of
 
 
 class _Place(NamedTuple):
@@ -18,6 +19,15 @@ class _Place(NamedTuple):
     attribute: str
     parameter: Tensor
     format: Format
+
+    @property
+    def weight(self) -> str:
+        return self.prefix + self.attribute
+
+    def scales(self) -> Iterator[tuple[str, Read]]:
+        """What could learn, by its name in the model."""
+        for key, read in self.format.scales(self.module, self.attribute):
+            yield self.prefix + key, read
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
@@ -31,29 +41,48 @@ def _places(model: nn.Module) -> Iterator[_Place]:
                     break
 
 
-def prepare(model: nn.Module) -> dict[str, int]:
-    """Make the scales of a model's quantised weights floats that training can move in place.
+def scaled_weights(model: nn.Module) -> set[str]:
+    """Names of the quantised parameters whose scales can learn, all of each."""
+    return {place.weight for place in _places(model)}
+
+
+def prepare(
+    model: nn.Module, learns: Callable[[Sequence[str]], bool] = lambda names: True
+) -> dict[str, int]:
+    """Make scales of a model's quantised weights floats that training can move in place.
 
     What is quantised itself (double quantisation) or has 16 bits becomes fp32. Called again, it
     finds nothing to do.
 
+    Args:
+        model: whose scales.
+        learns: told all names of one of a weight's scales, then those of the weight. Weights of
+            which none learns stay as they are.
+
     Returns:
         How many tensors were changed, by what was done.
     """
-    done: Counter[str] = Counter()
+    weights: dict[int, list[_Place]] = {}
     for place in _places(model):
-        said = place.format.prepare(place.module, place.parameter)
-        done.update([said] if said else [])
+        weights.setdefault(id(place.parameter), []).append(place)
+    done: Counter[str] = Counter()
+    for places in weights.values():
+        of_weight = [place.weight for place in places]
+        of_scales = zip(*(place.scales() for place in places), strict=True)
+        learn = [learns([*(name for name, _ in one), *of_weight]) for one in of_scales]
+        if any(learn):
+            said = [place.format.prepare(place.module, place.parameter) for place in places]
+            done.update(filter(None, said))
     return dict(done)
 
 
 def _every_scale(model: nn.Module) -> Iterator[Scale]:
     """By every name; those of integers are left out."""
-    for prefix, module, attribute, _, format in _places(model):
-        for key, read in format.scales(module, attribute):
+    for place in _places(model):
+        for name, read in place.scales():
             tensor = read()
             if tensor is not None and tensor.is_floating_point():
-                yield Scale(prefix + key, tensor, read, prefix + attribute)
+                yield Scale(name, tensor, read, place.weight)
 
 
 class Scales:
@@ -75,27 +104,63 @@ class Scales:
     def __len__(self) -> int:
         return len(self._by_memory)
 
-    @property
-    def weights(self) -> set[str]:
-        """Names of the parameters that they scale, all of each."""
-        return {one.weight for every in self for one in every}
+    def among(
+        self, tensors: Iterable[Tensor], names: Iterable[str] | None = None
+    ) -> LearningScales:
+        """Those that are in a list of tensors, with the list's own objects.
 
-    def among(self, tensors: Iterable[Tensor]) -> list[Scale]:
-        """Those that are in a list of tensors."""
-        found = [self._by_memory.get(memory_of(t)) for t in tensors if not _is_parameter(t)]
-        return [every[0] for every in found if every]
+        Args:
+            tensors: which may be anything.
+            names: of the tensors: one that has a scale's name was that scale, and has been
+                replaced in the model; it counts too, for :func:`check_held` to find.
+        """
+        found = LearningScales()
+        by_name = {one.name: one for every in self for one in every}
+        tensors = list(tensors)
+        for tensor, name in zip(tensors, names or [""] * len(tensors), strict=True):
+            if isinstance(tensor, nn.Parameter) or not by_name:
+                continue
+            every = self._by_memory.get(memory_of(tensor))
+            scale = every[0] if every else by_name.get(name)
+            if scale is not None:
+                found.append(scale._replace(tensor=tensor))
+        return found
 
 
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
+class LearningScales(list[Scale]):
+    """The scales that an optimizer trains, and the modules that use them.
 
-
-def check_held(scales: Iterable[Scale]) -> None:
+    A copy made along with the model's, in either order, is of the scales that the copied modules
+    use, also where these copy them apart (bitsandbytes' 4-bit weights do). Pickles hold none of it,
+    since they would hold the modules.
     """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearningScales:
+        found = LearningScales()
+        for scale in self:
+            read, held = copy.deepcopy(scale.read, memo), _is_held(scale)
+            now = read() if held else None
+            if now is not None:
+                memo[id(scale.tensor)] = now  # in groups, which are copied after
+            tensor = copy.deepcopy(scale.tensor, memo)
+            found.append(scale._replace(tensor=tensor, read=read))
+        return found
+
+    def __reduce__(self) -> tuple[type[LearningScales], tuple[()]]:
+        return LearningScales, ()
+
+
+def check_held(scales: Iterable[Scale], learning: Iterable[Tensor]) -> None:
+    """
+    Args:
+        scales: with the modules that should use them.
+        learning: what an optimizer trains; other scales may be replaced.
+
     Raises:
         RuntimeError: a module uses another tensor than the one that learns.
     """
-    lost = [scale.name for scale in scales if not _is_held(scale)]
+    ours = {id(tensor) for tensor in learning}
+    lost = [scale.name for scale in scales if id(scale.tensor) in ours and not _is_held(scale)]
     if lost:
         raise RuntimeError(
             f"model must still use the quantisation scales that learn, but has replaced {lost[0]!r}"
@@ -156,12 +221,14 @@ class Names:
 def tensors_for(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
     """What of a model can learn, by every name, to be filled with tensors of these names.
 
-    Where parameters alone do not have all of the names, the model's scales are prepared first, as
-    they were when they learnt.
+    Where parameters alone do not have all of the names, the scales that have one are prepared
+    first, as they were when they learnt.
     """
     names = list(names)
     parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     if len(match_names(names, parameters)) == len(set(names)):
         return parameters
-    prepare(model)
+    could = [name for place in _places(model) for name, _ in place.scales()]
+    learnt = set(match_names(names, [*parameters, *could]).values())
+    prepare(model, lambda every: not learnt.isdisjoint(every))
     return dict(named_tensors(model, remove_duplicate=False))

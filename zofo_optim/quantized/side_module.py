@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -93,8 +94,11 @@ class SideUpdate(nn.Module):
         return found
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """output + (x right) left^T, in fp32, rounded once to the output's dtype."""
-        with torch.autocast(x.device.type, enabled=False):
+        """output + (x right) left^T, in fp32, rounded once to the output's dtype.
+
+        So too under autocast, and on the meta device, which has none.
+        """
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             moved = F.linear(x.to(self.right.dtype) @ self.right, self.left)
             return (output + moved).to(output.dtype)
 

@@ -173,7 +173,7 @@ def _device_of(name: str, module: nn.Module) -> torch.device:
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     for tensor in tensors:
         if is_sharded(tensor) or tensor.is_meta:
-            what = "on the meta device" if tensor.is_meta else "sharded"
+            what = "on the meta device: add them where it has data" if tensor.is_meta else "sharded"
             raise ValueError(
                 f"model must hold the layers that get side updates whole, got {name!r} {what}"
             )
