@@ -101,7 +101,10 @@ def model_of(size: str, folder: str, dtype: torch.dtype, device: str, offloaded:
         return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     with init_empty_weights():
         model = LlamaForCausalLM(config(size)).to(dtype)
-    offload_weights(model.requires_grad_(False), folder, folder=Path(folder).parent)
+    if device == "cpu":
+        offload_weights(model.requires_grad_(False), folder, folder=Path(folder).parent)
+    else:
+        offload_weights(model.requires_grad_(False), folder, device=device)
     return model
 
 

@@ -240,6 +240,11 @@ def unhooked_step(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
     return step
 
 
+def in_a_backward() -> bool:
+    """Whether autograd is running backward, in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def uncompiled(function: _Function) -> _Function:
     """Decorates what ``torch.compile`` must call and not trace; imports no compiler by itself."""
     wrapped: Any = _disable_dynamo(function)

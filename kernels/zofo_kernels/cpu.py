@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from .cpu_tables import (
 from .direction import Direction, Shift
 from .memo import kept
 from .program import Program
-from .region import Region
+from .region import Region, Regions, passed_of
 from .structure import FactorJob
 
 if sys.byteorder != "little":
@@ -94,10 +95,10 @@ def _run(
     """One pass: shifts, then the update where directions are given."""
     along = [*(s.direction for s in shifts), *directions]
     shift_ends, key_ends = np.array([len(shifts)]), np.array([len(directions)])
-    parts = in_parts(regions, along)
-    memory = np.empty(max(size_of_factors(part, along) for part in parts), dtype=np.float32)
+    parts = _parts(regions, along)
+    memory = np.empty(max(size_of_factors(part, along) for part, _ in parts), dtype=np.float32)
     launches = []
-    for table in (table for part in parts for table in tables(part)):
+    for table, done in ((table, done) for part, done in parts for table in tables(part)):
         compute = torch.float64 if table.dtype == torch.float64 else torch.float32
         scales = torch.tensor([s.scale for s in shifts], dtype=compute, device="cpu").numpy()
         steps, decay = _NO_STEPS[compute], _NO_DECAY[compute]
@@ -113,8 +114,18 @@ def _run(
             *(shift_ends, keys[:cut], scales, divisors[:cut], _coarse_rows(shifts, table.dtype)),
             *(key_ends, keys[cut:], steps, divisors[cut:], decay, stochastic),
         )
-        launches.append(_Launch(table, program, factors))
+        launches.append(_Launch(table, program, factors, done))
     _launch(launches)
+
+
+def _parts(
+    regions: Sequence[Region], along: Sequence[Direction] = ()
+) -> list[tuple[Sequence[Region], Callable[[], None] | None]]:
+    """Regions that are launched together, and what is called when that is over."""
+    passed = passed_of(regions)
+    if passed is None:
+        return [(part, None) for part in in_parts(regions, along)]
+    return [(Regions([one]), partial(passed, one.tensor)) for one in regions]
 
 
 class _Launch(NamedTuple):
@@ -122,6 +133,8 @@ class _Launch(NamedTuple):
     program: tuple[Any, ...]
     """What ``run_passes`` takes after the range, but for the factors."""
     factors: Factors
+    done: Callable[[], None] | None
+    """What is called afterwards."""
 
     def run(self, low: int, high: int) -> None:
         factors = self.factors
@@ -141,6 +154,8 @@ def _launch(launches: Sequence[_Launch]) -> None:
         # whole chunks, so that no chunk's noise is drawn twice
         size = -(-elements // _threads(elements) // kernels.CHUNK) * kernels.CHUNK
         _in_threads(launch.run, elements, min(_PIECE, size))
+        if launch.done is not None:
+            launch.done()
 
 
 def _fill(factors: Factors) -> None:
@@ -211,10 +226,11 @@ def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> Non
         replay_in_turn(perturb, update, regions, program, stochastic)  # else factors are many
         return
     launches = []
-    for table in tables(regions):
+    for table, done in ((table, done) for part, done in _parts(regions) for table in tables(part)):
         compute = np.float64 if table.dtype == torch.float64 else np.float32
         arrays = _arrays(program, table.dtype, compute)
-        launches.append(_Launch(table, (*arrays, stochastic), with_factors((), table, _NONE)[1]))
+        factors = with_factors((), table, _NONE)[1]
+        launches.append(_Launch(table, (*arrays, stochastic), factors, done))
     _launch(launches)
 
 

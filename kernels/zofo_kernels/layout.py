@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,16 +43,20 @@ class Layout:
 
     Args:
         regions: of one tensor each, not empty, that may be strided.
+        passed: what passes call when they are done with a tensor, see :class:`Regions`.
     """
 
-    def __init__(self, regions: Sequence[Region]) -> None:
+    def __init__(
+        self, regions: Sequence[Region], passed: Callable[[Tensor], None] | None = None
+    ) -> None:
+        self._passed = passed
         dense: dict[torch.device, list[Region]] = {}
         strided: dict[torch.device, list[Region]] = {}
         for region in regions:
             tensor = region.tensor
             kind = dense if tensor.is_contiguous() and not tensor.is_neg() else strided
             kind.setdefault(tensor.device, []).append(region)
-        self._dense = {device: Regions(some) for device, some in dense.items()}
+        self._dense = {device: Regions(some, passed) for device, some in dense.items()}
         self._strided = {device: list(_parts(some)) for device, some in strided.items()}
         self.devices = [*{**dense, **strided}]
 
@@ -70,6 +74,8 @@ class Layout:
                 yield device, regions
                 for one, region in zip(part, regions, strict=True):
                     one.write_back(region)
+                    if self._passed is not None:
+                        self._passed(one.tensor)
 
 
 def _buffer(device: torch.device, parts: list[list[_Strided]]) -> dict[torch.dtype, Tensor]:

@@ -30,7 +30,7 @@ from .direction import (
 )
 from .distributions import BY_NAME, GAUSSIAN
 from .program import Program
-from .region import Region
+from .region import Region, passed_of
 from .structure import STREAM_LEFT, STREAM_RIGHT, FactorJob
 
 CHUNK = 1 << 18  # elements at a time: bounds the temporaries; a multiple of SMALLEST
@@ -274,6 +274,17 @@ def _write(
             done += size
 
 
+def _write_each(
+    regions: Sequence[Region], compute: Callable[[Tensor, Region, int], Tensor]
+) -> None:
+    """:func:`_write` in place."""
+    passed = passed_of(regions)
+    for region in regions:
+        _write(region, region.tensor, compute)
+        if passed is not None:
+            passed(region.tensor)
+
+
 def _shifted(w: Tensor, shift: Shift, region: Region, start: int) -> Tensor:
     """round(w + scale z), computed in the compute dtype, returned in w's dtype.
 
@@ -303,8 +314,7 @@ def perturb(regions: Sequence[Region], shifts: Sequence[Shift]) -> None:
             w = _shifted(w, shift, region, start)
         return w
 
-    for region in regions:
-        _write(region, region.tensor, moved)
+    _write_each(regions, moved)
 
 
 def perturb_copy(regions: Sequence[Region], sources: Sequence[Tensor], shift: Shift) -> None:
@@ -351,8 +361,7 @@ def update(
             return round_stochastic(value, bits, w.dtype)
         return value.to(w.dtype)
 
-    for region in regions:
-        _write(region, region.tensor, updated)
+    _write_each(regions, updated)
 
 
 def replay(regions: Sequence[Region], program: Program, stochastic: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
@@ -103,15 +103,24 @@ def extent(names: str, position: int, elements: int, row_length: int, row_stride
 class Regions(Sequence[Region]):
     """Regions on one device. A backend makes its tables of their addresses once.
 
+    Args:
+        regions: of them.
+        passed: where given, passes go through one region after the other, and call it with a
+            region's tensor when they are done with that; it must not raise.
+
     Raises:
         TypeError: something else than a :class:`Region` is among them.
         ValueError: there is no region, one breaks its contract, or they are on several devices.
     """
 
     items: tuple[Region, ...]
+    passed: Callable[[Tensor], None] | None
 
-    def __init__(self, regions: Iterable[Region]) -> None:
+    def __init__(
+        self, regions: Iterable[Region], passed: Callable[[Tensor], None] | None = None
+    ) -> None:
         object.__setattr__(self, "items", tuple(regions))
+        object.__setattr__(self, "passed", passed)
         if not self.items:
             raise ValueError("regions must hold at least one region, got none")
         for position, region in enumerate(self.items):
@@ -150,3 +159,8 @@ class Regions(Sequence[Region]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+def passed_of(regions: Sequence[Region]) -> Callable[[Tensor], None] | None:
+    """What passes over these regions call, see :class:`Regions`."""
+    return regions.passed if isinstance(regions, Regions) else None

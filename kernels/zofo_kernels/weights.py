@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -116,6 +116,10 @@ def check_rectangles(
     return chosen, extents
 
 
+_Place = tuple[int, int, tuple[int, int] | None, Sequence[int] | None]
+"""Of a tensor: what :class:`Weights` takes beside it."""
+
+
 class Weights:
     """A list of tensors to perturb and update many times, with their places in the noise.
 
@@ -135,6 +139,9 @@ class Weights:
             default None for all.
         shapes: of each tensor's full parameter, which directions of low rank depend on; None, the
             default, for those that are their parameter's.
+        passed: called with a tensor when a pass is done with it, and before it begins with
+            the next one, to let its pages go for example; must not raise. None: passes take
+            tensors together, which is faster where they are small.
 
     Raises:
         TypeError, ValueError: indices, offsets or rectangles that cannot be; tensors that cannot
@@ -148,6 +155,7 @@ class Weights:
         offsets: Sequence[int] | None = None,
         rectangles: Sequence[tuple[int, int] | None] | None = None,
         shapes: Sequence[Sequence[int] | None] | None = None,
+        passed: Callable[[Tensor], None] | None = None,
     ) -> None:
         if isinstance(tensors, Tensor):
             raise TypeError("tensors must be a sequence of tensors, got one tensor; pass [tensor]")
@@ -160,6 +168,7 @@ class Weights:
             raise ValueError(
                 f"shapes must have one entry a tensor ({len(sizes)}), got {len(self._shapes)}"
             )
+        self._passed = passed
         self._seen: list[tuple[object, ...]] | None = None
         self._layout = Layout([])
 
@@ -176,14 +185,32 @@ class Weights:
             for k, tensor in enumerate(self.tensors)
         ]
 
-    def parts_of(self, position: int, size: int) -> Iterator[Weights]:
-        """Runs of ``size`` elements of one contiguous tensor, which is no rectangle with gaps."""
-        tensor, shape = self.tensors[position], self._shapes[position]
-        flat, index = tensor.detach().view(-1), self.indices[position]
-        for low in range(0, flat.numel(), size):
-            place = self.offsets[position] + low
+    def cut(self, sizes: Sequence[int | None], passed: Callable[[Tensor], None]) -> Weights:
+        """The same weights in pieces, so that a pass needs only few of their bytes at a time.
+
+        Noise belongs to elements and not to tensors: a pass over them is the pass over these, to
+        the bit.
+
+        Args:
+            sizes: for each tensor, the elements of a piece; None: it stays whole, as those stay
+                that are not contiguous, or are rectangles with gaps.
+            passed: see the class; called with pieces.
+        """
+        tensors: list[Tensor] = []
+        places: list[_Place] = []
+        own = zip(self.indices, self.offsets, self._rectangles, self._shapes, strict=True)
+        for tensor, size, (index, offset, run, shape) in zip(self.tensors, sizes, own, strict=True):
+            if size is None or run != _ONE_RUN or not tensor.is_contiguous():
+                tensors.append(tensor)
+                places.append((index, offset, run, shape))
+                continue
             full = tensor.shape if shape is None else shape
-            yield Weights([flat[low : low + size]], [index], [place], shapes=[full])
+            flat = tensor.detach().view(-1)
+            for low in range(0, flat.numel(), size):
+                tensors.append(flat[low : low + size])
+                places.append((index, offset + low, None, full))
+        indices, offsets, rectangles, shapes = zip(*places, strict=True)
+        return Weights(tensors, indices, offsets, rectangles, shapes, passed)
 
     def layout(self) -> Layout:
         """The regions, checked; those of the pass before where no tensor's memory has changed."""
@@ -216,7 +243,7 @@ class Weights:
         if shared := first_shared(self.tensors):
             first, second = shared
             raise ValueError(f"tensors[{second}] must not share memory with tensors[{first}]")
-        return Layout(regions)
+        return Layout(regions, self._passed)
 
     def mark_changed(self) -> None:
         """Tell autograd that the data changed, as torch's own in-place operations do."""

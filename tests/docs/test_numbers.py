@@ -352,7 +352,7 @@ def test_offloading():
     page = (ROOT / "docs" / "offload.md").read_text(encoding="utf-8")
     content = json.loads((CPU / "offload.json").read_text())
     found = {(case["method"], case["weights_in"]): case for case in content["cases"]}
-    _, *lines = rows(page)
+    lines = rows(page.split("\n| limited ")[0])[1:]
     assert {method for method, _ in found} == {line[0] for line in lines}
     for method, *cells in lines:
         resident, offloaded = found[method, "memory"], found[method, "offloaded"]
@@ -362,3 +362,21 @@ def test_offloading():
         assert cells == [*megabytes, f"{ratio:.2f}"]
     (size,) = {case["weights"] for case in content["cases"]}
     assert f"{size / 1e6:.0f} MB of weights" in page
+
+
+def test_offloading_under_a_limit():
+    """A line a method: killed with its weights in memory, the same losses with them offloaded."""
+    page = (ROOT / "docs" / "offload.md").read_text(encoding="utf-8")
+    cases = json.loads((CPU / "offload_limited.json").read_text())["cases"]
+    (limit,) = {case["limit"] for case in cases} - {None}
+    assert f"{limit / 1e6:.0f} MB more" in page
+    found = {(c["method"], c["weights_in"], c["limit"] is not None): c for c in cases}
+    lines = rows("| limited " + page.split("\n| limited ")[1])[1:]
+    assert {method for method, *_ in found} == {line[0] for line in lines}
+    for method, *cells in lines:
+        free, limited = found[method, "offloaded", False], found[method, "offloaded", True]
+        assert limited["losses"] == free["losses"] == found[method, "memory", False]["losses"]
+        assert limited["weights"] > limit
+        assert (found[method, "memory", True]["ended"], limited["ended"]) == ("killed", "done")
+        read, ratio = limited["read_in_a_step"], limited["step_processor"] / free["step_processor"]
+        assert cells == ["killed", "trains", f"{read / 1e6:.0f} MB", f"{ratio:.2f}"]

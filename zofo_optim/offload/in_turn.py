@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from zofo_kernels import Weights
 
-from .maps import pages_of
+from .maps import Pages, memory_of, pages_of
 
 _PIECE = 1 << 25
 """Bytes of a weight that a pass has resident."""
 
 
 def is_offloaded(tensor: Tensor) -> bool:
-    """Whether :func:`zofo_optim.offload.offload_weights` has moved it to a file."""
-    return pages_of(tensor) is not None
+    """Whether :func:`zofo_optim.offload.offload_weights` has moved it away."""
+    return memory_of(tensor) is not None
 
 
 def drop(tensor: Tensor) -> None:
@@ -26,22 +24,24 @@ def drop(tensor: Tensor) -> None:
         pages.drop()
 
 
-def in_turn(weights: Weights) -> Iterator[Weights]:
-    """The weights in parts, whose offloaded pages are dropped when the next one is asked for.
+def in_pieces(weights: Weights) -> Weights:
+    """The same weights, whose offloaded pages a pass drops when it is done with them.
 
-    Noise belongs to elements and not to calls, so a pass over the parts is the pass over all, to
-    the bit. All are checked before the first part is out.
+    One pass, so that an error is one of all of them: what a backend needs, it has before it writes.
     """
     offloaded = [pages_of(tensor) is not None for tensor in weights.tensors]
     if not any(offloaded):
-        yield weights
-        return
-    weights.layout()
-    for position, one in enumerate(weights.singly()):
-        (tensor,) = one.tensors
-        if not offloaded[position]:
-            yield one
-            continue
-        for part in weights.parts_of(position, _PIECE // tensor.itemsize):
-            yield part
-            drop(*part.tensors)
+        return weights
+    pages: dict[int, Pages | None] = {}  # by id of the piece: found before anything is written
+
+    def passed(piece: Tensor) -> None:
+        if (found := pages[id(piece)]) is not None:
+            found.drop()
+
+    sizes = [
+        _PIECE // tensor.itemsize if there else None
+        for tensor, there in zip(weights.tensors, offloaded, strict=True)
+    ]
+    made = weights.cut(sizes, passed)
+    pages.update((id(piece), pages_of(piece)) for piece in made.tensors)
+    return made

@@ -1,6 +1,6 @@
-"""Tensors in a private file that is mapped into memory, and pages of it that come and go.
+"""Where offloaded weights are: in a private file that is mapped into memory, or on the host.
 
-The map is shared with the file: pages that were written can go back to it, so what is resident is
+A map is shared with its file: pages that were written can go back to it, so what is resident is
 the kernel's choice, and ours. Dropping a page never loses what was written to it.
 """
 
@@ -12,6 +12,8 @@ import mmap
 import os
 import re
 import tempfile
+import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,8 +29,8 @@ _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 """File systems whose files are memory."""
 
 
-class Map(mmap.mmap):
-    """A file that nobody else can open, mapped; it is gone when the last tensor of it is."""
+class Memory(mmap.mmap):
+    """Bytes that tensors are made of; they are gone when the last tensor is."""
 
     address: int
     """Of the first byte."""
@@ -37,6 +39,43 @@ class Map(mmap.mmap):
         """The bytes from ``start`` on, as a tensor that is not empty."""
         count = math.prod(shape)
         return torch.frombuffer(self, dtype=dtype, count=count, offset=start).view(tuple(shape))
+
+    def _register(self) -> None:
+        self.address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
+        _memories.add(self)
+
+
+class HostMemory(Memory):
+    """Memory of this process, pinned for a GPU."""
+
+    @classmethod
+    def of(cls, nbytes: int, device: torch.device) -> HostMemory:
+        """Of ``nbytes`` > 0 zeros, from which copies to ``device`` need not wait.
+
+        torch's own pinned memory would be a power of two of bytes for each tensor.
+        """
+        made = cls(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        made._register()
+        if device.type == "cuda":
+            made._pin()
+        return made
+
+    def _pin(self) -> None:
+        library = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.check_error(library.cudaHostRegister(self.address, len(self), 0))
+        except RuntimeError as error:
+            warnings.warn(
+                f"{len(self) / 1e9:.2f} GB of host memory could not be pinned, so copies to the "
+                f"GPU do not overlap with computation: {error}",
+                stacklevel=2,
+            )
+            return
+        weakref.finalize(self, library.cudaHostUnregister, self.address)
+
+
+class Map(Memory):
+    """A file that nobody else can open, mapped; it is gone when the last tensor of it is."""
 
     def drop(self, start: int, nbytes: int) -> None:
         """Pages are no longer resident; the file and the kernel's cache of it have them."""
@@ -49,7 +88,7 @@ class Map(mmap.mmap):
             self.madvise(mmap.MADV_WILLNEED, start, nbytes)
 
 
-_maps: WeakSet[Map] = WeakSet()
+_memories: WeakSet[Memory] = WeakSet()
 
 
 def new_map(folder: str | os.PathLike[str] | None, nbytes: int) -> Map:
@@ -84,8 +123,7 @@ def new_map(folder: str | os.PathLike[str] | None, nbytes: int) -> Map:
                 "not: give another folder",
             ) from error
         made = Map(file.fileno(), nbytes)
-    made.address = torch.frombuffer(made, dtype=torch.uint8).data_ptr()
-    _maps.add(made)
+    made._register()
     return made
 
 
@@ -137,21 +175,28 @@ class Pages(NamedTuple):
         self.map.prefetch(self.start, self.nbytes)
 
 
-def pages_of(tensor: Tensor) -> Pages | None:
-    """Those of a contiguous tensor in a map; None where it is elsewhere."""
-    if not _maps or tensor.device.type != "cpu" or tensor.numel() == 0:
+def memory_of(tensor: Tensor) -> tuple[Memory, int] | None:
+    """What a tensor is offloaded to, and the byte it starts at; None where it is elsewhere."""
+    if not _memories or tensor.device.type != "cpu" or tensor.numel() == 0:
         return None
     try:
         address = tensor.data_ptr()
     except RuntimeError:  # it wraps others, and has no memory of its own
         return None
-    for one in list(_maps):
-        start = address - one.address
-        if 0 <= start < len(one):
-            low = start // mmap.PAGESIZE * mmap.PAGESIZE
-            high = -(-(start + tensor.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-            return Pages(one, low, min(high, len(one)))
+    for one in list(_memories):
+        if 0 <= address - one.address < len(one):
+            return one, address - one.address
     return None
+
+
+def pages_of(tensor: Tensor) -> Pages | None:
+    """Those of a contiguous tensor in a map; None where it is elsewhere."""
+    one, start = memory_of(tensor) or (None, 0)
+    if not isinstance(one, Map):
+        return None
+    low = start // mmap.PAGESIZE * mmap.PAGESIZE
+    high = -(-(start + tensor.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return Pages(one, low, min(high, len(one)))
 
 
 def merged(some: Iterable[Pages]) -> list[Pages]:

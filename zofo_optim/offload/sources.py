@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from ..adapters import adapter_parameters
+from ..names import within_peft, without_layers
+from .accelerate_hooks import kept_by_hooks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -75,38 +78,13 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def offloading_hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Accelerate's hooks that keep weights elsewhere: each with the name of its module."""
-    hooks = sys.modules.get("accelerate.hooks")  # else there are none
-    if hooks is None:
-        return
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        found = getattr(module, "_hf_hook", None)
-        for hook in found.hooks if isinstance(found, hooks.SequentialHook) else [found]:
-            if isinstance(hook, hooks.AlignDevicesHook) and hook.offload:
-                yield prefix, module, hook
-
-
-def _kept_by_hooks(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """What gives the tensors that accelerate keeps elsewhere, by their names in the model."""
-    found: dict[str, Callable[[], Tensor]] = {}
-    for prefix, _, hook in offloading_hooks(model):
-        known = hook.weights_map
-        keys, start = set(known or ()), getattr(known, "prefix", "")
-        for name in hook.original_devices:
-            full = f"{prefix}.{name}" if prefix else name
-            if f"{start}{name}" in keys:
-                found[full] = partial(known.__getitem__, name)
-    return found
-
-
 def weights_of(model: nn.Module, checkpoint: str | Path | None) -> list[Weight]:
     """Every parameter and buffer once, in the model's order.
 
     Raises:
         ValueError: some have no elements anywhere, or other shapes in the checkpoint.
     """
-    kept = _kept_by_hooks(model)
+    kept = kept_by_hooks(model)
     saved: Mapping[str, Tensor] = {} if checkpoint is None else Checkpoint(checkpoint)
     known = _by_name(saved, model)
     found: dict[int, Weight] = {}
@@ -126,27 +104,57 @@ def weights_of(model: nn.Module, checkpoint: str | Path | None) -> list[Weight]:
             place = module, name
             places = weight.places if place in weight.places else [*weight.places, place]
             found[id(tensor)] = Weight([*weight.names, full], tensor, places, content)
-    missing = [weight.names[0] for weight in found.values() if weight.content is _nowhere]
-    if missing:
-        raise ValueError(
-            f"model must have data for {missing[0]!r} ({len(missing)} such in all), got a tensor "
-            "on the meta device that neither accelerate's hooks nor checkpoint= have; make models "
-            "by accelerate.init_empty_weights(), which leaves buffers alone, initialise new layers "
+    _check_none_missing(model, [w for w in found.values() if w.content is _nowhere])
+    return list(found.values())
+
+
+def _check_none_missing(model: nn.Module, missing: Sequence[Weight]) -> None:
+    if not missing:
+        return
+    name, count = missing[0].names[0], len(missing)
+    adapters = {id(p) for p in adapter_parameters(model)}
+    if any(id(weight.tensor) in adapters for weight in missing):
+        advice = (
+            ", where peft makes an adapter whose base model is there: offload the base model "
+            "first, offload_weights(base, checkpoint), and add the adapter then"
+        )
+    else:
+        advice = (
+            " that neither accelerate's hooks nor checkpoint= have; make models by "
+            "accelerate.init_empty_weights(), which leaves buffers alone, initialise new layers "
             "yourself, and give a checkpoint whose names are the model's"
         )
-    return list(found.values())
+    raise ValueError(
+        f"model must have data for {name!r} ({count} such in all), got a tensor on the meta "
+        f"device{advice}"
+    )
 
 
 def _nowhere() -> Tensor:
     raise AssertionError("it is told before anything is read")
 
 
-def _by_name(saved: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """Names in the checkpoint by the model's; one may have the base model's prefix, one not."""
-    prefix = getattr(model, "base_model_prefix", "")
+def _by_name(saved: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Names in the checkpoint by the model's.
+
+    One may have the base model's prefix, one not; peft's model has parts in them of its own.
+    """
+    base = within_peft(model)
+    prefix = getattr(base, "base_model_prefix", "")
     found = {name: name for name in saved}
     if prefix:
         for name in saved:
             found.setdefault(f"{prefix}.{name}", name)
             found.setdefault(name.removeprefix(f"{prefix}."), name)
-    return found
+    if base is model:
+        return found
+    (around,) = [name for name, module in model.named_modules() if module is base]
+    ours = {f"{around}.{name}": name for name in _names(base)}
+    bare = {full: found.get(name, found.get(without_layers(name))) for full, name in ours.items()}
+    return {full: name for full, name in bare.items() if name is not None}
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """Of all parameters and buffers, those that are one too."""
+    yield from (name for name, _ in model.named_parameters(remove_duplicate=False))
+    yield from (name for name, _ in model.named_buffers(remove_duplicate=False))

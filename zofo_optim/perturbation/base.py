@@ -19,7 +19,8 @@ from ..evaluation import Evaluation
 from ..gathered import GatheredWeights
 from ..listeners import Listener
 from ..moves import Moves
-from ..offload.in_turn import in_turn
+from ..offload.device_visits import settle
+from ..offload.in_turn import in_pieces
 from ..quantized import LearningScales, check_held
 from ..replicas import OneProcess, Replicas
 from ..settings import Settings
@@ -159,6 +160,7 @@ class Perturbation(ABC):
                 with self.gathered.fresh(lambda: named(self.groups)), unwritten_by_parametrizing():
                     evaluation = evaluate(gradient)
             finally:
+                settle()
                 for group in self.groups:
                     group.placed.refresh()
             changed = [(g, place) for g, place, p, version in watched if p._version != version]
@@ -255,17 +257,16 @@ class Perturbation(ABC):
         with uninterrupted():
             self.gathered.reshard()
             for position, update in enumerate(updates):
-                for weights in in_turn(self.groups[position].weights):
-                    update_(
-                        weights,
-                        update.directions,
-                        update.coefficients,
-                        update.lr,
-                        weight_decay=update.weight_decay,
-                        recover=self._carried.get(position),
-                        rounding=self._settings.rounding,
-                        backend=self._settings.backend,
-                    )
+                update_(
+                    in_pieces(self.groups[position].weights),
+                    update.directions,
+                    update.coefficients,
+                    update.lr,
+                    weight_decay=update.weight_decay,
+                    recover=self._carried.get(position),
+                    rounding=self._settings.rounding,
+                    backend=self._settings.backend,
+                )
                 self._carried.pop(position, None)
             self.gathered.updated()
             self.moves.clear()

@@ -22,6 +22,7 @@ from zofo_kernels import (
 )
 from zofo_kernels._torch_compat import without_functorch
 
+from ..offload.device_visits import visits_of
 from ..sharding import is_sharded, pieces_of
 from .base import written
 
@@ -35,6 +36,17 @@ class Source(NamedTuple):
     group: int
     held: Tensor
     """What the optimizer has; the parameter itself, unless it is sharded."""
+
+    @property
+    def device(self) -> torch.device:
+        """That torch functions compute with it on."""
+        visits = visits_of(self.parameter)
+        return self.parameter.device if visits is None else visits.device
+
+    def content(self) -> Tensor:
+        """The parameter on that device, detached."""
+        visits = visits_of(self.parameter)
+        return self.parameter.detach() if visits is None else visits.on_device(self.parameter)
 
     @property
     def is_fleeting(self) -> bool:
@@ -54,10 +66,10 @@ class Source(NamedTuple):
             shift: the displacement.
             backend: on the parameter's device, whose dtype is computed with, too.
         """
-        to = self.parameter
+        to, device = self.parameter, self.device
         for piece in pieces_of(tensor, self.name):
             yield perturbed(
-                piece.tensor.detach().to(to.device, to.dtype),
+                piece.tensor.detach().to(device, to.dtype),
                 shift.direction,
                 shift.scale,
                 index=self.noise_index,
@@ -139,12 +151,12 @@ class LowRank:
         whole = [s for s in self._all if s.parameter.numel() > 0 and not s.is_distributed]
         by_device: dict[torch.device, list[Source]] = {}
         for source in whole:
-            by_device.setdefault(source.parameter.device, []).append(source)
+            by_device.setdefault(source.device, []).append(source)
         self._engines = {device: backend_for(device, backend) for device in by_device}
         self._matrices: dict[tuple[torch.device, int], list[Source]] = {}
         for source in whole:  # directions are a group's own
             if matrix_of(source.parameter.shape) is not None:
-                key = source.parameter.device, source.group
+                key = source.device, source.group
                 self._matrices.setdefault(key, []).append(source)
         self._vectors: dict[int, _Vectors] = {}
         for device, kinds in by_device.items():
@@ -155,7 +167,7 @@ class LowRank:
         self._factors = _Factors({})
 
     def _kinds_now(self) -> list[tuple[object, ...]]:
-        return [(s.parameter.shape, s.parameter.dtype, s.parameter.device) for s in self._all]
+        return [(s.parameter.shape, s.parameter.dtype, s.device) for s in self._all]
 
     def is_outdated(self) -> bool:
         """Whether a parameter was converted, moved or given another shape since."""

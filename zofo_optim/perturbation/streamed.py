@@ -21,13 +21,13 @@ from zofo_kernels import Shift, matrix_of
 from ..advice import Advice
 from ..evaluation import Evaluation
 from ..listeners import Listener
+from ..saved_copies import SavedCopies
 from ..settings import Settings
 from ..update import Update
 from ..zo_groups import ZOGroup
 from .base import Perturbation, Run
 from .closed_forms import ClosedForms, NoOwner
 from .low_rank import Displacement, LowRank, Source
-from .saved_copies import SavedCopies
 from .stand_ins import StandIns, check_alike
 from .streaming import Streaming, uncompiled
 from .verification import Verification

@@ -16,10 +16,10 @@ from torch import Tensor
 from zofo_kernels import Shift, backend_for, perturbed
 from zofo_kernels._torch_compat import in_functorch, without_functorch
 
+from ..saved_copies import SavedCopies
 from ..sharding import local_of
 from .closed_forms import ClosedForms
 from .low_rank import Source
-from .saved_copies import SavedCopies
 from .stand_ins import distributed
 from .transposes import Transposes, transposes
 
@@ -131,7 +131,7 @@ class Streaming:
         self._unchanged: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._shifts = shifts
         self._displaced = displaced
-        devices = {source.parameter.device for source in sources.values()}
+        devices = {source.device for source in sources.values()}
         self._backends = {device: backend_for(device, backend) for device in devices}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -225,7 +225,7 @@ class Streaming:
             return None
         if source.is_distributed or in_functorch() or not source.parameter.is_contiguous():
             return None
-        part = func(source.parameter.detach(), *args, **kwargs)
+        part = func(source.content(), *args, **kwargs)
         return self._copy(source, part) if part.is_contiguous() else None
 
     def _copy(self, source: Source, part: Tensor | None = None) -> Tensor:
@@ -249,7 +249,7 @@ class Streaming:
     def _laid_out(self, source: Source, part: Tensor | None) -> Tensor:
         if source.is_distributed:
             return self._distributed(source)
-        content = wanted = source.parameter.detach() if part is None else part
+        content = wanted = source.content() if part is None else part
         if id(source.parameter) not in self._displaced:
             ready = None if self._forms is None or part is not None else self._forms.copy(source)
             content = self._perturbed(source, part) if ready is None else ready
@@ -263,14 +263,14 @@ class Streaming:
         parameter, shift = source.parameter, self._shifts[source.group]
         if id(parameter) in self._displaced:
             return parameter.detach().clone()
-        pieces = list(source.pieces(parameter, shift, self._backends[parameter.device]))
+        pieces = list(source.pieces(parameter, shift, self._backends[source.device]))
         local = torch.cat([piece.flatten() for piece in pieces]) if pieces[1:] else pieces[0]
         return distributed(local.view(local_of(parameter).shape), parameter)
 
     def _perturbed(
         self, source: Source, part: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        parameter, offset = source.parameter, 0
+        parameter, offset = source.content(), 0
         if part is not None:
             parameter, offset = part, int(part.storage_offset() - parameter.storage_offset())
         shift = self._shifts[source.group]

@@ -1,4 +1,4 @@
-"""A model that is as it was where it was to be changed, and could not be."""
+"""A model that gets an adapter wholly or not at all, and its embeddings' gradients meanwhile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..evaluation import GlobalRandomState
+from ..intact import as_before_on_error
 from ..modes import undisturbed
 
 
@@ -21,44 +22,13 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     the block is done. Random generators are as before in any case: an adapter that is overwritten
     at once has drawn its first weights.
     """
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    owners: list[Any] = [*model.modules(), *_configs(model)]
-    before = [(owner, dict(vars(owner)), _contents(owner)) for owner in owners]
     generators = GlobalRandomState({p.device for p in model.parameters()})
-    with undisturbed():
+    with undisturbed(), as_before_on_error(model):
         try:
             model.requires_grad_(False)
             yield
-        except BaseException:
-            for owner, attributes, contents in before:
-                _refill(vars(owner), attributes)
-                for name, content in contents.items():
-                    _refill(attributes[name], content)
-            for p, flag, grad in flags:
-                p.requires_grad_(flag)
-                p.grad = grad
-            raise
         finally:
             generators.restore()
-
-
-def _configs(owner: Any) -> list[Any]:
-    """The configs that an object has, and those within them, such as one of the text's part."""
-    own = [value for value in vars(owner).values() if hasattr(value, "to_diff_dict")]
-    return [*own, *(inner for config in own for inner in _configs(config))]
-
-
-def _contents(owner: Any) -> dict[str, Any]:
-    """Copies of what an object holds by mutable attributes, such as its hooks."""
-    return {n: v.copy() for n, v in vars(owner).items() if isinstance(v, dict | set | list)}
-
-
-def _refill(holder: Any, content: Any) -> None:
-    if isinstance(holder, list):
-        holder[:] = content
-    else:
-        holder.clear()
-        holder.update(content)
 
 
 def without_input_gradients(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Copies that a backward needs: autograd keeps how they are made, and they are made again there.
 
-A graph through a perturbed copy would hold it until its backward, and all copies together are as
-large as the weights. Only memory that is a copy's own is so replaced; what torch computes of one,
-such as autocast's 16-bit version, is kept.
+A graph through a copy of a weight, perturbed or on another device, would hold it until its
+backward, and all copies together are as large as the weights. Only memory that is a copy's own is
+so replaced; what torch computes of one, such as autocast's 16-bit version, is kept.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ class _Recipe(NamedTuple):
     offset: int
 
 
+_active: list[SavedCopies] = []
+
+
+def keeping_out() -> SavedCopies | None:
+    """What keeps copies out of the graph that is being made; None: nothing does."""
+    return _active[-1] if _active else None
+
+
 class SavedCopies:
     """Keeps the copies of one evaluation out of its graph."""
 
@@ -63,7 +71,11 @@ class SavedCopies:
         """
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-                yield
+                _active.append(self)
+                try:
+                    yield
+                finally:
+                    _active.remove(self)
         except RuntimeError as error:
             if "support saved tensor hooks" not in str(error):
                 raise

@@ -1,0 +1,44 @@
+"""Under a hard limit of memory that is less than its weights, a model trains as without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("safetensors")
+
+from zofo_bench.memory_limit import KINDS, run_limited, unavailable_reason
+
+SCRIPT = Path(__file__).with_name("limited_steps.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    paths = os.pathsep.join([str(SCRIPT.parent), *sys.path])
+    command = [sys.executable, str(SCRIPT), str(tmp_path_factory.mktemp("limited"))]
+    env = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_less_memory_than_the_weights(kind, request):
+    if reason := unavailable_reason(kind):
+        pytest.skip(reason)
+    found = request.getfixturevalue("found")
+    in_memory, offloaded = found[kind]["in memory"], found[kind]["offloaded"]
+    assert in_memory["result"] is None
+    assert in_memory["ended"] == "killed" or "allocate memory" in in_memory["ended"]
+    assert offloaded["ended"] == "done"
+    assert offloaded["result"] == found["none"]["in memory"]["result"]
+
+
+def test_what_is_raised_comes_back():
+    if reason := unavailable_reason("data"):
+        pytest.skip(reason)
+    outcome = run_limited(lambda: {}[1])
+    assert outcome == (None, "KeyError: 1")
+    assert run_limited(lambda: {"one": 1}) == ({"one": 1}, "done")
