@@ -487,8 +487,12 @@ def test_a_model_on_a_gpu(made, options, monkeypatch):
     assert model.get_input_embeddings().weight.is_pinned()
     for one in (expected, model):
         trained(one, **OPTIONS[options])
+    exact = OPTIONS[options].get("distribution") == "rademacher"  # else backends differ a little
     for (name, p), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert same_bits(p.cpu(), theirs.cpu()), name
+        if exact:
+            assert same_bits(p.cpu(), theirs.cpu()), name
+        else:
+            torch.testing.assert_close(p.cpu(), theirs.cpu(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
