@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from zofo_optim.memory.torchao_weights import plain_tensors
+
 
 def tensors_in(value: object) -> Iterable[Tensor]:
     """Every tensor in nested dictionaries, lists and tuples."""
@@ -28,7 +30,8 @@ def tensors_in(value: object) -> Iterable[Tensor]:
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind the tensors, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    plain = [inner for tensor in tensors for inner in plain_tensors(tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
     return sum(storages.values())
 
 

@@ -51,7 +51,7 @@ class SavedCopies:
     """Keeps the copies of one evaluation out of its graph."""
 
     def __init__(self) -> None:
-        self._made: dict[int, _Copy] = {}  # by address
+        self._made: dict[int, _Copy] = {}  # by place
 
     def remember(self, copy: Tensor, make: Make) -> None:
         """``make`` gives the same elements, with the same strides, at any later time."""
@@ -59,8 +59,12 @@ class SavedCopies:
         if storage.nbytes() > copy.nbytes:  # in memory that is there anyway, as of closed forms
             return
         memory = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        at = storage.data_ptr()
+        at = self._place(storage)
         self._made[at] = _Copy(memory, copy._version, copy.dtype, int(copy.storage_offset()), make)
+
+    def _place(self, storage: torch.UntypedStorage) -> int:
+        """Of a copy's memory, among all memory that there is at a time."""
+        return storage.data_ptr()
 
     @contextmanager
     def unkept(self) -> Generator[None, None, None]:
@@ -88,7 +92,7 @@ class SavedCopies:
     def _pack(self, saved: Tensor) -> Any:
         if type(saved) not in (Tensor, torch.nn.Parameter) or saved.layout != torch.strided:
             return saved
-        known = self._made.get(saved.untyped_storage().data_ptr())
+        known = self._made.get(self._place(saved.untyped_storage()))
         if known is None or known.memory.expired():  # type: ignore[no-untyped-call]
             return saved
         if saved._version != known.version or saved.dtype != known.dtype:

@@ -2,10 +2,12 @@
 
     python -m experiments.memory                 all parts
     python -m experiments.memory measured        small models, on this machine
+    python -m experiments.memory offloaded       a small model, offloaded, on this machine
     python -m experiments.memory sizes           Llama of 1 B to 70 B, estimated
     python -m experiments.memory measured --device cuda
 
-Each part writes OUT/PART.json (measured-cuda.json on a GPU).
+Each part writes OUT/PART.json (measured-cuda.json on a GPU), and table.md beside: all measured
+cases, and the greatest error by kind, with columns of a GPU where there are results of one.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from zofo_optim.memory import estimate_memory
+from zofo_optim.memory import MemoryEstimate, estimate_memory
 
 from ..commands import ended, parts_first, quiet_on_one_thread, run_parts
 from ..finetune import versions
 from ..options import OUT, option, parse
-from . import cases, sizes
+from . import cases, resident, sizes, tables
 
-PARTS = ("measured", "sizes")
+PARTS = ("measured", "offloaded", "sizes")
+Key = tuple[str, str, str]
+"""Model, method and weights."""
 ABOUT = "Estimates of memory, beside measurements, and of large models."
 
 
@@ -58,38 +62,54 @@ class Command:
         self._out = options.out
 
     def measured(self) -> None:
-        """What is in the file already is not measured again."""
+        """What is in the file already is not measured again, only estimated."""
         device = self._options.device
         part = "measured" if device == "cpu" else f"measured-{device}"
-        path = self._out / f"{part}.json"
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-        there = {(row["model"], row["method"], row["weights"]) for row in rows}
+        rows = self._rows(part)
         for model in self._options.models:
             for name, (method, settings) in cases.METHODS.items():
-                for weights in cases.weights_of(method, settings):
-                    if (model, name, weights) not in there:
-                        rows.append(self._row(model, name, method, settings, weights))
-                        self._console.print(json.dumps(rows[-1]), highlight=False)
-                        self._write(part, dict(rows=rows))
+                for weights in cases.weights_of(method, settings, model):
+                    key = model, name, weights
+                    found = estimate_memory(
+                        cases.MODELS[model](), method, cases.BATCH,
+                        weights=cases.format_of(weights), device=device, **settings,
+                    )  # fmt: skip
+                    if key not in rows:
+                        with tempfile.TemporaryDirectory() as folder:
+                            seen = cases.measured(
+                                cases.MODELS[model](), method, settings, weights, device, folder
+                            )
+                        rows[key] = dict(measured=seen.later, measured_first=seen.first)
+                    rows[key] |= _estimated(found)
+                    self._keep(part, rows, key)
 
-    def _row(
-        self, model: str, name: str, method: str, settings: dict[str, Any], weights: str
-    ) -> dict[str, Any]:
-        device, config = self._options.device, cases.MODELS[model]()
-        found = estimate_memory(
-            config, method, cases.BATCH, weights=weights, device=device, **settings
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            seen = cases.measured(config, method, settings, weights, device, folder)
-        return dict(
-            model=model,
-            method=name,
-            weights=weights,
-            estimated=found.peak,
-            measured=seen.later,
-            estimated_first=found.peak_while_verifying,
-            measured_first=seen.first,
-        )
+    def offloaded(self) -> None:
+        """Likewise; of resident memory."""
+        rows = self._rows("offloaded")
+        for name, (method, settings) in resident.METHODS.items():
+            for weights in resident.weights_of(method, settings):
+                key = "Llama", name, weights
+                found = estimate_memory(
+                    resident.config(), method, resident.BATCH,
+                    weights=weights, device="cpu", **settings,
+                )  # fmt: skip
+                if key not in rows:
+                    seen = resident.measured(name, weights)
+                    rows[key] = dict(measured=seen.later, measured_first=seen.first)
+                rows[key] |= _estimated(found)
+                self._keep("offloaded", rows, key)
+
+    def _rows(self, part: str) -> dict[Key, dict[str, Any]]:
+        path = self._out / f"{part}.json"
+        found = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        return {(row["model"], row["method"], row["weights"]): row for row in found}
+
+    def _keep(self, part: str, rows: dict[Key, dict[str, Any]], key: Key) -> None:
+        names = ("model", "method", "weights")
+        rows[key] = dict(zip(names, key, strict=True)) | rows[key]
+        self._console.print(json.dumps(rows[key]), highlight=False)
+        self._write(part, dict(rows=list(rows.values())))
+        tables.write(self._out)
 
     def sizes(self) -> None:
         found = {
@@ -102,6 +122,10 @@ class Command:
         self._out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**content, "versions": versions()}, indent=1) + "\n"
         (self._out / f"{part}.json").write_text(text, encoding="utf-8")
+
+
+def _estimated(found: MemoryEstimate) -> dict[str, int]:
+    return dict(estimated=found.peak, estimated_first=found.most)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ from torch import nn
 
 from experiments.measure import peak_memory, stored_bytes
 from zofo_optim import HybridZOFO, example_losses_of, hybrid_param_groups
+from zofo_optim.memory.quantized import unquantized
+from zofo_optim.memory.torchao_weights import quantize
+from zofo_optim.names import within_peft
 
 BATCH = 8, 128
 _SIZES: dict[str, Any] = dict(
@@ -48,34 +52,73 @@ MODELS: dict[str, Callable[[], Any]] = {
     "GPT-2": _gpt2,
     "OPT": _opt,
 }
-_LOW_RANK = dict(perturbation="streamed", structure="low_rank")
+_STREAMED = dict(perturbation="streamed")
+_LOW_RANK = dict(_STREAMED, structure="low_rank")
+_PER_EXAMPLE = dict(_LOW_RANK, directions="per_example")
+_ADAMW = dict(fo_optimizer="adamw")
+_CHECKPOINTED = dict(gradient_checkpointing=True)
+_SIDE, _FROZEN, _COUPLED = dict(quantized="low_rank"), dict(quantized="frozen"), dict(coupling=0.1)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "zo, in place": ("zo", {}),
-    "zo, streamed": ("zo", dict(perturbation="streamed")),
+    "zo, streamed": ("zo", _STREAMED),
     "zo, low rank": ("zo", _LOW_RANK),
-    "zo, per example": ("zo", dict(_LOW_RANK, directions="per_example")),
+    "zo, per example": ("zo", _PER_EXAMPLE),
+    "zo, side updates": ("zo", _SIDE),
+    "zo, side updates, streamed": ("zo", _SIDE | _STREAMED),
+    "zo, side updates, per example": ("zo", _SIDE | _PER_EXAMPLE),
+    "zo, integers frozen": ("zo", _FROZEN),
     "hybrid, in place": ("hybrid", {}),
-    "hybrid, streamed": ("hybrid", dict(perturbation="streamed")),
+    "hybrid, streamed": ("hybrid", _STREAMED),
     "hybrid, low rank": ("hybrid", _LOW_RANK),
-    "hybrid, checkpointed": ("hybrid", dict(gradient_checkpointing=True)),
+    "hybrid, checkpointed": ("hybrid", _CHECKPOINTED),
+    "hybrid, coupled": ("hybrid", _COUPLED),
+    "hybrid, coupled, checkpointed": ("hybrid", _COUPLED | _CHECKPOINTED),
+    "hybrid, coupled, streamed": ("hybrid", _COUPLED | _STREAMED),
+    "hybrid, coupled, low rank": ("hybrid", _COUPLED | _LOW_RANK),
+    "hybrid, side updates": ("hybrid", _SIDE),
+    "hybrid, side updates, checkpointed": ("hybrid", _SIDE | _CHECKPOINTED),
+    "hybrid, integers frozen": ("hybrid", _FROZEN),
     "lora, SGD": ("lora", {}),
-    "lora, AdamW": ("lora", dict(fo_optimizer="adamw")),
-    "lora, AdamW, checkpointed": ("lora", dict(fo_optimizer="adamw", gradient_checkpointing=True)),
+    "lora, AdamW": ("lora", _ADAMW),
+    "lora, AdamW, checkpointed": ("lora", _ADAMW | _CHECKPOINTED),
     "fo, SGD": ("fo", {}),
-    "fo, AdamW": ("fo", dict(fo_optimizer="adamw")),
-    "fo, AdamW, checkpointed": ("fo", dict(fo_optimizer="adamw", gradient_checkpointing=True)),
-    "fo, AdamW, in backward": ("fo", dict(fo_optimizer="adamw", optimizer_in_backward=True)),
+    "fo, AdamW": ("fo", _ADAMW),
+    "fo, AdamW, checkpointed": ("fo", _ADAMW | _CHECKPOINTED),
+    "fo, AdamW, in backward": ("fo", dict(_ADAMW, optimizer_in_backward=True)),
 }
 """By name: the method and the options of ``estimate_memory``."""
-_HYBRID = ("perturbation", "structure", "directions", "optimizer_in_backward")
+_HYBRID = ("perturbation", "structure", "directions", "optimizer_in_backward", "coupling")
+INTEGERS = ("int8", "int4", "int8 (torchao)", "int4 (torchao)")
 
 
-def weights_of(method: str, options: dict[str, Any]) -> tuple[str, ...]:
-    """Formats that a method is measured with."""
+def weights_of(method: str, options: dict[str, Any], model: str = "Llama") -> tuple[str, ...]:
+    """Formats that a method is measured with.
+
+    Biases of quantised layers have no direction for each example: BERT and others have such.
+    """
+    if "quantized" in options and "directions" in options and model != "Llama":
+        return ()
+    if "quantized" in options:
+        return ("int4", "int8 (torchao)")
     adamw = method == "lora" and options.get("fo_optimizer") == "adamw"
-    if adamw or (method in ("zo", "hybrid") and "perturbation" not in options):
-        return ("fp32", "bf16", "int8", "int4")
+    in_place = "perturbation" not in options and "coupling" not in options
+    if adamw or (method in ("zo", "hybrid") and in_place):
+        return ("fp32", "bf16", *INTEGERS)
     return ("fp32", "bf16") if method == "fo" or options.get("directions") else ("fp32",)
+
+
+def format_of(weights: str) -> Any:
+    """What ``estimate_memory`` takes for such a name: it, or a configuration of torchao's."""
+    if not weights.endswith(" (torchao)"):
+        return weights
+    from torchao import quantization
+
+    if weights.startswith("int8"):
+        return quantization.Int8WeightOnlyConfig()
+    return quantization.IntxWeightOnlyConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=quantization.PerGroup(16),
+    )
 
 
 class Measured(NamedTuple):
@@ -100,6 +143,8 @@ def loaded(config: Any, weights: str, device: torch.device, folder: str | None =
     dtype = dict(fp32=torch.float32, fp16=torch.float16).get(weights, torch.bfloat16)
     kind = getattr(transformers, config.architectures[0])
     made: nn.Module = kind(config).to(dtype)
+    if weights.endswith(" (torchao)"):
+        quantize(made, unquantized(made), format_of(weights))
     if weights in ("int8", "int4"):
         assert folder is not None
         made.save_pretrained(folder)  # type: ignore[operator]
@@ -130,7 +175,26 @@ def measured(
         folder: see :func:`loaded`.
     """
     where = torch.device(device)
-    model: Any = loaded(config, weights, where, folder)
+    before = _allocated(where)
+    model = with_adapter(loaded(config, weights, where, folder), method, options)
+    optimizer, step = training(model, config, method, options, weights, BATCH)
+    hidden = -before if where.type == "cuda" else _scales(model)
+    first = peak_memory(step, model, optimizer, where)
+    optimizer.zero_grad()
+    return Measured(first + hidden, peak_memory(step, model, optimizer, where) + hidden)
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of a GPU that were there before, such as the workspace of products."""
+    if device.type != "cuda":
+        return 0
+    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
+    gc.collect()
+    return int(torch.cuda.memory_allocated(device))
+
+
+def with_adapter(model: Any, method: str, options: dict[str, Any]) -> Any:
+    """The model as it trains by the method."""
     if method in ("hybrid", "lora"):
         import peft
 
@@ -138,12 +202,27 @@ def measured(
     else:
         model.requires_grad_(method == "fo")
     if options.get("gradient_checkpointing"):
-        model.get_base_model().gradient_checkpointing_enable() if hasattr(
-            model, "get_base_model"
-        ) else model.gradient_checkpointing_enable()
-    model.train()
+        within_peft(model).gradient_checkpointing_enable()  # type: ignore[operator]
+    return model.train()
+
+
+def training(
+    model: Any,
+    config: Any,
+    method: str,
+    options: dict[str, Any],
+    weights: str,
+    batch_size: tuple[int, int],
+) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+    """The optimizer, and what does a step of it.
+
+    Args:
+        model: of :func:`with_adapter`.
+        config, method, options, weights: see :func:`measured`.
+        batch_size: rows and tokens.
+    """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 4000, BATCH, generator=generator).to(where)
+    ids = torch.randint(3, config.vocab_size, batch_size, generator=generator).to(model.device)
     of_rows = config.architectures[0].endswith("ForSequenceClassification")
     batch = dict(input_ids=ids, labels=ids[:, 0] % 2 if of_rows else ids)
     adamw = options.get("fo_optimizer") == "adamw"
@@ -159,7 +238,7 @@ def measured(
             zo=None if method == "fo" else dict(lr=1e-7, mu=1e-2),
             fo=dict(lr=1e-3) if method != "zo" else None,
             directions=hybrid.get("directions", "shared"),
-            quantized="scales" if weights in ("int8", "int4") and method != "fo" else None,
+            quantized=options.get("quantized", "scales") if weights in INTEGERS else None,
             verbose=False,
         )
         optimizer = HybridZOFO(groups, fo_optimizer=kind, **hybrid)
@@ -176,10 +255,7 @@ def measured(
         else:
             optimizer.step(closure)
 
-    hidden = 0 if where.type == "cuda" else _scales(model)
-    first = peak_memory(step, model, optimizer, where)
-    optimizer.zero_grad()
-    return Measured(first + hidden, peak_memory(step, model, optimizer, where) + hidden)
+    return optimizer, step
 
 
 def _scales(model: nn.Module) -> int:

@@ -6,10 +6,12 @@ from typing import Any
 
 import transformers
 
-from zofo_optim.memory import which_fits
+from zofo_optim.memory import estimate_memory, which_fits
+from zofo_optim.memory.fitting import COMMON
 
 BATCH = 8, 512
-WEIGHTS = ("bf16", "int8", "int4")
+OFFLOADED = "bf16, offloaded"
+WEIGHTS = ("bf16", "int8", "int4", OFFLOADED)
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": dict(
         vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -38,6 +40,20 @@ def config(name: str) -> Any:
 
 
 def peaks(name: str, weights: str) -> dict[str, int]:
-    """By method, in bytes."""
-    found = which_fits(config(name), BATCH, "80GB", weights=weights)
-    return {method: estimate.most for method, estimate in found.estimates.items()}
+    """By method, in bytes: on a GPU, but of offloaded weights, which are computed with on the CPU.
+
+    Args:
+        name: one of ``SHAPES``.
+        weights: one of ``WEIGHTS``.
+    """
+    if weights == OFFLOADED:
+        found = {
+            method: estimate_memory(
+                config(name), kind, BATCH, weights="bf16", device="cpu", **options
+            )
+            for method, (kind, options) in COMMON.items()
+            if options.get("offloaded")
+        }
+    else:
+        found = dict(which_fits(config(name), BATCH, "80GB", weights=weights).estimates)
+    return {method: estimate.most for method, estimate in found.items()}

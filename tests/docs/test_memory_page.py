@@ -5,28 +5,47 @@ import json
 from doc_blocks import ROOT
 from test_numbers import rows
 
+from experiments.memory import tables
+from experiments.memory.resident import BATCH, config
+from zofo_optim.memory import estimate_memory
+
 RESULTS = ROOT / "experiments" / "results" / "memory"
-TABLE = rows((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
+PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+TABLE = rows(PAGE)
 
 
 def test_peaks_of_large_models():
     peaks = json.loads((RESULTS / "sizes.json").read_text())["peaks"]
-    for weights in ("bf16", "int8", "int4"):
+    for weights in ("bf16", "int8", "int4", "bf16, offloaded"):
         start = next(k for k, line in enumerate(TABLE) if line[0] == weights)
         assert TABLE[start][1:] == [name.removeprefix("Llama-") for name in peaks]
         methods = peaks["Llama-2-7B"][weights]
         for k, method in enumerate(methods, start + 1):
             found = [f"{peaks[name][weights][method] / 1e9:.1f}" for name in peaks]
-            assert TABLE[k] == [method, *found]
+            assert TABLE[k] == [method.removesuffix(", offloaded"), *found]
 
 
-def test_measured_beside_estimated():
-    measured = json.loads((RESULTS / "measured.json").read_text())["rows"]
-    start = next(k for k, line in enumerate(TABLE) if line[0] == "small model")
-    head, shown = TABLE[start], {line[0]: line[1:] for line in TABLE[start + 1 :]}
-    assert 2 * len(measured) == sum(map(len, shown.values()))
-    for row in measured:
-        cells = dict(zip(head[1:], shown[f"{row['method']}, {row['weights']}"], strict=True))
-        for key in ("estimated", "measured"):
-            assert cells[f"{row['model']}, {key}"] == f"{row[key] / 1e6:.1f}"
-        assert abs(row["estimated"] / row["measured"] - 1) < 0.02
+def test_errors_by_kind():
+    """As many lines as there are kinds, those of the results."""
+    found = tables.read(RESULTS)
+    summary = rows("\n".join(tables.summary(found)))
+    start = TABLE.index(summary[0])
+    assert TABLE[start : start + len(summary)] == summary
+    assert "\n".join(tables.summary(found)) in (RESULTS / "table.md").read_text(encoding="utf-8")
+
+
+def test_estimates_are_near():
+    """Within 2 %, in the first step too; within 10 % of resident memory."""
+    found = tables.read(RESULTS)
+    assert {"measured", "offloaded"} <= found.keys()
+    for part, cases in found.items():
+        within = 0.02 if part == "measured" else 0.1
+        for row in cases:
+            assert abs(tables.error_of(row)) < within, row
+            if row["method"].startswith(("zo", "hybrid")):
+                assert abs(tables.error_of(row, "_first")) < within, row
+
+
+def test_the_model_that_was_offloaded():
+    size = estimate_memory(config(), "lora", BATCH, weights="fp32", offloaded=True, device="cpu")
+    assert f"a Llama of {size.on_disk / 1e6:.0f} MB in fp32" in PAGE

@@ -73,7 +73,9 @@ def test_models_are_left_alone():
 def test_zeroth_order_takes_an_evaluation_and_streaming_a_copy():
     still = estimate_memory(config(), "zo", BATCH, weights="fp32")
     copied = estimate_memory(config(), "zo", BATCH, weights="fp32", perturbation="streamed")
-    assert still.peak == still.peak_while_verifying == still.weights + still.evaluation
+    copied_buffers = 2 * 4 * 8  # of the inverse frequencies, in the first step
+    assert still.peak == still.weights + still.evaluation
+    assert still.peak_while_verifying == still.peak + copied_buffers
     assert (still.gradients, still.activations, still.optimizer_state) == (0, 0, 0)
     largest = 64 * 32 * 4  # kept aside while it is displaced
     assert copied.peak_while_verifying == copied.peak + largest
@@ -101,6 +103,10 @@ def test_which_fits():
     assert all(few.estimates[name].most == least for name in few.methods)
     assert str(few).splitlines()[0].endswith("GB")
     assert len(str(few).splitlines()) == len(few.estimates) + 1
+    on_cpu = which_fits(config(), BATCH, "1GB", weights="bf16", device="cpu", adapter="lora")
+    assert [n for n in on_cpu.estimates if n not in fits.estimates] == [
+        n for n, e in on_cpu.estimates.items() if e.on_disk
+    ]
     quantised = which_fits(config(), BATCH, "1GB", weights="int4")
     assert {"zo, in place", "hybrid"} < set(quantised.estimates) < set(fits.estimates)
 
@@ -113,7 +119,46 @@ def test_which_fits():
         (dict(device="tpu"), "device must be one of"),
         (dict(method="fo", weights="int4"), "weights must be of floating point"),
         (dict(method="zo", weights="int4", perturbation="streamed"), "must be 'in_place'"),
-        (dict(method="zo", gradient_checkpointing=True), "must have a backward"),
+        (dict(method="zo", gradient_checkpointing=True), "gradient_checkpointing must be left"),
+        (dict(method="zo", optimizer_in_backward=True), "optimizer_in_backward must be left alone"),
+        (dict(method="zo", fo_optimizer="sgd"), "fo_optimizer must be left alone"),
+        (dict(method="zo", fo={}), "fo must be left alone"),
+        (dict(method="zo", coupling=0.1), "coupling must be left alone where method='zo'"),
+        (dict(method="zo", adapter="lora"), "adapter must be left alone"),
+        (dict(method="fo", adapter=None), "adapter must be left alone where method='fo'"),
+        (dict(method="lora", perturbation="streamed"), "perturbation must be left alone"),
+        (dict(method="lora", estimator="one_sided"), "estimator must be left alone"),
+        (dict(method="fo", rank=2), "rank must be left alone"),
+        (dict(method="fo", offloaded=True), "offloaded must be left alone"),
+        (dict(method="lora", weights="int4", quantized="frozen"), "quantized must be left alone"),
+        (dict(weights="bf16", quantized="scales"), "quantized must be None"),
+        (dict(weights="int4", quantized="all"), "quantized must be one of"),
+        (dict(weights="int4", side_rank=4), "side_rank must be None"),
+        (dict(weights="int4", quantized="low_rank", side_rank=0), "side_rank must be an int >= 1"),
+        (dict(weights="bf16", dtype=torch.bfloat16), "dtype must be left alone"),
+        (dict(weights="int4", dtype=torch.int8), "dtype must be one of"),
+        (dict(weights="int8", double_quant=True), "double_quant must be False"),
+        (dict(coupling=-1.0), "coupling must be a finite number"),
+        (dict(coupling=0.1, optimizer_in_backward=True), "coupling must be 0"),
+        (dict(offloaded=True, device="cpu"), "perturbation must be 'streamed'"),
+        (dict(offloaded=True, perturbation="streamed"), "device must be 'cpu'"),
+        (
+            dict(offloaded=True, perturbation="streamed", device="cpu", weights="int8"),
+            "perturbation must be 'in_place'",
+        ),
+        (
+            dict(method="lora", offloaded=True, device="cpu", weights="int8"),
+            "weights must be plain",
+        ),
+        (
+            dict(
+                perturbation="streamed",
+                structure="low_rank",
+                directions="per_example",
+                examples_per_direction=3,
+            ),
+            "batch must have a multiple of 3 rows",
+        ),
         (dict(batch=(0, 3)), "batch must be"),
         (dict(batch={"input_ids": torch.zeros(1, 2).long()}), "batch must hold labels"),
         (dict(fo_optimizer="adam"), "fo_optimizer must be"),
@@ -142,6 +187,54 @@ def test_refusals(changes, message):
 def test_wrong_types(model, batch, message):
     with pytest.raises(TypeError, match=message):
         estimate_memory(model, "zo", batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(fo=[("lr", 0.1)]), "fo must be a mapping"),
+        (dict(gradient_checkpointing=1), "gradient_checkpointing must be a bool"),
+        (dict(adapter=16), "adapter must be 'lora'"),
+    ],
+)
+def test_options_of_wrong_types(changes, message):
+    with pytest.raises(TypeError, match=message):
+        estimate_memory(config(), "hybrid", BATCH, **changes)
+
+
+def test_a_model_that_has_an_adapter_keeps_it():
+    import peft
+
+    with torch.device("meta"):
+        model = peft.get_peft_model(transformers.LlamaForCausalLM(config()), peft.LoraConfig(r=2))
+    of_two = estimate_memory(model, "hybrid", BATCH)
+    assert of_two.adapter == 4 * 2 * 2 * 2 * (32 + 32)  # layers, projections, rank
+    assert estimate_memory(model, "lora", BATCH, adapter=None).adapter == of_two.adapter
+    with pytest.raises(ValueError, match="adapter must be left alone where the model has one"):
+        estimate_memory(model, "hybrid", BATCH, adapter="lora")
+
+
+def test_side_updates_in_closed_form():
+    """4 r (m + n) bytes a layer, as docs/side-updates.md says."""
+    plain = estimate_memory(config(), "zo", BATCH, weights="int4", quantized="frozen")
+    beside = estimate_memory(
+        config(), "zo", BATCH, weights="int4", quantized="low_rank", side_rank=4
+    )
+    widths = 4 * (32 + 32) + 3 * (32 + 48)
+    assert beside.weights - plain.weights == 4 * 4 * 2 * widths
+
+
+def test_torchao_weights_in_closed_form():
+    quantization = pytest.importorskip("torchao.quantization")
+    found = estimate_memory(config(), "lora", BATCH, weights=quantization.Int8WeightOnlyConfig())
+    rest = 2 * (2 * 64 * 32 + 5 * 32)
+    inverse_frequencies = 2 * 8 * 2
+    rows = 2 * (5 * 32 + 2 * 48)
+    stored = linear_elements() + (4 + 1) * rows  # a scale, and a zero point that is always 0
+    assert abs(found.weights - stored - rest - inverse_frequencies) <= inverse_frequencies
+    of_activations = quantization.Int8DynamicActivationInt8WeightConfig()
+    with pytest.raises(ValueError, match="weights must be one of"):
+        estimate_memory(config(), "lora", BATCH, weights=of_activations)
 
 
 def test_models_without_a_loss():

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zofo_kernels import NOISE_VERSION
-
+from ..buffers import _ROOM
 from ..costs.trial import Trials
-from ..settings import Settings
+from ..offload import in_turn
+from .asked import Asked
 from .estimated import MemoryEstimate
 from .evaluations import Answers, Closure
-from .made import FORMATS, QUANTIZED, in_format, inputs_of, without_data
-from .rehearsal import Rehearsal, checkpointed
-
-METHODS = ("zo", "hybrid", "fo", "lora")
-DEVICES = ("cuda", "cpu")
-_OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+from .made import inputs_of, made_for
+from .offloaded import Visiting
+from .rehearsal import Backward, Rehearsal, checkpointed
+from .streamed import RehearsedCopies
+from .torchao_weights import plain_tensors
 
 
 @torch.inference_mode(False)
@@ -30,20 +29,24 @@ def estimate_memory(
     method: str,
     batch: Any,
     *,
-    weights: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    weights: Any = None,
+    dtype: torch.dtype | None = None,
     double_quant: bool = False,
-    adapter: Any = "lora",
-    fo_optimizer: str | Callable[..., Optimizer] = "sgd",
+    quantized: str | None = None,
+    side_rank: int | None = None,
+    adapter: Any = "default",
+    fo_optimizer: str | Callable[..., Optimizer] | None = None,
     fo: Mapping[str, Any] | None = None,
     gradient_checkpointing: bool = False,
     optimizer_in_backward: bool = False,
+    coupling: float = 0.0,
     perturbation: str = "in_place",
     estimator: str = "two_sided",
     structure: str = "full",
     rank: int = 1,
     directions: str = "shared",
     examples_per_direction: int = 1,
+    offloaded: bool = False,
     device: str = "cuda",
 ) -> MemoryEstimate:
     """How many bytes in tensors a method takes, at most.
@@ -62,21 +65,28 @@ def estimate_memory(
             for the adapter; "lora": first order for the adapter, the base frozen; "fo": first
             order for all.
         batch: (rows, tokens), or the mapping of tensors that the model takes, with labels.
-        weights: how the base is stored: "fp32", "bf16", "fp16", or by bitsandbytes as "int8" or
-            "int4" (nf4), all linear layers but the head; zeroth order then moves their scales.
-            None: as the model, or its configuration, says.
-        dtype: what a quantised model computes in, and keeps the rest of its weights in.
-        double_quant: of int4, scales are quantised too, unless zeroth order moves them: those it
-            has in fp32.
+        weights: how the base is stored: "fp32", "bf16", "fp16"; by bitsandbytes as "int8" or
+            "int4" (nf4); or by torchao, whose Int8WeightOnlyConfig or IntxWeightOnlyConfig is
+            given. Integers are of all linear layers but the head. None: as the model, or its
+            configuration, says.
+        dtype: what a quantised model computes in, and keeps the rest of its weights in; None:
+            bfloat16.
+        double_quant: of "int4", scales are quantised too, unless zeroth order moves them: those
+            it has in fp32.
+        quantized: what zeroth order moves beside the plain weights of a quantised model, see
+            :func:`zofo_optim.hybrid_param_groups`: "scales", as None, "low_rank" or "frozen".
+        side_rank: of quantized="low_rank"; None: 16.
         adapter: of "hybrid" and "lora": "lora" (peft's default ranks and layers, 8 and those of
             the architecture), a configuration of peft's, or None: what the model is trains, by
-            ``requires_grad``.
-        fo_optimizer: "sgd", "adamw", or a class, of first-order tensors.
+            ``requires_grad``. Default: the adapter that the model has, or else "lora".
+        fo_optimizer: "sgd", as None, "adamw", or a class, of first-order tensors.
         fo: options for its constructor.
         gradient_checkpointing: layers run again in the backward.
         optimizer_in_backward: gradients are applied and freed as they come.
-        perturbation, estimator, structure, rank, directions, examples_per_direction: of
+        coupling, perturbation, estimator, structure, rank, directions, examples_per_direction: of
             :class:`zofo_optim.HybridZOFO`.
+        offloaded: frozen weights are in a file, see :func:`zofo_optim.offload.offload_weights`,
+            and computed with on the CPU. Their pages count while they are resident.
         device: "cuda" or "cpu", what it is for: attention with dropout, an optimizer's
             temporaries, and rows of embeddings differ.
 
@@ -87,6 +97,8 @@ def estimate_memory(
         TypeError, ValueError: an argument that cannot be used, or a setting that the method has
             no use for.
         ImportError: an adapter needs peft.
+        RuntimeError: HybridZOFO would refuse the model too, such as one with weights that can have
+            no direction for each example.
 
     Example:
         >>> from transformers import AutoConfig
@@ -95,107 +107,95 @@ def estimate_memory(
         >>> found.fits("24GB")
         True
     """
-    for name, value, allowed in (
-        ("method", method, METHODS),
-        ("weights", weights, (None, *FORMATS)),
-        ("device", device, DEVICES),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-    zeroth, first = method in ("zo", "hybrid"), method != "zo"
-    settings = _settings(
-        estimator=estimator,
+    asked = Asked(
+        method=method,
+        weights=weights,
+        dtype=dtype,
+        double_quant=double_quant,
+        quantized=quantized,
+        side_rank=side_rank,
+        adapter=adapter,
+        fo_optimizer=fo_optimizer,
+        fo=fo,
+        gradient_checkpointing=gradient_checkpointing,
+        optimizer_in_backward=optimizer_in_backward,
+        coupling=coupling,
         perturbation=perturbation,
+        estimator=estimator,
         structure=structure,
         rank=rank,
         directions=directions,
         examples_per_direction=examples_per_direction,
-        optimizer_in_backward=optimizer_in_backward,
+        offloaded=offloaded,
+        device=device,
     )
-    quantized = weights in QUANTIZED
-    if quantized and method == "fo":
-        raise ValueError(f"weights must be of floating point for method='fo', got {weights!r}")
-    if quantized and zeroth and perturbation != "in_place":
-        raise ValueError(
-            "perturbation must be 'in_place' where zeroth order moves the scales of quantised "
-            f"weights, got {perturbation!r}"
-        )
-    if not first and (gradient_checkpointing or optimizer_in_backward):
-        raise ValueError("method must have a backward for gradient_checkpointing, got 'zo'")
-    given = adapter if method in ("hybrid", "lora") else None
-    made = in_format(
-        without_data(model),
-        weights,
-        dtype,
-        _lora() if given == "lora" else given,
-        double_quant=double_quant and not zeroth,
-        fused=device == "cuda",
-    )
-    if method in ("zo", "fo"):
-        made.requires_grad_(method == "fo")
+    made = made_for(model, asked)
     if gradient_checkpointing:
         checkpointed(made)
+    return _rehearsed(made, inputs_of(made, batch), asked)
+
+
+def _rehearsed(made: nn.Module, inputs: dict[str, Any], asked: Asked) -> MemoryEstimate:
+    """
+    Args:
+        made: on meta.
+        inputs: of its forward.
+        asked: the settings.
+    """
     training = {n: p for n, p in made.named_parameters() if p.requires_grad}
-    if first and not training:
-        raise ValueError(
-            f"model must have parameters that train for method={method!r}, got none: give adapter="
-        )
-    inputs = inputs_of(made, batch)
-    closure = Closure(made, inputs, settings.directions == "per_example" and zeroth)
-    rehearsal = Rehearsal(closure, device == "cuda")
-    own = {id(p) for p in training.values()} if method != "fo" else set()
-    factory = _OPTIMIZERS.get(fo_optimizer, fo_optimizer) if first else torch.optim.SGD  # type: ignore[arg-type]
-    if not callable(factory):
-        raise ValueError(f"fo_optimizer must be 'sgd', 'adamw' or a class, got {fo_optimizer!r}")
-    options = {"lr": 1e-3, **(fo or {})}
-    together = device == "cuda" and _all_at_once(factory, options)
-    trials = Trials(factory, {**options, "foreach": True} if together else options)
+    own = {id(p) for p in training.values()} if asked.method != "fo" else set()
+    closure = Closure(made, inputs, asked)
+    visiting = Visiting(made) if asked.offloaded else None
+    rehearsal = Rehearsal(closure, training.values(), asked.device == "cuda", visiting)
+    options = {"lr": 1e-3, **(asked.fo or {})}
+    together = asked.device == "cuda" and _all_at_once(asked.factory, options)
+    trials = Trials(asked.factory, {**options, "foreach": True} if together else options)
     memory = {p: trials.of(p) for p in training.values()}
     sizes = {p: p.numel() * p.element_size() for p in training.values()}
     work = [m.workspace for m in memory.values()]
 
-    evaluation, streamed = rehearsal.evaluation(), 0
-    if zeroth:
-        answers = Answers(made, settings, closure.examples, device)
-        streamed = rehearsal.evaluation(answers.steady())
-    held = 0 if optimizer_in_backward else sum(sizes.values())
-    passed = None
-    if first:
+    passed = Backward(0, 0, 0)
+    if asked.first:
         applied: dict[Tensor, int] = {p: memory[p].workspace for p in training.values()}
-        passed = rehearsal.backward(applied if optimizer_in_backward else None)
+        passed = rehearsal.backward(applied if asked.optimizer_in_backward else None)
+    # gradients that are applied as they come are so after the evaluations
+    held, most = 0 if asked.optimizer_in_backward else passed.left, passed.most
+    evaluation = streamed = verification = 0
+    if asked.zeroth:
+        answers = Answers(made, asked, closure.examples)
+        evaluation = rehearsal.evaluation()
+        streamed = rehearsal.evaluation(answers.steady())
+        if asked.coupling:  # once more at displaced weights, beside the gradients that there are
+            saved = RehearsedCopies()
+            most = max(most, held + rehearsal.backward(None, answers.steady(saved), saved).most)
+        verifying = held + answers.verifying(rehearsal, asked.offloaded)
+        # the first evaluation ever shows which buffers change: all are copied before
+        first = min(_bytes(made.buffers()), _ROOM) + (passed.most if asked.first else streamed)
+        verification = max(first, most, verifying)
+    update = 0
+    if asked.first and not asked.optimizer_in_backward:
+        update = held + (sum(work) if together else max(work, default=0))
+    if visiting is not None and asked.zeroth:
+        update = max(update, held + min(in_turn._PIECE, visiting.largest))
     return MemoryEstimate(
-        method=_said(method, weights, settings, gradient_checkpointing, fo_optimizer),
-        weights=_stored(made, lambda p: id(p) not in own),
+        method=str(asked),
+        weights=_bytes(
+            t
+            for t in (*made.parameters(), *made.buffers())
+            if id(t) not in own and not (visiting and visiting.holds(t))
+        ),
         adapter=sum(sizes[p] for p in training.values() if id(p) in own),
         optimizer_state=sum(m.state for m in memory.values()),
-        gradients=max(sizes.values(), default=0) if optimizer_in_backward else held,
-        activations=passed.kept if passed else 0,
+        gradients=(max if asked.optimizer_in_backward else sum)([0, *sizes.values()]),
+        activations=passed.kept,
         logits=closure.logits,
-        copies=max(0, streamed - evaluation) if zeroth else 0,
-        forward_and_backward=passed.most if passed else 0,
-        evaluation=held + streamed if zeroth else 0,
-        update=0
-        if optimizer_in_backward or not first
-        else held + (sum(work) if together else max(work, default=0)),
-        verification=held + answers.verifying(rehearsal) if zeroth else 0,
-    )
-
-
-def _settings(**options: Any) -> Settings:
-    """
-    Raises:
-        TypeError, ValueError: as HybridZOFO does.
-    """
-    return Settings(
-        num_samples=1,
-        distribution="gaussian",
-        rounding="stochastic",
-        zo_rule="sgd",
-        nonfinite="raise" if options["optimizer_in_backward"] else "skip",
-        backend="auto",
-        capturable=False,
-        noise_version=NOISE_VERSION,
-        **options,
+        copies=max(0, streamed - evaluation),
+        forward_and_backward=most,
+        evaluation=held + streamed if asked.zeroth else 0,
+        update=update,
+        verification=verification,
+        visiting=visiting.most if visiting else 0,
+        on_disk=visiting.nbytes if visiting else 0,
     )
 
 
@@ -205,28 +205,8 @@ def _all_at_once(factory: Any, options: Mapping[str, Any]) -> bool:
     return asked and "foreach" in inspect.signature(factory).parameters
 
 
-def _lora() -> Any:
-    import peft
-
-    return peft.LoraConfig()
-
-
-def _stored(model: nn.Module, counted: Callable[[Tensor], bool]) -> int:
-    tensors = [p for p in (*model.parameters(), *model.buffers()) if counted(p)]
-    storages = {id(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each counted once."""
+    plain = [inner for tensor in tensors for inner in plain_tensors(tensor)]
+    storages = {id(s): s.nbytes() for s in (t.untyped_storage() for t in plain)}
     return sum(storages.values())
-
-
-def _said(
-    method: str, weights: str | None, settings: Settings, checkpoints: bool, fo_optimizer: Any
-) -> str:
-    parts = [method] if weights is None else [method, weights]
-    if method in ("zo", "hybrid"):
-        low_rank = settings.structure == "low_rank"
-        parts.append(f"low rank {settings.rank}" if low_rank else settings.perturbation)
-        parts += ["one direction an example"] * (settings.directions == "per_example")
-    if method != "zo":
-        parts.append(fo_optimizer if isinstance(fo_optimizer, str) else fo_optimizer.__name__)
-    parts += ["checkpointed"] * checkpoints
-    parts += ["optimizer in backward"] * settings.optimizer_in_backward
-    return ", ".join(parts)

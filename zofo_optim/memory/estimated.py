@@ -40,8 +40,12 @@ class MemoryEstimate:
     update: int
     """A moment: gradients, and what applying them takes."""
     verification: int
-    """A moment of the first step only: evaluations that verify the perturbation, and the
-    gradients held. There is no optimizer state by then."""
+    """A moment of the first step only: its passes, evaluations that verify the perturbation among
+    them, and copies of the model's buffers. There is no optimizer state by then."""
+    visiting: int = 0
+    """Of offloaded weights, the most that is resident at a time; in the moments above."""
+    on_disk: int = 0
+    """Of the file that offloaded weights are in; not in memory."""
 
     @property
     def resident(self) -> int:
@@ -50,12 +54,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """Of every step but the first one's verification."""
+        """Of every step but the first one."""
         return self.resident + max(self.forward_and_backward, self.evaluation, self.update)
 
     @property
     def peak_while_verifying(self) -> int:
-        """Of the first step's verification; 0 where there is none."""
+        """Of the first step, where it verifies a perturbation; 0 where there is none."""
         return self.verification and self.resident - self.optimizer_state + self.verification
 
     @property
@@ -93,6 +97,7 @@ class MemoryEstimate:
             ("gradients", self.gradients),
             ("logits", self.logits),
             ("copies and factors", self.copies),
+            ("offloaded weights resident", self.visiting),
         ]
         peaks = [("peak", self.peak), ("peak of the first step", self.most)]
         lines = [self.method]
@@ -100,8 +105,10 @@ class MemoryEstimate:
             ("always there", always),
             ("the largest of", moments),
             ("parts of these", parts),
+            ("on the disk", [("offloaded weights", self.on_disk)]),
         ):
-            lines += [title, *(_line(f"  {name}", n) for name, n in rows if n)]
+            shown = [_line(f"  {name}", n) for name, n in rows if n]
+            lines += [title, *shown] if shown else []
         lines += [_line(name, n) for name, n in peaks]
         return "\n".join(lines)
 

@@ -9,22 +9,41 @@ from torch import Tensor, nn
 
 from ..groups import split_of
 from ..losses import example_losses, task_of
-from ..settings import Settings
+from ..perturbation.low_rank import Source
+from ..perturbation.verification import _parts
+from ..saved_copies import SavedCopies
 from ..watch import Answer
 from ..zeroth_order import ZerothOrder
+from .asked import Asked
 from .rehearsal import Rehearsal
 from .streamed import RehearsedLowRank, RehearsedStreaming, closed_forms, factor_bytes, sources_of
 
 
 class Closure:
-    """The loss of a batch without data, or the losses of its examples."""
+    """The loss of a batch without data, or the losses of its examples.
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], per_example: bool) -> None:
-        self._model, self._per_example = model, per_example
+    Args:
+        model: on meta.
+        inputs: of its forward, with labels.
+        asked: the settings.
+
+    Raises:
+        ValueError: examples cannot be divided among directions.
+    """
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], asked: Asked) -> None:
+        self._model, self._per_example = model, asked.directions == "per_example"
         self._inputs = dict(inputs)
         self.examples = len(inputs["labels"])
         self.logits = 0
-        if per_example:
+        multiple = asked.settings.examples_of_a_direction
+        if self._per_example and self.examples % multiple:
+            raise ValueError(
+                f"batch must have a multiple of {multiple} rows where "
+                f"estimator={asked.estimator!r} and examples_per_direction="
+                f"{asked.examples_per_direction}, got {self.examples}"
+            )
+        if self._per_example:
             self._labels = self._inputs.pop("labels")
             self._task = task_of(model, self._labels)
 
@@ -45,38 +64,67 @@ class Closure:
 
 
 class Answers:
-    """What answers the torch calls of evaluations at displaced weights."""
+    """What answers the torch calls of evaluations at displaced weights.
 
-    def __init__(self, model: nn.Module, settings: Settings, examples: int, device: str) -> None:
-        rules = ZerothOrder(model, directions=settings.directions, without_data=True)
-        split = split_of(model, lambda _, p: "fo" if p.requires_grad else "zo", rules)
-        self._streams = settings.perturbation == "streamed"
-        self._sources = sources_of(split.zo)
-        self._settings, self._examples = settings, examples
-        self._low_rank = settings.structure == "low_rank"
-        self._reads_rows = device == "cpu"
-        self._parts = sorted(p.numel() * p.element_size() for p in split.zo.values())
+    Args:
+        model: on meta.
+        asked: its settings.
+        examples: of the batch.
+    """
 
-    def steady(self) -> Answer | None:
-        """None in place."""
+    def __init__(self, model: nn.Module, asked: Asked, examples: int) -> None:
+        self._settings, self._examples = asked.settings, examples
+        self._streams = asked.perturbation == "streamed"
+        self._low_rank = asked.structure == "low_rank"
+        self._reads_rows = asked.device == "cpu"
+        self._sources: dict[int, Source] = {}
+        if self._streams:
+            rules = ZerothOrder(
+                model, directions=asked.directions, quantized=asked.choice, without_data=True
+            )
+            split = split_of(model, lambda _, p: "fo" if p.requires_grad else "zo", rules)
+            self._sources = sources_of(split.zo)
+
+    def steady(self, saved: SavedCopies | None = None) -> Answer | None:
+        """None in place.
+
+        Args:
+            saved: keeps copies out of graphs.
+        """
         if not self._streams:
             return None
         forms = None
         if self._low_rank:
             low_rank = RehearsedLowRank(list(self._sources.values()))
             forms = closed_forms(self._sources, low_rank, self._settings, self._examples)
-        return RehearsedStreaming(self._sources, forms, reads_rows=self._reads_rows)
+        return self._streaming(forms=forms, saved=saved)
 
-    def verifying(self, rehearsal: Rehearsal) -> int:
+    def verifying(self, rehearsal: Rehearsal, offloaded: bool) -> int:
         """The most beside what is always there: copies, and the content of the largest weight.
 
-        Factors of low rank are there meanwhile.
+        Factors of low rank are there meanwhile. Offloaded weights that were displaced, or put
+        back, are resident until their modules are evaluated.
         """
-        if not self._streams:
+        if not self._streams or not self._sources:
             return rehearsal.evaluation()
-        copies = RehearsedStreaming(self._sources, None, reads_rows=self._reads_rows)
-        kept = self._parts[-1] if self._parts else 0
         factors = 0
         if self._low_rank:
             factors = factor_bytes(self._sources, self._settings, self._examples)
-        return kept + rehearsal.evaluation(copies) + factors
+        parts = [[s.parameter for s in part] for part in _parts([*self._sources.values()])]
+        sizes = [sum(map(_bytes, part)) for part in parts]
+        last = max(range(len(parts)), key=lambda k: (sizes[k], k))
+        if not offloaded:
+            return max(sizes) + rehearsal.evaluation(self._streaming()) + factors
+        resident = [*(parts[last - 1] if last else ()), *parts[last]]
+        moved = max(map(_bytes, parts[last]))  # what it is displaced by is made first
+        displacing = sizes[last] + moved + sum(map(_bytes, resident))
+        copies = self._streaming(displaced=[id(p) for p in parts[last]])
+        evaluated = sizes[last] + rehearsal.evaluation(copies, resident)
+        return max(displacing, evaluated) + factors
+
+    def _streaming(self, **more: Any) -> RehearsedStreaming:
+        return RehearsedStreaming(self._sources, reads_rows=self._reads_rows, **more)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

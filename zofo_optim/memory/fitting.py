@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .asked import USED_BY, is_quantized
 from .estimate import estimate_memory
 from .estimated import MemoryEstimate, bytes_of
-from .made import QUANTIZED
 
 _LOW_RANK = dict(perturbation="streamed", structure="low_rank")
 _CHECKPOINTED = dict(gradient_checkpointing=True, fo_optimizer="adamw")
+_OFFLOADED = dict(_LOW_RANK, offloaded=True)
+_PER_EXAMPLE = dict(directions="per_example")
 COMMON: dict[str, tuple[str, dict[str, Any]]] = {
     "zo, in place": ("zo", {}),
     "zo, streamed": ("zo", dict(perturbation="streamed")),
-    "zo, low rank, per example": ("zo", dict(_LOW_RANK, directions="per_example")),
+    "zo, low rank, per example": ("zo", _LOW_RANK | _PER_EXAMPLE),
     "hybrid": ("hybrid", {}),
     "hybrid, checkpointed": ("hybrid", dict(gradient_checkpointing=True)),
     "LoRA, AdamW": ("lora", dict(fo_optimizer="adamw")),
@@ -25,6 +27,13 @@ COMMON: dict[str, tuple[str, dict[str, Any]]] = {
         dict(gradient_checkpointing=True, optimizer_in_backward=True),
     ),
     "full, AdamW, checkpointed": ("fo", _CHECKPOINTED),
+    "zo, streamed, offloaded": ("zo", dict(perturbation="streamed", offloaded=True)),
+    "zo, low rank, per example, offloaded": ("zo", _OFFLOADED | _PER_EXAMPLE),
+    "hybrid, low rank, offloaded": ("hybrid", _OFFLOADED),
+    "hybrid, low rank, checkpointed, offloaded": (
+        "hybrid",
+        dict(_OFFLOADED, gradient_checkpointing=True),
+    ),
 }
 """Methods by name, with options of :func:`estimate_memory`."""
 
@@ -44,9 +53,9 @@ class Fits:
         return tuple(n for n, e in self.estimates.items() if e.most <= self.memory)
 
     def __str__(self) -> str:
-        lines = [f"{'method':38}{'peak':>10}  fits in {self.memory / 1e9:.3g} GB"]
+        lines = [f"{'method':44}{'peak':>10}  fits in {self.memory / 1e9:.3g} GB"]
         for name, found in self.estimates.items():
-            lines.append(f"{name:38}{found.most / 1e9:7.2f} GB  {_said(found.most, self.memory)}")
+            lines.append(f"{name:44}{found.most / 1e9:7.2f} GB  {_said(found.most, self.memory)}")
         return "\n".join(lines)
 
 
@@ -55,15 +64,17 @@ def _said(size: int, memory: int) -> str:
 
 
 def which_fits(
-    model: Any, batch: Any, memory: int | str, *, weights: str | None = None, **options: Any
+    model: Any, batch: Any, memory: int | str, *, weights: Any = None, **options: Any
 ) -> Fits:
     """The common methods, and which of them fit.
 
     Args:
         model, batch, weights: of :func:`estimate_memory`. Where weights are quantised, methods
-            that need others are left out.
+            that need others are left out; so are those of offloaded weights unless ``device`` is
+            "cpu".
         memory: bytes, or a string such as "24GB".
-        options: further ones of :func:`estimate_memory`, such as ``device``.
+        options: further ones of :func:`estimate_memory`, such as ``device``, for the methods that
+            have a use for them.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used, such as an option that tells the
@@ -76,9 +87,15 @@ def which_fits(
             f"options must not be those that tell the methods apart, got {', '.join(told)}: call "
             "estimate_memory for a method of your own"
         )
-    found = {
-        name: estimate_memory(model, method, batch, weights=weights, **{**options, **own})
-        for name, (method, own) in COMMON.items()
-        if weights not in QUANTIZED or (method != "fo" and "perturbation" not in own)
-    }
+    left_out = ("fo", "streamed") if is_quantized(weights) else ()
+    on_cpu = options.get("device") == "cpu"
+    found = {}
+    for name, (method, own_options) in COMMON.items():
+        if {method, own_options.get("perturbation")}.intersection(left_out):
+            continue
+        if own_options.get("offloaded") and not on_cpu:
+            continue
+        given = {n: v for n, v in options.items() if method in USED_BY.get(n, (method,))}
+        settings = {**given, **own_options}
+        found[name] = estimate_memory(model, method, batch, weights=weights, **settings)
     return Fits(room, found)

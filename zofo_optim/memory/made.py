@@ -16,18 +16,49 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from ..names import within_peft
 from ..offload.in_turn import is_offloaded
-from .quantized import quantize, unquantized
+from ..quantized.scales import prepare
+from . import quantized, torchao_weights
+from .asked import DTYPES, Asked
+from .beside import add_side_updates
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZED = ("int8", "int4")
-FORMATS = (*DTYPES, *QUANTIZED)
+_QUANTIZED_IN = torch.bfloat16
 
 
-def without_data(model: Any) -> nn.Module:
+def made_for(model: Any, asked: Asked) -> nn.Module:
+    """The model that is rehearsed; what trains in it by gradients requires them.
+
+    Args:
+        model: of :func:`estimate_memory`.
+        asked: its settings.
+
+    Raises:
+        TypeError, ValueError: see there.
+    """
+    made = _with_adapter(without_data(model, asked.offloaded), asked)
+    if asked.method in ("zo", "fo"):
+        made.requires_grad_(asked.method == "fo")
+    if asked.choice == "scales":
+        prepare(made)
+    if asked.of_side_updates:
+        add_side_updates(made, asked.of_side_updates, promotes=asked.device == "cpu")
+    if asked.first and not any(p.requires_grad for p in made.parameters()):
+        raise ValueError(
+            f"model must have parameters that train for method={asked.method!r}, got none: give "
+            "adapter="
+        )
+    return made
+
+
+def without_data(model: Any, offloaded: bool = False) -> nn.Module:
     """The model, or that of a transformers config, on the meta device and without memory.
+
+    Args:
+        model: see :func:`estimate_memory`.
+        offloaded: whether its weights may be in a file.
 
     Raises:
         TypeError: it is neither, or has weights that hold others in place of data.
+        ValueError: its weights are offloaded, and may not be.
     """
     if isinstance(model, nn.Module):
         for name, p in model.named_parameters():
@@ -35,12 +66,11 @@ def without_data(model: Any) -> nn.Module:
             if packed or hasattr(p, "quant_state"):
                 raise TypeError(
                     "model must have plain weights, got quantised or sharded ones, such as "
-                    f"{name!r}: give its config, and weights='int8' or 'int4'"
+                    f"{name!r}: give its config, and its format by weights="
                 )
-            if is_offloaded(p):
-                raise TypeError(
-                    f"model must have its weights in memory, got {name!r} offloaded, of which no "
-                    "estimate is made"
+            if is_offloaded(p) and not offloaded:
+                raise ValueError(
+                    f"offloaded must be True where weights are, as {name!r} is, got False"
                 )
         return _copied(model)
     try:
@@ -78,29 +108,58 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def in_format(
-    model: nn.Module, weights: str | None, dtype: torch.dtype, adapter: Any, **how: bool
-) -> nn.Module:
-    """The model on meta with its weights so stored, and with an adapter.
+def _with_adapter(model: nn.Module, asked: Asked) -> nn.Module:
+    """The model on meta with its weights as asked for, and with an adapter.
 
-    Args:
-        model: on the meta device; it is changed.
-        weights: one of ``FORMATS``, or None: as they are.
-        dtype: what quantised models compute in.
-        adapter: a configuration of peft's, or None.
-        how: of :func:`quantize`.
+    torchao's weights are there before the adapter, which knows them; the stand-ins of
+    bitsandbytes' are not known to it, and come after.
     """
+    weights = asked.weights
     if weights is not None:
-        model.to(DTYPES.get(weights, dtype))
-    made, kept = model, unquantized(model) if weights in QUANTIZED else []
-    if adapter is not None:
-        import peft
-
-        with torch.device("meta"), _quiet():
-            made = peft.get_peft_model(model, copy.deepcopy(adapter))
-    if weights in QUANTIZED:
-        quantize(within_peft(made) if adapter is not None else made, kept, weights or "", **how)
+        model.to(_dtype_of(asked))
+    kept = quantized.unquantized(within_peft(model)) if asked.is_quantized else []
+    of_torchao = asked.is_quantized and not isinstance(weights, str)
+    if of_torchao:
+        torchao_weights.quantize(within_peft(model), kept, weights)
+    made = _adapted(model, asked)
+    if asked.is_quantized and not of_torchao:
+        quantized.quantize(
+            within_peft(made),
+            kept,
+            weights,
+            double_quant=asked.double_quant and asked.choice != "scales",
+            fused=asked.device == "cuda",
+        )
     return made
+
+
+def _adapted(model: nn.Module, asked: Asked) -> nn.Module:
+    """
+    Raises:
+        TypeError, ValueError: ``adapter`` is none, or the model has one already.
+        ImportError: peft is not installed.
+    """
+    adapter, has_one = asked.adapter, within_peft(model) is not model
+    if asked.method not in ("hybrid", "lora") or adapter is None:
+        return model
+    if adapter == "default" and has_one:
+        return model
+    if has_one:
+        raise ValueError(
+            f"adapter must be left alone where the model has one already, got {adapter!r}"
+        )
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapter needs peft: pip install peft") from error
+    if adapter in ("default", "lora"):
+        adapter = peft.LoraConfig()
+    if not isinstance(adapter, peft.PeftConfig):
+        raise TypeError(
+            f"adapter must be 'lora', a configuration of peft's or None, got {adapter!r}"
+        )
+    with torch.device("meta"), _quiet():
+        return peft.get_peft_model(model, copy.deepcopy(adapter))  # type: ignore[no-any-return, arg-type]
 
 
 @contextlib.contextmanager
@@ -139,3 +198,8 @@ def inputs_of(model: nn.Module, batch: Any) -> dict[str, Any]:
     of_rows = name.endswith("ForSequenceClassification")
     labels = torch.zeros(rows, dtype=torch.long, device="meta") if of_rows else ids
     return dict(input_ids=ids, labels=labels)
+
+
+def _dtype_of(asked: Asked) -> torch.dtype:
+    """That the model computes in, where ``weights`` says something."""
+    return (asked.dtype or _QUANTIZED_IN) if asked.is_quantized else DTYPES[asked.weights]

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters import adapter_parameters
+
 BLOCK, NESTED = 64, 256
 
 
@@ -47,7 +49,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         size = stored_bytes(self.out_features, self.in_features, weights, double_quant)
-        self.register_buffer("packed", torch.empty(size, dtype=torch.uint8, device="meta"))
+        packed = torch.empty(size, dtype=torch.uint8, device="meta")
+        self.packed = nn.Parameter(packed, requires_grad=False)
         self.bias = layer.bias
         self.int8, self.fused = weights == "int8", fused and weights == "int8"
 
@@ -89,7 +92,7 @@ def unquantized(model: nn.Module) -> list[str]:
 
 
 def quantize(
-    model: nn.Module, kept: Collection[str], weights: str, double_quant: bool, fused: bool
+    model: nn.Module, kept: Collection[str], weights: str, *, double_quant: bool, fused: bool
 ) -> None:
     """Replace linear layers, but those of these names, and an adapter's.
 
@@ -98,9 +101,19 @@ def quantize(
         kept: names within the base model.
         weights, double_quant, fused: see :class:`QuantizedLinear`.
     """
-    for name, module in list(model.named_modules()):
-        named = any(name == key or name.endswith(f".{key}") for key in kept)
-        if type(module) is nn.Linear and not named and "lora_" not in name:
-            parent, _, last = name.rpartition(".")
-            new = QuantizedLinear(module, weights, double_quant, fused)
-            setattr(model.get_submodule(parent), last, new)
+    for name, module in linear_of_base(model, kept).items():
+        parent, _, last = name.rpartition(".")
+        new = QuantizedLinear(module, weights, double_quant, fused)
+        setattr(model.get_submodule(parent), last, new)
+
+
+def linear_of_base(model: nn.Module, kept: Collection[str]) -> dict[str, nn.Linear]:
+    """Linear layers by name, but those that are named so, or end with that, and an adapter's."""
+    of_adapters = {id(p) for p in adapter_parameters(model)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and id(module.weight) not in of_adapters
+        and not any(name == key or name.endswith(f".{key}") for key in kept)
+    }

@@ -7,8 +7,8 @@ missing. So what lives when is not modelled but seen.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,9 @@ from zofo_kernels._torch_compat import backward_within
 from ..costs.memory import LiveBytes
 from ..costs.watched import attention
 from ..names import within_peft
+from ..saved_copies import SavedCopies
 from ..watch import Answer
+from .offloaded import Visiting
 
 
 class Backward(NamedTuple):
@@ -31,6 +33,8 @@ class Backward(NamedTuple):
     """Activations alive between the two, the loss among them."""
     most: int
     """At one moment of both, gradients that there are by then among them."""
+    left: int
+    """As long as the loss is held: gradients, and leaves of its graph with theirs."""
 
 
 class _Answered(TorchFunctionMode):
@@ -63,42 +67,69 @@ class Rehearsal:
 
     Args:
         closure: evaluates the loss, of tensors on meta.
+        training: parameters that get gradients.
         fused: whether attention with dropout is fused, as on a GPU.
+        visiting: the weights that are offloaded; None: all are in memory.
     """
 
-    def __init__(self, closure: Callable[[], Tensor], fused: bool) -> None:
-        self._closure, self._fused = closure, fused
+    def __init__(
+        self,
+        closure: Callable[[], Tensor],
+        training: Collection[Tensor],
+        fused: bool,
+        visiting: Visiting | None = None,
+    ) -> None:
+        self._closure, self._training, self._fused = closure, training, fused
+        self._visiting = visiting
 
-    def evaluation(self, answer: Answer | None = None) -> int:
+    def evaluation(self, answer: Answer | None = None, written: Collection[Tensor] = ()) -> int:
         """The most bytes alive in an evaluation without gradients.
 
         Args:
             answer: makes the results of torch calls; None: torch does.
+            written: offloaded weights that were written to before, and so are resident.
         """
-        with LiveBytes() as watch, torch.no_grad(), self._run(answer):
+        with self._watched(written) as watch, torch.no_grad(), self._run(answer):
             self._closure()
         return int(watch.most)
 
-    def backward(self, applied: Mapping[Tensor, int] | None = None) -> Backward:
+    def backward(
+        self,
+        applied: Mapping[Tensor, int] | None = None,
+        answer: Answer | None = None,
+        saved: SavedCopies | None = None,
+    ) -> Backward:
         """An evaluation with gradients of what requires them.
 
         Args:
             applied: gradients are freed as soon as they are whole; the bytes that applying one
                 takes meanwhile, by its parameter. None: they are kept, and freed here.
+            answer: makes the results of torch calls; None: torch does.
+            saved: keeps the answer's copies out of the graph.
         """
         hooks = [
             p.register_post_accumulate_grad_hook(_freeing(size))  # type: ignore[no-untyped-call]
             for p, size in (applied or {}).items()
         ]
         try:
-            with LiveBytes() as watch, torch.enable_grad(), self._run(None):
+            with (
+                self._watched() as watch,
+                torch.enable_grad(),
+                nullcontext() if saved is None else saved.unkept(),
+                self._run(answer),
+            ):
                 loss = self._closure()
                 kept = watch.now
                 loss.backward()  # type: ignore[no-untyped-call]
+            return Backward(kept, watch.most, watch.now)
         finally:
             for hook in hooks:
                 hook.remove()
-        return Backward(kept, watch.most)
+            for p in self._training:
+                p.grad = None
+
+    def _watched(self, written: Collection[Tensor] = ()) -> LiveBytes:
+        return LiveBytes() if self._visiting is None else self._visiting.watch(written)
 
     @contextmanager
     def _run(self, answer: Answer | None) -> Generator[None, None, None]:

@@ -14,6 +14,7 @@ from ..costs.memory import LiveBytes
 from ..perturbation.closed_forms import ClosedForms
 from ..perturbation.low_rank import Displacement, LowRank, Source
 from ..perturbation.streaming import _ROW_COST, Streaming
+from ..saved_copies import SavedCopies
 from ..settings import Settings
 
 
@@ -21,14 +22,21 @@ class RehearsedStreaming(Streaming):
     """Copies of the size of the perturbed ones.
 
     Args:
-        sources, forms: see :class:`Streaming`.
+        sources, displaced, forms, saved: see :class:`Streaming`.
         reads_rows: of an embedding, where they are few: as on the CPU, whose host can read them.
     """
 
     def __init__(
-        self, sources: Mapping[int, Source], forms: ClosedForms | None, *, reads_rows: bool
+        self,
+        sources: Mapping[int, Source],
+        *,
+        reads_rows: bool,
+        displaced: Collection[int] = (),
+        forms: ClosedForms | None = None,
+        saved: SavedCopies | None = None,
     ) -> None:
-        super().__init__(sources, [Shift(Direction(0, 0, 0), 1.0)], "reference", (), forms)
+        shifts = [Shift(Direction(0, 0, 0), 1.0)]
+        super().__init__(sources, shifts, "reference", displaced, forms, saved)
         self._reads_rows = reads_rows
 
     def _perturbed(
@@ -39,7 +47,15 @@ class RehearsedStreaming(Streaming):
 
     def _few_rows(self, rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> bool:
         few = rows.numel() * (weight.shape[1] + _ROW_COST) < weight.numel()
-        return few and self._reads_rows and id(weight) in self._sources
+        where = id(weight)
+        return few and self._reads_rows and where in self._sources and where not in self._displaced
+
+
+class RehearsedCopies(SavedCopies):
+    """Knows copies by their storages, as none has an address on the meta device."""
+
+    def _place(self, storage: torch.UntypedStorage) -> int:
+        return id(storage)
 
 
 class RehearsedLowRank(LowRank):
