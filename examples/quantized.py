@@ -42,7 +42,7 @@ def base_model():
     )
     torch.manual_seed(0)  # of the new classifier
     return AutoModelForSequenceClassification.from_pretrained(
-        args.model, num_labels=2, quantization_config=config, device_map="cpu"
+        args.model, num_labels=2, dtype=torch.float32, quantization_config=config, device_map="cpu"
     ).requires_grad_(False)
 
 

@@ -140,6 +140,17 @@ def modes():
     assert after == before
 
 
+@pytest.fixture(autouse=True)
+def precision():
+    """A test leaves no precision behind: transformers 4 keeps a Trainer's in the environment."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    yield
+    os.environ.pop(name, None)
+    if before is not None:
+        os.environ[name] = before
+
+
 @pytest.fixture
 def threads():
     """``torch.set_num_threads``, undone after the test."""

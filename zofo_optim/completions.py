@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -163,7 +163,9 @@ class Writer:
         """The tokens of each row's completion, the one that ends it included."""
         batch = self.batch(rows, device)
         stops = {"tokenizer": self._tokenizer} if self.config.stop_strings else {}
-        made = model.generate(**batch, generation_config=self.config, **stops)
+        made = model.generate(
+            **batch, generation_config=self.config, **stops, **_no_other_settings(model)
+        )
         start = 1 if self._encoder else batch["input_ids"].shape[1]
         return [self._until_the_end(row) for row in made[:, start:].tolist()]
 
@@ -194,6 +196,7 @@ class Writer:
             **self.batch(rows, device),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Always(token)]),
+            **_no_other_settings(model),
         )
         wide = [torch.promote_types(logits.dtype, torch.float32) for logits in made.logits]
         found = [
@@ -240,6 +243,12 @@ class Writer:
 def _takes(model: Any) -> set[str]:
     """Names of what the model's forward takes; a peft model's is that within."""
     return set(inspect.signature(within_peft(model).forward).parameters)
+
+
+def _no_other_settings(model: Any) -> dict[str, bool]:
+    """For ``generate``: transformers 4 prefers the model's own to a given one's defaults."""
+    name, generate = "use_model_defaults", cast(Any, within_peft(model)).generate
+    return {name: False} if name in inspect.signature(generate).parameters else {}
 
 
 def _generation_config(model: Any, tokenizer: Any, args: ScoreConfig) -> GenerationConfig:

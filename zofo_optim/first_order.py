@@ -157,16 +157,18 @@ class FirstOrder:
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
             if self._inner is None:
                 self._inner = self._factory([group], **self.options)
+                made: Mapping[Tensor, Any] = self._inner.state
             else:
                 self._inner.add_param_group(group)
-        self._share(self._inner, state)
+                made = self._made_at_once([dict(group)])
+        for parameter, first in made.items():
+            state.setdefault(parameter, first)
+        self._inner.state = state  # type: ignore[assignment]
 
-    @staticmethod
-    def _share(inner: Optimizer, state: dict[Tensor, Any]) -> None:
-        if inner.state is not state:
-            for parameter, made in inner.state.items():  # Adagrad fills it at once
-                state.setdefault(parameter, made)
-            inner.state = state  # type: ignore[assignment]
+    def _made_at_once(self, groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
+        """State that the class makes when it is constructed: Adagrad's, in older torch."""
+        fills = bool(_trial(self._factory, self.options).state)
+        return dict(self._factory(groups, **self.options).state) if fills else {}
 
     def parameters(self) -> list[Tensor]:
         """Of all its groups."""

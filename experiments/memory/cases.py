@@ -154,7 +154,9 @@ def loaded(config: Any, weights: str, device: torch.device, folder: str | None =
         if weights == "int4":
             bits |= dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         how = transformers.BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
-        made = kind.from_pretrained(folder, quantization_config=how, dtype=dtype)
+        return kind.from_pretrained(  # type: ignore[no-any-return]
+            folder, quantization_config=how, dtype=dtype, device_map={"": device}
+        )
     return made.to(device)
 
 
@@ -202,7 +204,8 @@ def with_adapter(model: Any, method: str, options: dict[str, Any]) -> Any:
     else:
         model.requires_grad_(method == "fo")
     if options.get("gradient_checkpointing"):
-        within_peft(model).gradient_checkpointing_enable()  # type: ignore[operator]
+        base: Any = within_peft(model)
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # transformers 4 has it True
     return model.train()
 
 

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import TreeSpec as TreeSpec
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -39,6 +40,19 @@ GROUPED_PRODUCT: Any = getattr(torch.ops.aten, "_grouped_mm", None)
 """Products of several matrices at once, as of experts; None where torch has no such operation."""
 
 
+@functools.cache
+def cpu_attention_takes_groups() -> bool:
+    """Whether fused attention on the CPU takes fewer heads of keys than of queries.
+
+    Older torch takes such attention apart.
+    """
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with without_torch_functions(), _disable_current_modes(), sdpa_kernel(kernels):  # type: ignore[no-untyped-call]
+        query, key = (torch.empty(1, heads, 1, 8, device="cpu") for heads in (2, 1))
+        choice = torch._fused_sdp_choice(query, key, key, enable_gqa=True)
+    return bool(choice == SDPBackend.FLASH_ATTENTION.value)
+
+
 def in_functorch() -> bool:
     """Whether a functorch transform (``torch.func.grad``, ``vmap``) is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -55,37 +69,47 @@ def without_functorch() -> AbstractContextManager[Any]:
 _SHOWN_BY_TORCH = torch.__version__ >= "2.11"  # a comparison costs more than the question may
 
 
-class _SparedParametrizing:
-    """How torch sets an original to what its parametrization stores, but not one to itself."""
+class _Replaced:
+    """A function of a module is another one while blocks last, which may be of several threads.
 
-    def __init__(self) -> None:
+    Args:
+        owner, name: where it is; a torch that has no such function is left as it is.
+        wrap: makes the other one of it.
+    """
+
+    def __init__(self, owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+        self._owner, self._name, self._wrap = owner, name, wrap
         self._lock, self._blocks = threading.Lock(), 0
-        self._maybe_set: Callable[[Tensor, Tensor], None] | None = None
+        self._original: Any = None
 
     @contextmanager
     def block(self) -> Generator[None, None, None]:
-        if not hasattr(parametrize, "_maybe_set"):  # a torch that does it in another way
+        if not hasattr(self._owner, self._name):
             yield
             return
         with self._lock:
             self._blocks += 1
             if self._blocks == 1:
-                self._maybe_set = parametrize._maybe_set
-                parametrize._maybe_set = self._set  # type: ignore[assignment]
+                self._original = getattr(self._owner, self._name)
+                setattr(self._owner, self._name, self._wrap(self._original))
         try:
             yield
         finally:
             with self._lock:
                 self._blocks -= 1
                 if not self._blocks:
-                    parametrize._maybe_set = self._maybe_set  # type: ignore[assignment]
-
-    def _set(self, dest: Tensor, src: Tensor) -> None:
-        if dest is not src and self._maybe_set is not None:
-            self._maybe_set(dest, src)
+                    setattr(self._owner, self._name, self._original)
 
 
-_spared_parametrizing = _SparedParametrizing()
+def _sparing(maybe_set: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
+    def spare(dest: Tensor, src: Tensor) -> None:
+        if dest is not src:
+            maybe_set(dest, src)
+
+    return spare
+
+
+_spared_parametrizing = _Replaced(parametrize, "_maybe_set", _sparing)
 
 
 def unwritten_by_parametrizing() -> AbstractContextManager[None]:
@@ -95,6 +119,27 @@ def unwritten_by_parametrizing() -> AbstractContextManager[None]:
     makes one in each forward of an adapter of bare parameters, such as those of experts.
     """
     return _spared_parametrizing.block()
+
+
+def _off_on_meta(autocast: Any) -> Callable[..., Any]:
+    @functools.wraps(autocast, updated=())
+    def made(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        if device_type == "meta" and kwargs.get("enabled") is False:
+            return nullcontext()
+        return autocast(device_type, *args, **kwargs)
+
+    return made
+
+
+_autocast_off_on_meta = _Replaced(torch, "autocast", _off_on_meta)
+
+
+def autocast_off_on_meta() -> AbstractContextManager[None]:
+    """In the block, ``torch.autocast("meta", enabled=False)`` does nothing; else torch raises.
+
+    Models of transformers 4 turn autocast off around rotary positions, on whichever device.
+    """
+    return _autocast_off_on_meta.block()
 
 
 def without_torch_functions() -> AbstractContextManager[Any]:
@@ -278,17 +323,52 @@ def sequence_number(node: Any) -> int:
     return int(node._sequence_nr())
 
 
-def saving_hook() -> Any:
-    """What packs the tensors that autograd saves now; None where nobody asked to.
+class _SavingHooks(threading.local):
+    """What this thread has pushed since :func:`know_saving_hooks`, the innermost last."""
 
-    Raises:
-        RuntimeError: this torch cannot tell.
+    def __init__(self) -> None:
+        self.pushed: list[Any] = []
+
+
+_SAVING = _SavingHooks()
+
+
+def know_saving_hooks() -> None:
+    """:func:`saving_hook` knows of hooks that are set from now on.
+
+    Newer torch tells by itself. Older torch has no such question: there, the two functions that set
+    hooks and take them back are replaced by ones that keep count.
+    """
+    autograd: Any = torch._C._autograd
+    push, pop = (
+        autograd._push_saved_tensors_default_hooks,
+        autograd._pop_saved_tensors_default_hooks,
+    )
+    if hasattr(autograd, "_top_saved_tensors_default_hooks") or hasattr(push, "counted"):
+        return
+
+    @functools.wraps(push)
+    def pushed(pack: Any, unpack: Any) -> None:
+        push(pack, unpack)
+        _SAVING.pushed.append(pack)
+
+    @functools.wraps(pop)
+    def popped() -> None:
+        pop()
+        del _SAVING.pushed[-1:]  # none: it was pushed before
+
+    pushed.counted = True  # type: ignore[attr-defined]
+    autograd._push_saved_tensors_default_hooks = pushed
+    autograd._pop_saved_tensors_default_hooks = popped
+
+
+def saving_hook() -> Any:
+    """What packs the tensors that autograd saves now, of what was set in this thread.
+
+    None where nobody asked to. Call :func:`know_saving_hooks` before hooks are set.
     """
     if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
-        raise RuntimeError(
-            f"counting costs needs a later torch than {torch.__version__}, which cannot tell "
-            "whether other hooks save tensors; 2.13 is known to"
-        )
+        return _SAVING.pushed[-1] if _SAVING.pushed else None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 

@@ -16,6 +16,8 @@ NAMES = ["convolutions", "llama", "opt", "gpt2", "bert", "t5", "vit", "lora"]
 def test_costs_are_equal(name):
     if name == "lora":
         pytest.importorskip("peft")
+    if name in ("opt", "bert"):
+        pytest.importorskip("transformers", "5", reason="transformers 4 reads the mask's values")
     here = costs_of(*made(name))
     there = costs_of(*made(name, "meta"))
     names = [t.name for t in here.tensors]
@@ -45,7 +47,8 @@ def test_a_large_model_takes_seconds():
     names = [t.name for t in costs.tensors]
     tokens, layer = 4 * 512, 4 * 4096**2 + 3 * 4096 * 11_008
     weights, attention = 2 * layer + 32_000 * 4096, 2 * 2 * 4 * 512 * 512 * 4096
-    assert costs.forward_flops == 2 * tokens * weights + 2 * attention
+    angles = 2 * 64 * 512  # of rotary positions: a product in transformers 4
+    assert costs.forward_flops - (2 * tokens * weights + 2 * attention) in (0, angles)
     # a weight's gradient each, the error through all but the lowest layer's q, k and v, which
     # the embedding is below; fused attention computes its scores again
     backward = 2 * 2 * tokens * weights + 2 * attention * 5 // 2

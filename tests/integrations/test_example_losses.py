@@ -174,6 +174,7 @@ def test_number_of_items(name, as_tensor):
 
 @pytest.mark.parametrize("name", ["bert masked", "bert tokens", "t5", "bart", "bert classes"])
 def test_number_of_items_where_the_model_has_no_use_for_it(name):
+    pytest.importorskip("transformers", "5", reason="models of transformers 4 refuse it")
     model, batch = made(name)
     number = int((batch["labels"] != -100).sum())
     with torch.no_grad():
@@ -197,6 +198,8 @@ def test_fp64(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bf16(name):
+    if name.startswith("bert regression"):
+        pytest.importorskip("transformers", "5", reason="its own loss has no backward")
     model, batch = made(name, torch.bfloat16)
     assert_is_own_loss(model, batch, lambda: example_losses_of(model, batch), 0.02)
     assert example_losses_of(model, batch).dtype == torch.float32

@@ -132,7 +132,7 @@ def test_each_row_decodes_as_it_would_alone(make, way, each):
         alone()
         assert until_the_end(made) == until_the_end(alone.seen[0][0])
         changed += until_the_end(made) != until_the_end(at_rest.seen[0][row])
-    assert changed >= 3
+    assert changed >= 2
     if make is llama and way != "beams":  # some end early
         assert len({len(until_the_end(row)) for row in tokens}) > 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_bits
+from conftest import needs_transformers_5, same_bits
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 # ---- what a step is -------------------------------------------------------------------------
 
 
+@needs_transformers_5
 def test_a_score_rises(tmp_path):
     """Of a real model: how many of its words begin with an s."""
     folder = Path(os.environ.get("ZOFO_DATA") or pytest.skip("ZOFO_DATA is not set"))

@@ -2,11 +2,17 @@
 
 import threading
 
+import pytest
 import torch
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from zofo_kernels._torch_compat import show_backward_to_modes
+from zofo_kernels._torch_compat import (
+    autocast_off_on_meta,
+    know_saving_hooks,
+    saving_hook,
+    show_backward_to_modes,
+)
 
 
 class Calls(TorchFunctionMode):
@@ -58,3 +64,31 @@ def test_other_threads_and_callers_without_modes():
     assert p.grad.tolist() == [2.0, 4.0]
     torch.autograd.backward((second,), inputs=[p])
     assert p.grad.tolist() == [5.0, 7.0]
+
+
+def test_the_innermost_hook_that_saves_is_known():
+    know_saving_hooks()
+    push = torch._C._autograd._push_saved_tensors_default_hooks
+    know_saving_hooks()
+    assert torch._C._autograd._push_saved_tensors_default_hooks is push
+    packs = [lambda tensor: tensor, lambda tensor: tensor]
+    hooks = [torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept) for pack in packs]
+    assert saving_hook() is None
+    with hooks[0]:
+        assert saving_hook() is packs[0]
+        with hooks[1]:
+            assert saving_hook() is packs[1]
+        assert saving_hook() is packs[0]
+    assert saving_hook() is None
+
+
+def test_autocast_is_off_on_meta_in_the_block_alone():
+    original = torch.autocast
+    with autocast_off_on_meta(), autocast_off_on_meta():
+        with torch.autocast("meta", enabled=False):
+            pass
+        with pytest.raises(RuntimeError), torch.autocast("meta", enabled=True):
+            pass
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+    assert torch.autocast is original

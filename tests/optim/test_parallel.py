@@ -5,6 +5,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from launch import let_cpu_shard
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,6 +55,7 @@ def test_one_process_is_served():
 def test_weights_sharded_over_one_process():
     from torch.distributed.fsdp import fully_shard
 
+    let_cpu_shard()
     x = torch.ones(2, 4)
     plain, sharded = network(), network()
     fully_shard(sharded)

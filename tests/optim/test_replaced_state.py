@@ -152,11 +152,17 @@ def assert_same(ours, theirs):
 )
 @pytest.mark.parametrize("replace", IDIOMS)
 def test_as_torch_s_own(replace, cls, options, used):
-    ours, theirs = Job(cls, True, **options), Job(cls, False, **options)
-    for job in (ours, theirs):
+    def run(job):
         job.step(3 * used)
         replace(job)
         job.step(2)
+
+    ours, theirs = Job(cls, True, **options), Job(cls, False, **options)
+    try:
+        run(theirs)
+    except KeyError:  # Adagrad of older torch makes its state in the constructor alone
+        pytest.skip(f"torch's own {cls.__name__} does not take this")
+    run(ours)
     assert_same(ours, theirs)
     if replace is not group_removed:  # torch's state_dict misses what its state is of
         assert_same_saved(ours.optimizer.state_dict(), ours)

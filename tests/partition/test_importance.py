@@ -271,25 +271,28 @@ def test_a_trial_takes_little_memory_beside_the_tensor(cls):
 
 
 @pytest.mark.parametrize(
-    ("cls", "shape"),
+    ("name", "shape"),
     [
-        (torch.optim.AdamW, (1100, 1000)),
-        (torch.optim.RMSprop, (1100, 1000)),
-        (torch.optim.Adafactor, (1100, 1000)),  # its steps depend on rows and columns
-        (torch.optim.Muon, (600, 500)),
+        ("AdamW", (1100, 1000)),
+        ("RMSprop", (1100, 1000)),
+        ("Adafactor", (1100, 1000)),  # its steps depend on rows and columns
+        ("Muon", (600, 500)),
     ],
 )
-def test_parts_make_the_step_of_the_whole(cls, shape):
+def test_parts_make_the_step_of_the_whole(name, shape):
+    cls = getattr(torch.optim, name, None)
+    if cls is None:
+        pytest.skip(f"this torch has no {name}")
     generator = torch.Generator().manual_seed(0)
     w, g = (torch.randn(shape, generator=generator).double() for _ in range(2))
     options = dict(lr=1e-2, weight_decay=0.1)
     tiny = TrialStep(cls, {**options, "lr": 1e-10})
-    assert tiny._is_elementwise() is (cls in (torch.optim.AdamW, torch.optim.RMSprop))
+    assert tiny._is_elementwise() is (name in ("AdamW", "RMSprop"))
     told = TrialStep(cls, options).of(w, g.t().contiguous().t())
     moved = nn.Parameter(w.clone())
     moved.grad = g.clone()
     cls([moved], **options).step()
-    rel = 1e-3 if cls is torch.optim.Muon else 1e-9  # which multiplies in bf16
+    rel = 1e-3 if name == "Muon" else 1e-9  # which multiplies in bf16
     assert told.gain.item() == pytest.approx(-(g * (moved.detach() - w)).sum().item(), rel=rel)
     assert told.square.item() == pytest.approx(g.square().sum().item())
 

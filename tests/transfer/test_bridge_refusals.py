@@ -82,6 +82,7 @@ def falcon():
 
 
 def test_heads_that_the_config_would_not_load_are_refused():
+    pytest.importorskip("transformers", "5", reason="configs of transformers 4 check nothing")
     large = llama(num_key_value_heads=4)  # 16 is not a multiple of 3
     with pytest.raises(ValueError, match=r"heads=3 is refused by LlamaConfig: [^|]* multiple"):
         bridge_model(large, text(), layers=2, heads=3)
@@ -98,7 +99,7 @@ def test_fused_layers_are_named_with_their_shapes():
 
 def test_experts_and_unknown_widths_are_refused():
     mixture = T.MixtralForCausalLM(T.MixtralConfig(**LLAMA, num_local_experts=2))
-    with pytest.raises(ValueError, match=r"units=0\.5: .*layers\.0\.mlp\.experts"):
+    with pytest.raises(ValueError, match=r"units=0\.5: .*layers\.0\.\w+\.experts"):
         bridge_model(mixture, text(), layers=2, units=0.5)
     bloom = T.BloomForCausalLM(T.BloomConfig(vocab_size=64, hidden_size=16, n_layer=4, n_head=4))
     with pytest.raises(ValueError, match=r"units=0\.5: BloomConfig has none of intermediate_size"):

@@ -18,7 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zofo_kernels._torch_compat import (
     READ_NUMBER,
     TorchDispatchMode,
+    autocast_off_on_meta,
     is_custom_function,
+    know_saving_hooks,
     last_sequence_number,
     saving_hook,
     sequence_number,
@@ -49,8 +51,9 @@ def trace(closure: Callable[[], Any], candidates: Mapping[str, Tensor]) -> Trace
     recorder = _Recorder(candidates)
     watch = LossWatch(recorder.whole)
     torch.clear_autocast_cache()
+    know_saving_hooks()
     hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpack)
-    with torch.enable_grad(), hooks, recorder, watch:
+    with torch.enable_grad(), autocast_off_on_meta(), hooks, recorder, watch:
         loss = watch.loss(closure())
     torch.clear_autocast_cache()
     return recorder.finish(loss)

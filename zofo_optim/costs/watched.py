@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zofo_kernels._torch_compat import CPU_ATTENTION, show_backward_to_modes
+from zofo_kernels._torch_compat import (
+    CPU_ATTENTION,
+    cpu_attention_takes_groups,
+    show_backward_to_modes,
+)
 
 _NO_GRAPH = (
     "closure must return a loss that depends on a tensor that may train, got one without a graph: "
@@ -119,7 +123,7 @@ def _fused(
         return None
     if len({t.shape[-1] for t in tensors}) != 1 or any(t.stride(-1) != 1 for t in tensors):
         return None
-    if query.shape[1] != key.shape[1] and not enable_gqa:
+    if query.shape[1] != key.shape[1] and not (enable_gqa and cpu_attention_takes_groups()):
         return None
     if attn_mask is not None and (attn_mask.requires_grad or attn_mask.dim() not in (2, 4)):
         return None

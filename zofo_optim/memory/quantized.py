@@ -86,9 +86,13 @@ class _Product(torch.autograd.Function):
 
 def unquantized(model: nn.Module) -> list[str]:
     """Names of the modules that transformers leaves as they are: the head, and what is tied."""
-    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers import base
 
-    return get_keys_to_not_convert(model)  # type: ignore[no-any-return, no-untyped-call]
+    home: Any = base
+    if not hasattr(base, "get_keys_to_not_convert"):  # transformers 4
+        from transformers.integrations import bitsandbytes as home
+    found: list[str] = home.get_keys_to_not_convert(model)
+    return found
 
 
 def quantize(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zofo_kernels._torch_compat import backward_within
+from zofo_kernels._torch_compat import autocast_off_on_meta, backward_within
 
 from ..costs.memory import LiveBytes
 from ..costs.watched import attention
@@ -55,6 +55,8 @@ class _Answered(TorchFunctionMode):
             if self._fused:  # a GPU's kernels drop without keeping what they dropped
                 kwargs = {**kwargs, "dropout_p": 0.0}
             return attention(*args, **kwargs)
+        if func is Tensor.__contains__ and args[0].is_meta:
+            return False  # transformers 4 asks for padding where there is no mask
         if func is Tensor.__bool__ and args[0].is_meta:
             return True  # what transformers asks: whether a mask is all ones, and nothing packed
         if self._answer is not None and func not in (Tensor.backward, torch.autograd.backward):
@@ -135,6 +137,7 @@ class Rehearsal:
     def _run(self, answer: Answer | None) -> Generator[None, None, None]:
         with (
             warnings.catch_warnings(),
+            autocast_off_on_meta(),
             backward_within(_Answered(answer, self._fused)),  # layers that run again there
             _Answered(answer, self._fused),
         ):

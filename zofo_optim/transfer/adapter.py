@@ -128,7 +128,7 @@ def transfer_adapter(
     with all_or_nothing(large):
         without_input_gradients(large)  # peft forgets a hook of before its own
         known, training = set(large.modules()), large.training
-        model = kind.attach(state, scale)
+        model = kind.attach(dict(state), scale)  # older peft takes heads out of what it reads
         if make is not Bottlenecks:
             check_arrived(model, state, adapter_name)
         follow_mode(model, known, training)

@@ -171,9 +171,14 @@ def _fill(small: Any, large: Any, stack: Stack, cuts: Mapping[str, Cut]) -> None
         owner, last = place_of(small, name)
         setattr(owner, last, copies[id(tensor), layer])
     for name, module in small.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_meta:
-                raise ValueError(f"large: {key} of {name} is no buffer: it cannot be copied")
+        for key, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value.is_meta:  # no buffer
+                full = f"{name}.{key}".removeprefix(".")
+                theirs, _ = place_of(large, _in_large(full, stack, small.config.bridge["layers"]))
+                held = vars(theirs).get(key)
+                if not isinstance(held, Tensor) or held.shape != value.shape:
+                    raise ValueError(f"large: {key} of {name} is no buffer: it cannot be copied")
+                setattr(module, key, held.detach().clone())
     if large.can_generate():
         small.generation_config = copy.deepcopy(large.generation_config)
 

@@ -109,6 +109,11 @@ def _check_layer(twin: nn.Module, fewer: nn.Module, stack: Stack, layer: int, k:
         model.get_submodule(stack.layer(index)) for model, index in ((twin, layer), (fewer, k))
     )
     check_alike(ours, theirs, f"layers: layer {layer}", (bool, int, float, str))
+    if layer != k and getattr(twin.config, "scale_attn_by_inverse_layer_idx", False):
+        raise ValueError(  # transformers 4 does it as it runs
+            f"layers: layer {layer}: attention is scaled by 1 / {layer + 1}, the layer's number, "
+            f"which would be 1 / {k + 1} in the smaller model (scale_attn_by_inverse_layer_idx)"
+        )
 
 
 def sides_of(model: nn.Module, cuts: Mapping[str, Cut], stack: Stack) -> dict[str, dict[str, str]]:
