@@ -219,20 +219,27 @@ def check_zo_parameters(groups: Sequence[ZOGroup], first_order: Iterable[Tensor]
     )
 
 
-def check_offloaded(groups: Sequence[ZOGroup], perturbation: str) -> None:
+def check_offloaded(groups: Sequence[ZOGroup], settings: Settings) -> None:
     """
     Raises:
-        ValueError: weights are in a file, and each evaluation would write them there.
+        ValueError: weights are offloaded, and each evaluation would write them there, or a graph
+            of a GPU would have to.
     """
-    if perturbation != "in_place":
-        return
     for group in groups:
         for parameter, name in zip(group.placed.locals, group.names, strict=False):
-            if is_offloaded(parameter):
+            if not is_offloaded(parameter):
+                continue
+            if settings.perturbation == "in_place":
                 raise ValueError(
                     f"perturbation must be 'streamed' where weights are offloaded, as {name!r} is, "
-                    "got 'in_place', which writes all weights to their file in each evaluation"
+                    "got 'in_place', which writes all weights away in each evaluation"
                 )
+            if settings.capturable:
+                raise ValueError(
+                    f"capturable must be False where weights are offloaded, as {name!r} is, got "
+                    "True: they are updated on the host"
+                )
+            return
 
 
 def check_active(activity: Active | None, groups: Sequence[ZOGroup]) -> None:

@@ -181,7 +181,7 @@ class GroupsAndState(Optimizer):
         groups = (g["params"] for g in self.param_groups if g["mode"] == "fo")
         zeroth_order = self.zo_groups()
         check_zo_parameters(zeroth_order, chain.from_iterable(groups))
-        check_offloaded(zeroth_order, self._settings.perturbation)
+        check_offloaded(zeroth_order, self._settings)
         check_active(self._settings.activity, zeroth_order)
 
     # ---- state ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ so replaced; what torch computes of one, such as autocast's 16-bit version, is k
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -39,12 +40,19 @@ class _Recipe(NamedTuple):
     offset: int
 
 
-_active: list[SavedCopies] = []
+class _Active(threading.local):
+    """In this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.all: list[SavedCopies] = []
+
+
+_active = _Active()
 
 
 def keeping_out() -> SavedCopies | None:
     """What keeps copies out of the graph that is being made; None: nothing does."""
-    return _active[-1] if _active else None
+    return _active.all[-1] if _active.all else None
 
 
 class SavedCopies:
@@ -75,11 +83,11 @@ class SavedCopies:
         """
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-                _active.append(self)
+                _active.all.append(self)
                 try:
                     yield
                 finally:
-                    _active.remove(self)
+                    _active.all.remove(self)
         except RuntimeError as error:
             if "support saved tensor hooks" not in str(error):
                 raise
@@ -92,7 +100,11 @@ class SavedCopies:
     def _pack(self, saved: Tensor) -> Any:
         if type(saved) not in (Tensor, torch.nn.Parameter) or saved.layout != torch.strided:
             return saved
-        known = self._made.get(self._place(saved.untyped_storage()))
+        try:
+            place = self._place(saved.untyped_storage())
+        except RuntimeError:  # it has no memory of its own, as in forward-mode derivatives
+            return saved
+        known = self._made.get(place)
         if known is None or known.memory.expired():  # type: ignore[no-untyped-call]
             return saved
         if saved._version != known.version or saved.dtype != known.dtype:

@@ -3,8 +3,12 @@
 import copy
 import gc
 import io
+import os
+import random
+import signal
+import time
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("accelerate")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from offloaded import ON_LINUX, OPTIONS, any_folder, assert_same, closure_of, trained  # noqa: E402
@@ -22,7 +26,7 @@ from tiny_llama import DATA, TOKENS, arguments, base_model, lora  # noqa: E402
 
 from zofo_kernels import matrix_of  # noqa: E402
 from zofo_optim import HybridZOFO, example_losses_of, hybrid_param_groups  # noqa: E402
-from zofo_optim.offload import device_visits, maps, offload_weights, offloading  # noqa: E402
+from zofo_optim.offload import copies, device_visits, maps, offload_weights, offloading  # noqa: E402
 from zofo_optim.offload.in_turn import is_offloaded  # noqa: E402
 from zofo_optim.offload.target import Target  # noqa: E402
 from zofo_optim.trainer import HybridTrainer  # noqa: E402
@@ -106,12 +110,14 @@ def home(model):
 # ---- the same results ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocks", [None, []], ids=["layers", "modules"])
-@pytest.mark.parametrize(("made", "options"), CASES)
+@pytest.mark.parametrize(
+    ("made", "options", "blocks"),
+    [*((*case, None) for case in CASES), ("LoRA", "full", []), ("base", "low rank", [])],
+)
 def test_a_model_that_is_there(made, options, blocks):
     expected, model = MADE[made](), visiting(MADE[made](), blocks=blocks)
-    trained(expected, **OPTIONS[options])
-    trained(model, **OPTIONS[options])
+    trained(expected, steps=2, **OPTIONS[options])
+    trained(model, steps=2, **OPTIONS[options])
     assert_same(model, expected)
     assert home(model)
 
@@ -187,13 +193,13 @@ def test_gradients_of_a_loop_of_one_s_own():
 
 def test_graphs_keep_no_copies(monkeypatch):
     model, made = visiting(lora()), []
-    copying = device_visits._copy
+    copying = copies._copy
 
-    def copied(hosts, copies):
-        made.extend(weakref.ref(copy) for copy in copies)
-        copying(hosts, copies)
+    def copied(some):
+        made.extend(weakref.ref(one.tensor) for one in some)
+        copying(some)
 
-    monkeypatch.setattr(device_visits, "_copy", copied)
+    monkeypatch.setattr(copies, "_copy", copied)
     loss = closure_of(model)()
     gc.collect()
     assert made
@@ -254,69 +260,81 @@ def test_tied_weights():
 # ---- copies -------------------------------------------------------------------------------------
 
 
-class Streams:
-    """As torch.cuda, but copies are made when someone waits for them, and not before."""
+class Stream:
+    """Does what is asked of it when someone waits for it, and not before."""
 
-    def __init__(self):
-        self.queue, self.inside, self.log = [], False, []
-
-    def Stream(self, device):
-        return self
-
-    current_stream = Stream
-
-    def wait_stream(self, other):
-        self.log.append("copies after what is computed")
-
-    @contextmanager
-    def stream(self, other):
-        self.inside = True
-        yield
-        self.inside = False
+    def __init__(self, device=None):
+        self.work, self.done = [], 0
 
     def record_event(self):
-        return len(self.queue)
+        return self, len(self.work)
 
     def wait_event(self, event):
-        while self.queue and event > 0:
-            self.queue.pop(0)()
-            event -= 1
+        other, end = event
+        assert other is not self
+        while other.done < end:
+            other.work[other.done]()
+            other.done += 1
+
+    def wait_stream(self, other):
+        assert other is not self
 
     def synchronize(self):
-        self.wait_event(len(self.queue))
+        Stream().wait_event(self.record_event())
+
+
+class Streams:
+    """As torch.cuda, with one stream for what is computed and those that are made."""
+
+    Stream = Stream
+
+    def __init__(self):
+        self.computes, self.now = Stream(), None
+
+    def current_stream(self, device):
+        return self.computes
+
+    @contextmanager
+    def stream(self, stream):
+        self.now = stream
+        yield
+        self.now = None
 
 
 def test_copies_are_waited_for(monkeypatch):
     """With copies that are late, results are the same, and the next block's are under way."""
-    streams, copying, ahead = Streams(), device_visits._copy, []
+    streams, copying, under_way = Streams(), copies._copy, []
 
-    def late(hosts, made):
-        assert streams.inside
+    def late(made):
         for copied in made:
-            copied.fill_(torch.nan)
-        streams.queue.append(lambda: copying(hosts, made))
-        ahead.append(len(streams.queue))
+            copied.tensor.fill_(torch.nan)
+        streams.now.work.append(lambda: copying(made))
 
-    monkeypatch.setattr(device_visits, "_copy", late)
-    expected, model = lora(), lora()
-    monkeypatch.setattr(device_visits, "_streams_of", lambda device: streams)
-    visiting(model)
+    monkeypatch.setattr(copies, "_copy", late)
+    monkeypatch.setattr(copies, "_streams_of", lambda device: streams)
+    expected, model = lora(), visiting(lora())
+    (visits,) = {device_visits.visits_of(p) for p in model.parameters() if p.dim() > 1} - {None}
+    layers = model.get_base_model().model.layers
+    layers[0].mlp.act_fn.register_forward_pre_hook(
+        lambda *_: under_way.append(len(visits._copier._stream.work) - visits._copier._stream.done)
+    )
     trained(expected)
     trained(model)
     assert_same(model, expected)
-    assert streams.log
-    assert not streams.queue
+    assert len(visits._copier._stream.work) == visits._copier._stream.done
+    assert under_way[0] == 0
+    assert set(under_way[1:]) == {1}
 
 
 def visits(monkeypatch):
     """The number of copies that are made."""
-    count, copying = [0], device_visits._copy
+    count, copying = [0], copies._copy
 
-    def copied(hosts, made):
-        count[0] += len(hosts)
-        copying(hosts, made)
+    def copied(made):
+        count[0] += len(made)
+        copying(made)
 
-    monkeypatch.setattr(device_visits, "_copy", copied)
+    monkeypatch.setattr(copies, "_copy", copied)
     return count
 
 
@@ -349,6 +367,76 @@ def test_a_step_copies_each_weight_once_a_forward_pass(options, expected, monkey
     assert count[0] == expected * sum(p.dim() > 1 for p in model.parameters())
 
 
+def test_one_block_is_on_its_way_at_a_time():
+    """Where the order changes from pass to pass, as of experts."""
+    torch.manual_seed(0)
+    experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(16)).requires_grad_(False)
+    model = nn.ModuleDict({"experts": experts})
+    visiting(model)
+    (visits,) = {device_visits.visits_of(expert.weight) for expert in experts}
+    x = torch.ones(1, 4)
+
+    def forward(order):
+        for number in order:
+            experts[number](x)
+            assert all(is_offloaded(expert.weight) for expert in experts)
+
+    model.forward = forward
+    for _ in range(4):
+        model(torch.randperm(16).tolist())
+    assert visits._coming is None
+
+
+def test_a_copy_on_its_way_of_what_is_written_since_is_made_again():
+    torch.manual_seed(0)
+    model = visiting(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False))
+    x = torch.ones(1, 4)
+    model(x)
+
+    def write(module, args, output):
+        model[1].weight.fill_(3.0)
+
+    model[0].register_forward_hook(write)
+    expected = nn.functional.linear(model[0](x), torch.full((4, 4), 3.0), model[1].bias)
+    assert same_bits(model(x), expected)
+
+
+def test_a_module_with_a_matrix_of_its_own_does_not_bring_its_parts():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.places = nn.Parameter(torch.ones(2, 4, 4))
+            self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+        def forward(self, x):
+            assert is_offloaded(self.layers[1].weight)
+            assert not is_offloaded(self.places)
+            return self.layers(x + self.places)
+
+    visiting(Vision().requires_grad_(False))(torch.ones(2, 4, 4))
+
+
+def test_gradients_after_an_update_are_refused():
+    """As torch refuses them of a model in memory."""
+    model = visiting(lora())
+    optimizer = trained(model, steps=1)
+    loss = closure_of(model)()
+    optimizer.step(closure_of(model))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_torch_func_keeps_the_copies():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).requires_grad_(False)
+    expected, x = copy.deepcopy(model), torch.linspace(-1, 1, 4)
+    visiting(model)
+    ours, theirs = (torch.func.grad(lambda x: one(x).sum())(x) for one in (model, expected))  # noqa: B023
+    assert same_bits(ours, theirs)
+    ours, theirs = (torch.func.jvp(one, (x,), (x,)) for one in (model, expected))
+    assert all(map(same_bits, ours, theirs))
+
+
 # ---- interrupted passes -------------------------------------------------------------------------
 
 
@@ -373,6 +461,49 @@ def test_a_layer_that_raises(error, call):
     trained(expected, steps=1)
     optimizer.step(closure_of(model))
     assert home(model)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a destructor
+def test_signals_at_any_time():
+    """Of a timer: weights are home, whole steps are made or none, and torch is in no mode."""
+
+    class Alarm(Exception):
+        pass
+
+    def ring(number, frame):
+        nonlocal rung
+        rung += 1
+        raise Alarm
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4) for _ in range(3)]
+    model = visiting(nn.Sequential(*layers).requires_grad_(False))
+    groups = hybrid_param_groups(model, zo=dict(lr=1e-3), verbose=False)
+    optimizer = HybridZOFO(groups, perturbation="streamed")
+    x, rung = torch.ones(2, 4), 0
+    before = signal.signal(signal.SIGALRM, ring)
+    times = random.Random(0)
+    try:
+        optimizer.step(lambda: model(x).square().mean())
+        began = time.perf_counter()
+        optimizer.step(lambda: model(x).square().mean())
+        longest = time.perf_counter() - began
+        for _ in range(80):
+            weights = [p.clone() for p in model.parameters()]
+            with suppress(Alarm):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, times.uniform(1e-4, longest))
+                    optimizer.step(lambda: model(x).square().mean())
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            assert home(model)
+            assert torch.is_grad_enabled()
+            moved = [not same_bits(a, b) for a, b in zip(weights, model.parameters(), strict=True)]
+            assert all(moved) or not any(moved)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert rung > 5
 
 
 def test_a_pass_after_one_that_was_interrupted():
@@ -428,6 +559,38 @@ def test_copies_of_the_model_are_in_memory(how, file, tmp_path, monkeypatch):
     assert_same(model, lora())
 
 
+def test_an_adapter_that_is_added_afterwards(monkeypatch):
+    """Offloading once more places it, and leaves the rest as it is."""
+    monkeypatch.setattr(offloading, "_is_there", lambda tensor, target: is_offloaded(tensor))
+    base = base_model()
+    first = offload_weights(base.requires_grad_(False), device="cpu")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, config)
+    before = {id(p): p.data_ptr() for p in model.parameters()}
+    second = offload_weights(model, device="cpu")
+    assert (first.count > 0, second.count, second.nbytes) == (True, 0, 0)
+    assert before == {id(p): p.data_ptr() for p in model.parameters()}
+    expected = base_model()
+    torch.manual_seed(0)
+    expected = peft.get_peft_model(expected, config)
+    trained(expected)
+    trained(model)
+    assert_same(model, expected)
+
+
+def test_memory_is_shared_with_forked_processes():
+    """Else each would have a copy of pinned pages."""
+    memory = maps.HostMemory.of(4, torch.device("cpu"))
+    tensor = memory.tensor(0, [1], torch.int32)
+    child = os.fork()
+    if child == 0:
+        tensor.fill_(7)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert tensor.item() == 7
+
+
 def test_the_memory_goes_with_the_model():
     gc.collect()
     before, visiting_before = len(maps._memories), len(device_visits._every)
@@ -461,7 +624,8 @@ def test_in_place_is_refused():
     [
         (dict(device="cpu", blocks="LlamaDecoderLayer"), TypeError, "blocks must be a list"),
         (dict(device="cpu", blocks=[1]), TypeError, "blocks must be a list"),
-        (dict(device="nowhere"), RuntimeError, "nowhere"),
+        (dict(device="nowhere"), ValueError, "device must be one that torch can use"),
+        (dict(device="meta"), ValueError, "device must compute"),
     ],
 )
 def test_arguments(options, error, said):

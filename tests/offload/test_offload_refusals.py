@@ -40,7 +40,7 @@ def test_in_place_is_refused(tmp_path):
     ("make", "error", "said"),
     [
         (lambda: 3, TypeError, "model must be a torch.nn.Module, got int"),
-        (base_model, ValueError, "must have frozen weights that are not offloaded yet"),
+        (base_model, ValueError, "must have frozen weights, got none that can be offloaded"),
         (lambda: empty(base_model().config), ValueError, "model must have data for 'model.embed"),
         (
             lambda: nn.Linear(2, 2, dtype=torch.complex64).requires_grad_(False),

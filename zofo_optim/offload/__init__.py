@@ -3,6 +3,7 @@
 :func:`offload_weights` moves them there; ``perturbation="streamed"`` then trains them.
 """
 
-from .offloading import Offload, offload_weights
+from .handle import Offload
+from .offloading import offload_weights
 
 __all__ = ["Offload", "offload_weights"]

@@ -3,13 +3,14 @@
 The parameter that a block computes with is the one that the optimizer has: while the block
 computes, its data are a copy on the GPU, and otherwise those on the host. The next block's copies
 are made meanwhile on a stream of their own, in the order of the last forward pass. Graphs keep no
-copy: what a backward needs comes again (:mod:`zofo_optim.saved_copies`).
+copy: what a backward needs comes again (:mod:`zofo_optim.saved_copies`). Signals wait while weights
+come and go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from zofo_kernels import uninterrupted
 from zofo_kernels._torch_compat import (
     in_a_backward,
+    in_functorch,
     tree_flatten,
     tree_unflatten,
     uncompiled,
@@ -28,18 +31,12 @@ from zofo_kernels._torch_compat import (
 )
 
 from ..saved_copies import SavedCopies, keeping_out
+from .copies import Copier, Copies, content
 from .hooks import Hook
-from .maps import memory_of, pages_of
+from .maps import memory_of
 
 WHOLE = ("MultiheadAttention", "TransformerDecoderLayer", "TransformerEncoderLayer")
 """Classes of torch's modules that compute with their parts' weights themselves."""
-
-
-class _Copies(NamedTuple):
-    """Of a block's weights, on the GPU, as soon as ``made``."""
-
-    of: list[tuple[Tensor, Tensor]]
-    made: Any
 
 
 class _Home(NamedTuple):
@@ -47,28 +44,29 @@ class _Home(NamedTuple):
 
     parameter: Tensor
     data: Tensor
+    copy: int
+    """The address of its copy."""
     version: int
 
 
 class DeviceVisits:
-    """The hooks of a model's modules, and what is on its way.
+    """The hooks of a model's modules, and what is on its way. One thread may run the model.
 
     Args:
-        model: some of whose parameters are offloaded.
+        model: some of whose parameters are offloaded, and visit nothing yet.
         device: that they visit.
-        blocks: names of classes of modules whose weights come and go together; a module with
-            offloaded weights of its own takes those of its parts along.
+        blocks: names of classes of modules whose weights come and go together; those of other
+            modules do so one by one.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, blocks: Collection[str]) -> None:
         self.device = device
-        self._streams = _streams_of(device)
-        self._stream: Any = None if self._streams is None else self._streams.Stream(device)
+        self._copier = Copier(device)
         self._own: dict[int, list[Tensor]] = {}  # by id of the module
         self._ids: set[int] = set()  # of the parameters
         self._home: dict[int, _Home] = {}  # by id of a parameter that visits
         self._present: list[int] = []  # modules
-        self._coming: dict[int, _Copies] = {}
+        self._coming: tuple[int, Copies] | None = None
         self._next: dict[int, int] = {}
         self._last: int | None = None
         self._inside: list[int] = []  # modules that compute, outermost first
@@ -80,9 +78,7 @@ class DeviceVisits:
     def _hook(self, module: nn.Module, blocks: Collection[str]) -> bool:
         """Whether offloaded weights are in it."""
         inside = [self._hook(child, blocks) for child in module.children()]
-        own = list(_offloaded(module, recurse=False))
-        if own or type(module).__name__ in blocks:
-            own = list(_offloaded(module, recurse=True))
+        own = list(_offloaded(module, recurse=type(module).__name__ in blocks))
         if own:
             self._own[id(module)] = own
             self._ids |= {id(p) for p in own}
@@ -117,24 +113,26 @@ class DeviceVisits:
 
     def enter(self, module: nn.Module, inputs: Any) -> Any:
         """Its weights come, and the next module's are on their way; the inputs, on the device."""
-        here = id(module)
-        if self._inside[:1] == [here] and not in_a_backward():  # the pass before was interrupted
-            self.settle()
-        recording = torch.is_grad_enabled()
-        with _plainly():
-            if recording and not (self._inside or keeping_out() or in_a_backward()):
+        here, recording = id(module), torch.is_grad_enabled()
+        with uninterrupted():
+            if self._inside[:1] == [here] and not in_a_backward():  # the last one was interrupted
+                self.settle()
+            alone = not (self._inside or keeping_out() or in_a_backward() or in_functorch())
+            if recording and alone:
                 self._pass.enter_context(SavedCopies().unkept())
             self._inside.append(here)
             if here in self._own:
-                self._come(here, keeping_out() if recording else None)
+                with _plainly():
+                    self._come(here, keeping_out() if recording else None)
         return self._moved(inputs)
 
     def leave(self, module: nn.Module) -> None:
         """Its weights go."""
         here = id(module)
-        with _plainly():
+        with uninterrupted():
             if here in self._present:
-                self._go(here)
+                with _plainly():
+                    self._go(here)
             if self._inside[-1:] == [here]:
                 self._inside.pop()
             if not self._inside:
@@ -142,83 +140,103 @@ class DeviceVisits:
 
     def settle(self) -> None:
         """All weights are on the host, and no copy of them is being made."""
-        self._inside.clear()
-        try:
-            with _plainly():
-                while self._present:
-                    self._go(self._present[-1])
-                for copies in self._coming.values():
-                    self._wait(copies)
-                self._coming.clear()
-                if self._stream is not None:
-                    self._stream.synchronize()
-        finally:
+        with uninterrupted():
+            self._inside.clear()
+            self._present.clear()
             self._last = None
-            self._pass.close()
+            try:
+                with _plainly():
+                    for home in list(self._home.values()):
+                        self._bring(home)
+                    self._drop_coming()
+                    self._copier.finish()
+            finally:
+                self._pass.close()
 
     def _come(self, here: int, saved: SavedCopies | None) -> None:
-        copies = self._coming.pop(here, None)
-        missing = self._fetched(here, copies)
-        for some in (copies, missing):
-            self._wait(some)
-            for parameter, copy in () if some is None else some.of:
-                if id(parameter) in self._home:  # it came with another module
-                    continue
-                self._home[id(parameter)] = _Home(parameter, parameter.data, parameter._version)
-                parameter.data = copy
+        known = self._known(here)
+        missing = self._fetched(here, known)
+        if known is not None:
+            self._coming = None
+        for some in (known, missing):
+            self._copier.wait(some)
+            for parameter, tensor, of in () if some is None else some.of:
+                home = _Home(parameter, parameter.data, tensor.data_ptr(), parameter._version)
+                self._home[id(parameter)] = home
+                parameter.data = tensor
                 if saved is not None:
-                    saved.remember(parameter, partial(self.on_device, parameter))
+                    saved.remember(parameter, partial(self._again, parameter, of))
         self._present.append(here)
-        is_part = copies is None and missing is None  # of a block that is there
+        is_part = known is None and missing is None  # of a block that is there
         if not (is_part or in_a_backward()):
             self._look_ahead(here)
 
+    def _known(self, here: int) -> Copies | None:
+        """What is on its way, and right: not of a weight that was written to since."""
+        if self._coming is None or self._coming[0] != here:
+            return None
+        copies = self._coming[1]
+        right = [c for c in copies.of if id(c.parameter) not in self._home]
+        if len(right) < len(copies.of) or any(content(c.parameter) != c.of for c in right):
+            self._drop_coming()
+            return None
+        return copies
+
     def _look_ahead(self, here: int) -> None:
-        """Fetch what came after this module in the last pass."""
+        """Fetch what came after this module in the last pass, and nothing else any more."""
         if self._last is not None and self._last != here:
             self._next[self._last] = here
         self._last = here
         after = self._next.get(here)
-        if after is not None and after not in self._present and after not in self._coming:
-            if (copies := self._fetched(after)) is not None:
-                self._coming[after] = copies
+        if self._coming is not None and self._coming[0] == after:
+            return
+        self._drop_coming()
+        if after is not None and after not in self._present:
+            copies = self._fetched(after)
+            self._coming = None if copies is None else (after, copies)
+
+    def _drop_coming(self) -> None:
+        """Its memory is used again only when it has been written."""
+        if self._coming is not None:
+            self._copier.wait(self._coming[1])
+            self._coming = None
 
     def _go(self, here: int) -> None:
         self._present.remove(here)
         stay = {id(p) for module in self._present for p in self._own[module]}
         for parameter in self._own[here]:
             if id(parameter) in self._home and id(parameter) not in stay:
-                home = self._home.pop(id(parameter))
-                if parameter._version != home.version:  # something has written to it
-                    home.data.copy_(parameter.data)
-                parameter.data = home.data
+                self._bring(self._home[id(parameter)])
+
+    def _bring(self, home: _Home) -> None:
+        """Home, with what something has written to the parameter."""
+        parameter = home.parameter
+        if parameter._version != home.version or parameter.data_ptr() != home.copy:
+            home.data.copy_(parameter.data)
+        parameter.data = home.data
+        del self._home[id(parameter)]
 
     # ---- copies -----------------------------------------------------------------------------
 
-    def _fetched(self, here: int, known: _Copies | None = None) -> _Copies | None:
-        """Copies of what is neither on the device nor known; made in the stream's own time.
-
-        Their memory is the present stream's, in whose order it is used again.
-        """
-        there = self._home.keys() | {id(p) for p, _ in (() if known is None else known.of)}
+    def _fetched(self, here: int, known: Copies | None = None) -> Copies | None:
+        """Copies of what is neither on the device nor known; None: there is nothing."""
+        there = self._home.keys() | {id(c.parameter) for c in (() if known is None else known.of)}
         hosts = [p for p in self._own[here] if id(p) not in there and memory_of(p) is not None]
-        if not hosts:
-            return None
-        made = [torch.empty_like(p, device=self.device, requires_grad=False) for p in hosts]
-        event = None
-        if self._streams is None:
-            _copy(hosts, made)
-        else:
-            self._stream.wait_stream(self._streams.current_stream(self.device))
-            with self._streams.stream(self._stream):
-                _copy(hosts, made)
-                event = self._stream.record_event()
-        return _Copies(list(zip(hosts, made, strict=True)), event)
+        return self._copier.copies(hosts) if hosts else None
 
-    def _wait(self, copies: _Copies | None) -> None:
-        """What is computed from now on finds them made."""
-        if copies is not None and self._streams is not None:
-            self._streams.current_stream(self.device).wait_event(copies.made)
+    def _again(self, parameter: Tensor, of: tuple[int, int]) -> Tensor:
+        """For a backward.
+
+        Raises:
+            RuntimeError: the weight is another one by now.
+        """
+        if id(parameter) not in self._home and content(parameter) != of:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: an offloaded weight of shape {tuple(parameter.shape)}. Take "
+                "gradients before weights are updated"
+            )
+        return self.on_device(parameter)
 
     def _moved(self, inputs: Any) -> Any:
         leaves, structure = tree_flatten(inputs)
@@ -243,38 +261,25 @@ def visits_of(parameter: Tensor) -> DeviceVisits | None:
 
 def settle() -> None:
     """See :meth:`DeviceVisits.settle`: before something else reads or writes the weights."""
-    for one in list(_every):
+    for one in list(_every) if _every else ():
         one.settle()
 
 
-def _streams_of(device: torch.device) -> Any:
-    """The module that has the device's streams; None: it has none."""
-    return None if device.type == "cpu" else torch.get_device_module(device)
-
-
-def _copy(hosts: Sequence[Tensor], made: Sequence[Tensor]) -> None:
-    for host, copy in zip(hosts, made, strict=True):
-        copy.copy_(host.detach(), non_blocking=True)
-        if (pages := pages_of(host)) is not None:
-            pages.drop()
-
-
 def _offloaded(module: nn.Module, *, recurse: bool) -> Iterator[Tensor]:
-    return (p for p in module.parameters(recurse) if memory_of(p) is not None)
+    for parameter in module.parameters(recurse):
+        if memory_of(parameter) is not None and visits_of(parameter) is None:
+            yield parameter
 
 
 @contextmanager
 def _plainly() -> Iterator[None]:
     """No mode that evaluations are in sees or changes what is done with weights here."""
-    contexts: Sequence[AbstractContextManager[Any]] = (
+    with (
         without_torch_functions(),
         without_functorch(),
         torch.inference_mode(False),
         torch.no_grad(),
-    )
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+    ):
         yield
 
 

@@ -54,10 +54,11 @@ class HostMemory(Memory):
 
         torch's own pinned memory would be a power of two of bytes for each tensor.
         """
-        made = cls(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        made = cls(-1, nbytes)  # shared: processes that are forked get no copies of pinned pages
         made._register()
         if device.type == "cuda":
-            made._pin()
+            with torch.cuda.device(device):
+                made._pin()
         return made
 
     def _pin(self) -> None:
@@ -65,10 +66,12 @@ class HostMemory(Memory):
         try:
             torch.cuda.check_error(library.cudaHostRegister(self.address, len(self), 0))
         except RuntimeError as error:
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")  # else the next kernel finds this error
             warnings.warn(
                 f"{len(self) / 1e9:.2f} GB of host memory could not be pinned, so copies to the "
                 f"GPU do not overlap with computation: {error}",
-                stacklevel=2,
+                stacklevel=5,
             )
             return
         weakref.finalize(self, library.cudaHostUnregister, self.address)
@@ -106,6 +109,8 @@ def new_map(folder: str | os.PathLike[str] | None, nbytes: int) -> Map:
     if not (hasattr(mmap.mmap, "madvise") and hasattr(os, "posix_fallocate")):
         raise RuntimeError("offloading needs Linux, whose maps drop pages when told to")
     where = Path(tempfile.gettempdir() if folder is None else folder).resolve()
+    if not where.is_dir():
+        raise FileNotFoundError(f"folder must be one that is there, got {str(where)!r}")
     kind = _file_system(where)
     if kind in _IN_MEMORY:
         raise ValueError(

@@ -10,57 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zofo_kernels import check_weight, interruptible
-from zofo_kernels.memory import first_shared, has_memory
+from zofo_kernels import interruptible
 
 from ..intact import as_before_on_error
 from ..names import within_peft
-from .accelerate_hooks import offloading_hooks, remove_offloading_hooks
-from .device_visits import DeviceVisits
+from .accelerate_hooks import remove_offloading_hooks
+from .checks import check_blocks, check_hooks, check_own_memory, check_some, goes, in_memory
+from .handle import Offload
 from .in_turn import drop, is_offloaded
-from .maps import Map, Memory, Plan
+from .maps import Memory, Plan
 from .sources import Weight, weights_of
 from .target import Target
-from .visits import Visits
 
 _PIECE = 1 << 25
 """Bytes that are copied at a time."""
-
-
-class Offload:
-    """What :func:`offload_weights` did: the weights stay offloaded as long as the model has them.
-
-    Args:
-        visits: the hooks.
-        memory: the weights are in.
-        count: of tensors in it.
-    """
-
-    def __init__(self, visits: Visits | DeviceVisits, memory: Memory, count: int) -> None:
-        self._visits = visits
-        self._memory = memory
-        self.nbytes = len(memory)
-        """Of the private file, or the host memory."""
-        self.count = count
-        """Of the weights in it."""
-
-    def remove(self) -> None:
-        """Take the hooks off: pages then stay resident until the kernel needs their memory.
-
-        With ``device=``, the model then computes only when it is moved, as by ``model.to("cpu")``.
-        """
-        self._visits.remove()
-
-    def drop(self) -> None:
-        """Let all pages leave memory, after something outside of training has read the weights.
-
-        Does nothing where they are in host memory.
-        """
-        if isinstance(self._memory, Map):
-            self._memory.drop(0, self.nbytes)
-
-    def __repr__(self) -> str:
-        return f"Offload({self.count} tensors, {self.nbytes / 1e9:.2f} GB)"
 
 
 def offload_weights(
@@ -97,6 +60,7 @@ def offload_weights(
     Args:
         model: on the CPU, or partly on the meta device. Freeze it (``requires_grad_(False)``) or
             add the adapter before; what requires gradients, and buffers, are in memory afterwards.
+            With ``device=``, a further call places what was added since on the device.
         checkpoint: a folder of safetensors files, for what is on the meta device: parameters are
             found by name and converted to the model's dtype, one at a time. Build such a model by
             ``accelerate.init_empty_weights()``, which leaves buffers alone, and add an adapter
@@ -129,85 +93,31 @@ def offload_weights(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     target = Target(device)
-    _check_blocks(blocks, target)
-    _check_hooks(model, target.device)
+    check_blocks(blocks, target)
+    check_hooks(model, target.device)
     with as_before_on_error(model):  # by tying, too
         _tie(model)
         weights = weights_of(model, None if checkpoint is None else Path(checkpoint))
-        frozen = [w for w in weights if _goes(w, target) and not is_offloaded(w.tensor)]
-        if not frozen:
-            raise ValueError(
-                "model must have frozen weights that are not offloaded yet, got none: call "
-                "model.requires_grad_(False), or add the adapter, before"
-            )
-        _check_own_memory(frozen, weights)
+        frozen = [w for w in weights if goes(w, target) and not is_offloaded(w.tensor)]
+        there = [w for w in weights if is_offloaded(w.tensor)]
+        others = [w for w in weights if not (goes(w, target) or _is_there(w.tensor, target))]
+        check_some(frozen, there, others, target)
+        check_own_memory(frozen, weights)
         plan = Plan()
         starts = [plan.place(weight.tensor.nbytes) for weight in frozen]
-        memory = target.memory(plan.nbytes, folder)
+        memory = target.memory(plan.nbytes, folder) if frozen else None
         with interruptible(), torch.inference_mode(False), torch.no_grad():
-            moved = [_moved(w, memory, start) for w, start in zip(frozen, starts, strict=True)]
-            others = [w for w in weights if not (_goes(w, target) or _is_there(w.tensor, target))]
+            moved = [] if memory is None else _moved(frozen, memory, starts)
             loaded = [
                 _checked(w).to(target.device, w.tensor.dtype, copy=w.tensor.is_meta) for w in others
             ]
         with torch.inference_mode(False), torch.no_grad():
             for weight, tensor in zip([*frozen, *others], [*moved, *loaded], strict=True):
                 _set(weight, tensor)
+        visits = target.visits(model, blocks)
         remove_offloading_hooks(model)
-        return Offload(target.visits(model, blocks), memory, len(frozen))
-
-
-def _check_own_memory(frozen: Sequence[Weight], weights: Sequence[Weight]) -> None:
-    """
-    Raises:
-        ValueError: a weight shares memory with another tensor of the model, which it would leave.
-    """
-    here = [w for w in frozen if has_memory(w.tensor)]
-    goes = {id(w) for w in frozen}
-    others = [w for w in weights if id(w) not in goes and has_memory(w.tensor)]
-    shared = first_shared([w.tensor for w in here], [w.tensor for w in others])
-    if shared is not None:
-        first, second = ([*here, *others][place].names[0] for place in shared)
-        raise ValueError(
-            f"model must not have tensors that share memory, got {first!r} and {second!r}: make "
-            "one of them a copy, or both one parameter"
-        )
-
-
-def _goes(weight: Weight, target: Target) -> bool:
-    """Whether it moves to the file, or the host.
-
-    Raises:
-        ValueError: it would have to, and cannot.
-    """
-    tensor, name = weight.tensor, weight.names[0]
-    if not weight.is_parameter or tensor.requires_grad or tensor.numel() == 0:
-        return False
-    try:
-        if type(tensor).__name__ in ("Params4bit", "Int8Params"):
-            raise TypeError(f"{name} is quantised by bitsandbytes")
-        if not tensor.is_floating_point() and not tensor.is_complex():
-            return False
-        check_weight(torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor, name)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"model must have plain frozen weights to be offloaded, quantised and sharded ones "
-            f"cannot be: {error}"
-        ) from error
-    if tensor.device.type not in ("cpu", "meta") and tensor.device != target.device:
-        raise ValueError(
-            f"model must be on the CPU or the device that computes, got {name!r} on "
-            f"{tensor.device}, and device={str(target.device)!r}"
-        )
-    if target.keeps(tensor):
-        return False
-    if _has_gaps(tensor):
-        raise ValueError(
-            f"model must have weights without gaps between their elements, got {name!r} of shape "
-            f"{tuple(tensor.shape)} with strides {tensor.stride()}: make it a copy of its own, "
-            "such as p.data = p.data.contiguous()"
-        )
-    return True
+        target.mark(model)
+        return Offload(model, visits, memory, len(frozen))
 
 
 def _is_there(tensor: Tensor, target: Target) -> bool:
@@ -217,28 +127,20 @@ def _is_there(tensor: Tensor, target: Target) -> bool:
     return not target.visited or tensor.device == target.device or is_offloaded(tensor)
 
 
-def _moved(weight: Weight, memory: Memory, start: int) -> Tensor:
-    """A tensor of the map with the weight's elements and strides; its pages are dropped."""
-    content, like = _checked(weight), weight.tensor
-    into = memory.tensor(start, [like.numel()], like.dtype)
-    flat = content.permute(_in_memory(like)).reshape(-1)
-    size = _PIECE // like.itemsize
-    for low in range(0, flat.numel(), size):
-        piece = into[low : low + size]
-        piece.copy_(flat[low : low + size])
-        drop(piece)
-    return into.as_strided(like.shape, like.stride())
-
-
-def _in_memory(tensor: Tensor) -> list[int]:
-    """Its dimensions, those first whose elements are farthest from each other."""
-    strides = tensor.stride()
-    return sorted(range(tensor.dim()), key=lambda d: strides[d], reverse=True)
-
-
-def _has_gaps(tensor: Tensor) -> bool:
-    """Whether it takes more memory than its elements do."""
-    return not tensor.permute(_in_memory(tensor)).is_contiguous()
+def _moved(weights: Sequence[Weight], memory: Memory, starts: Sequence[int]) -> list[Tensor]:
+    """Tensors of the memory with the weights' elements and strides; their pages are dropped."""
+    moved = []
+    for weight, start in zip(weights, starts, strict=True):
+        content, like = _checked(weight), weight.tensor
+        into = memory.tensor(start, [like.numel()], like.dtype)
+        flat = content.permute(in_memory(like)).reshape(-1)
+        size = _PIECE // like.itemsize
+        for low in range(0, flat.numel(), size):
+            piece = into[low : low + size]
+            piece.copy_(flat[low : low + size])
+            drop(piece)
+        moved.append(into.as_strided(like.shape, like.stride()))
+    return moved
 
 
 def _checked(weight: Weight) -> Tensor:
@@ -280,24 +182,3 @@ def _tie(model: nn.Module) -> None:
                 f"device, got {type(error).__name__}: {error}; where an adapter is around tied "
                 "weights, offload the base model before you add it"
             ) from error
-
-
-def _check_hooks(model: nn.Module, device: torch.device) -> None:
-    for prefix, _, hook in offloading_hooks(model):
-        theirs = torch.device("cpu" if hook.execution_device is None else hook.execution_device)
-        if torch.empty(0, device=theirs).device != device:
-            raise ValueError(
-                f"model must compute on one device, got a device_map by which {prefix!r} computes "
-                f"on {theirs}, and device={str(device)!r}: give that device, or another map"
-            )
-
-
-def _check_blocks(blocks: Collection[str] | None, target: Target) -> None:
-    if blocks is None:
-        return
-    if isinstance(blocks, str) or not all(isinstance(name, str) for name in blocks):
-        raise TypeError(f"blocks must be a list of names of classes, got {blocks!r}")
-    if not target.visited:
-        raise ValueError(
-            f"blocks must be None on the CPU, where no copies are made, got {blocks!r}"
-        )

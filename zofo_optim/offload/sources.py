@@ -63,7 +63,8 @@ class Checkpoint(Mapping[str, Tensor]):
         else:
             raise FileNotFoundError(
                 f"checkpoint must be a folder with {SINGLE} or {INDEX}, got {str(folder)!r}; write "
-                "one by save_pretrained(folder)"
+                "one by save_pretrained(folder), or get a hub's by "
+                "huggingface_hub.snapshot_download(name)"
             )
 
     def __getitem__(self, name: str) -> Tensor:

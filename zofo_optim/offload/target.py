@@ -23,11 +23,18 @@ class Target:
         device: None for the CPU.
 
     Raises:
-        RuntimeError, AssertionError: by torch, where it has no such device.
+        ValueError: torch has no such device here, or it has no memory.
     """
 
     def __init__(self, device: torch.device | str | int | None) -> None:
-        self.device = torch.empty(0, device="cpu" if device is None else device).device
+        try:
+            self.device = torch.empty(0, device="cpu" if device is None else device).device
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"device must be one that torch can use here, got {device!r}: {error}"
+            ) from error
+        if self.device.type == "meta":
+            raise ValueError(f"device must compute, got {str(self.device)!r}")
         self.visited = self.device.type != "cpu"
         """Weights are on the host, and visit it; else they are computed with where they are."""
 
@@ -42,14 +49,21 @@ class Target:
         return self.visited and (weight.device == self.device or matrix_of(weight.shape) is None)
 
     def visits(self, model: nn.Module, blocks: Collection[str] | None) -> Visits | DeviceVisits:
-        """The hooks; where a device is visited, others are told that the model has been placed."""
+        """The hooks."""
         if not self.visited:
             return Visits(model)
-        base: Any = within_peft(model)
-        # transformers' Trainer and accelerate then leave the model where it is
-        places = ["", *(name for name, _ in base.named_children())]
-        base.hf_device_map = dict.fromkeys(places, self.device)
         return DeviceVisits(model, self.device, _blocks(model) if blocks is None else blocks)
+
+    def mark(self, model: nn.Module) -> None:
+        """Where a device is visited, transformers' Trainer and accelerate leave the model there."""
+        if self.visited:
+            base: Any = within_peft(model)
+            base.hf_device_map = dict.fromkeys(("", "at rest"), self.device)
+
+
+def unmark(model: nn.Module) -> None:
+    """Undo :meth:`Target.mark`."""
+    within_peft(model).__dict__.pop("hf_device_map", None)
 
 
 def _blocks(model: nn.Module) -> set[str]:

@@ -255,6 +255,7 @@ class Perturbation(ABC):
     def update(self, updates: Sequence[Update]) -> None:
         """Take each group from wherever it is to its updated weights, one pass a group."""
         with uninterrupted():
+            settle()
             self.gathered.reshard()
             for position, update in enumerate(updates):
                 update_(
