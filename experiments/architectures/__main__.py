@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .classes import TASKS, Case, all_cases
+from .classes import Case, all_cases
 from .records import Records, summary
 from .report import counts_table, failures_table
+from .tasks import TASKS
 from .worker import Worker
 
 OUT = Path(__file__).parents[1] / "results" / "architectures" / "classes.json"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .classes import Case
-from .fields import HIDDEN, IMAGE, SPECIAL
+from .fields import IMAGE, SPECIAL
 
 EXAMPLES, LENGTH, LABELS = 2, 8, 3
-MISMATCH = re.compile(r"tokens:? ?=?(\d+).{0,40}?features:? ?=?(\d+)", re.S)
 Batch = dict[str, Any]
 
 
@@ -35,7 +33,14 @@ def field(config: Any, *names: str, default: Any = None) -> Any:
     """The first of these fields that the configuration or a nested one has."""
     nested = [
         part
-        for key in ("text_config", "vision_config", "audio_config", "encoder", "decoder")
+        for key in (
+            "vlm_config",
+            "text_config",
+            "vision_config",
+            "audio_config",
+            "encoder",
+            "decoder",
+        )
         if (part := getattr(config, key, None)) is not None and not isinstance(part, (int, str))
     ]
     for part in [config, *nested]:
@@ -57,7 +62,7 @@ def batch_for(case: Case, model: Any, image_tokens: int = 4) -> Batch:
     return MAKERS[case.task](model, parameters_of(model), image_tokens)
 
 
-def _text(model: Any, names: set[str]) -> Batch:
+def texts(model: Any, names: set[str]) -> Batch:
     vocabulary = field(model.config, "vocab_size", "src_vocab_size", default=128)
     ids = text_ids(vocabulary if isinstance(vocabulary, int) else 128)
     end = field(model.config, "eos_token_id")
@@ -76,7 +81,7 @@ def _language(model: Any, names: set[str], _: int) -> Batch:
         books = model.config.num_codebooks
         rows = text_ids(model.config.vocab_size).repeat(books, 1)
         return {"input_ids": rows, "labels": rows.reshape(EXAMPLES, books, -1).transpose(1, 2)}
-    batch = _text(model, names)
+    batch = texts(model, names)
     return batch | {"labels": batch["input_ids"].clone()}
 
 
@@ -88,16 +93,16 @@ def _seq2seq(model: Any, names: set[str], count: int) -> Batch:
 
 
 def _sequence(model: Any, names: set[str], _: int) -> Batch:
-    return _text(model, names) | {"labels": torch.tensor([0, 1])}
+    return texts(model, names) | {"labels": torch.tensor([0, 1])}
 
 
 def _token(model: Any, names: set[str], _: int) -> Batch:
-    batch = _text(model, names)
+    batch = texts(model, names)
     return batch | {"labels": batch["input_ids"] % LABELS}
 
 
 def _question(model: Any, names: set[str], _: int) -> Batch:
-    batch = _text(model, names)
+    batch = texts(model, names)
     if model.config.model_type == "longformer":  # a question, and an answer after two separators
         batch["input_ids"][:, [2, 3, -1]] = model.config.sep_token_id
     return batch | {
@@ -118,7 +123,7 @@ def _image(model: Any, names: set[str], count: int) -> Batch:
 
     labels = {"labels": torch.tensor([0, 1])}
     if "input_ids" in names and "pixel_values" not in names:
-        return _text(model, names) | labels
+        return texts(model, names) | labels
     if "input_ids" in names or "spatial_shapes" in names:
         batch = image_text_batch(model, names, count)
         kept = {key: value for key, value in batch.items() if key in names and key != "labels"}
@@ -132,7 +137,7 @@ def _image(model: Any, names: set[str], count: int) -> Batch:
     return {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
 
 
-def _audio(model: Any, names: set[str], _: int) -> Batch:
+def sound(model: Any, names: set[str], _: int) -> Batch:
     labels = torch.tensor([0, 1])
     if "input_features" in names:
         bins = field(model.config, "num_mel_bins", "feature_projection_input_dim", default=16)
@@ -165,49 +170,5 @@ MAKERS = {
     "question_answering": _question,
     "image_classification": _image,
     "image_text_to_text": _image_text,
-    "audio_classification": _audio,
+    "audio_classification": sound,
 }
-
-
-def with_fitting_image_tokens(case: Case, model: Any, loss: Any) -> Batch:
-    """A batch that the model takes: it says how many features an image has, if not as many.
-
-    A model of images and texts that takes none of our images gets texts alone.
-    """
-    if case.task != "image_text_to_text":
-        batch = batch_for(case, model)
-        loss(model, batch)
-        return batch
-    try:
-        return _fitted(case, model, loss)
-    except Exception:
-        from .image_text import text_batch
-
-        batch = text_batch(model, parameters_of(model))
-        try:
-            loss(model, batch)
-        except Exception:
-            batch = {}
-        if not batch:
-            raise
-        return batch
-
-
-def _fitted(case: Case, model: Any, loss: Any) -> Batch:
-    count = 4
-    for _ in range(4):
-        batch = batch_for(case, model, count)
-        try:
-            loss(model, batch)
-            return batch
-        except (ValueError, RuntimeError, AssertionError) as error:
-            found = MISMATCH.search(str(error))
-            if found is None:
-                raise
-            tokens, features = (int(part) for part in found.groups())
-            # some count the features' elements
-            fitting = count // HIDDEN if tokens == features else count * features // max(tokens, 1)
-            if fitting == count or not 1 <= fitting <= 1024:
-                raise
-            count = fitting
-    raise ValueError("no number of image tokens fits the features of an image")

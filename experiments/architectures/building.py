@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING
 
-from .batches import LABELS, Batch, with_fitting_image_tokens
+from .batches import LABELS, Batch
 from .classes import Case, class_of
-from .exceptions import DROP, SPECIAL_CASES
+from .exceptions import SPECIAL_CASES
+from .fitting import fitting_batch
 from .shrinking import shrunk
+from .special import DROP
 
-LARGEST = 6_000_000
+LARGEST = 20_000_000
 """Parameters of a model that still counts as tiny."""
 SPREAD = 0.08
 """Standard deviation of what is added to every initial weight."""
+
+
+OF_LABELS = (
+    "sequence_classification",
+    "image_classification",
+    "audio_classification",
+    "token_classification",
+    "segmentation",
+    "object_detection",
+    "video_classification",
+    "audio_frames",
+)
+"""Tasks whose classes are a few of ours."""
 
 
 class NotBuilt(RuntimeError):
@@ -39,7 +55,7 @@ def build(case: Case) -> tuple[Any, Batch]:
     model.eval()
     try:
         with torch.no_grad():
-            return model, with_fitting_image_tokens(case, model, loss_of)
+            return model, fitting_batch(case, model, loss_of)
     except Exception as error:
         raise NotBuilt(f"forward of a batch of ours: {first_line(error)}") from error
 
@@ -51,16 +67,12 @@ def config_for(case: Case) -> Any:
     fields = shrunk(default.to_dict())
     for name in ("transformers_version", "model_type", "architectures"):
         fields.pop(name, None)
-    special = SPECIAL_CASES.get(kind.model_type)
-    if special:
-        for path, value in special.fields.items():
-            _set(fields, path, value if value is DROP else copy.deepcopy(value))
-    if case.task in (
-        "sequence_classification",
-        "image_classification",
-        "audio_classification",
-        "token_classification",
-    ):
+    for key, part in fields.items():
+        if key.endswith("backbone_config") and part:
+            _set_special(part, part.get("model_type", ""))
+    _set_special(fields, kind.model_type)
+    _set_special(fields, f"{kind.model_type} for {case.task}")
+    if case.task in OF_LABELS:
         fields.pop("id2label", None)
         fields.pop("label2id", None)
         fields["num_labels"] = LABELS
@@ -82,6 +94,12 @@ def nested_configs(config: Any) -> list[Any]:
     from transformers import PreTrainedConfig
 
     return [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+
+
+def _set_special(fields: dict[str, Any], model_type: str) -> None:
+    if model_type in SPECIAL_CASES:
+        for path, value in SPECIAL_CASES[model_type].fields.items():
+            _set(fields, path, value if value is DROP else copy.deepcopy(value))
 
 
 def _set(fields: dict[str, Any], path: str, value: Any) -> None:
@@ -122,14 +140,28 @@ def randomize(model: Any) -> None:
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
     """The model's own loss; where it has none, the mean square of its first floating output."""
     output = model(**batch)
-    loss = getattr(output, "loss", None)
+    loss = own_loss(output)
     if loss is None:
-        values = output.values() if hasattr(output, "values") else output
-        loss = next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+        loss = next(v for v in _tensors(output) if v.is_floating_point() and v.numel())
         loss = loss.float().square().mean()
     if not torch.isfinite(loss).all():
         raise ValueError(f"the loss is {loss.detach().mean().item()}")
     return loss.mean()
+
+
+def own_loss(output: Any) -> torch.Tensor | None:
+    """Which the model computed from labels, or from its inputs."""
+    loss = getattr(output, "loss", None)
+    return loss if isinstance(loss, torch.Tensor) and loss.is_floating_point() else None
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """One after the other, also in nested outputs."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, (Mapping, list, tuple)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
 
 
 def first_line(error: BaseException) -> str:

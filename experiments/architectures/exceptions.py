@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from .exceptions_detection import DETECTION
+from .exceptions_vision import VISION
+from .special import DIM, DROP, NO_DEFAULT, Special
 
-
-class Special(NamedTuple):
-    """Fields to set after shrinking, by dotted path for nested ones, and why."""
-
-    why: str
-    fields: dict[str, Any]
-
-
-DROP = object()
-"""In place of a value: the field is left out, and follows from the others."""
-NO_DEFAULT = "has no default, and the model needs it"
 MROPE = "without a default in the configuration, sections of rotary positions are too long"
 SECTIONS = "rope_parameters.mrope_section"
 WORDS = {"<image>": 44, "<|extra_200|>": 45, "<|image start|>": 46, "<|image end|>": 47}
 PIECES = {"IMGIMG" + "ABCDEFGHIJ"[i // 10] + "ABCDEFGHIJ"[i % 10] + "Z": 12 + i for i in range(32)}
 TURNS = {"rope_type": "default", "rope_theta": 1e4}
 BY_KIND = {"full_attention": TURNS, "sliding_attention": TURNS}
-DIM = "the parts' widths must fit each other"
 SPECIAL_CASES: dict[str, Special] = {
+    **DETECTION,
+    **VISION,
     **{
         kind: Special(MROPE, {f"text_config.{SECTIONS}": [2, 1, 1]})
         for kind in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "paddleocr_vl")
@@ -46,15 +38,6 @@ SPECIAL_CASES: dict[str, Special] = {
         "the last width is that of the last product",
         {"width_coefficient": 1.0, "depth_coefficient": 0.2, "hidden_dim": 1280},
     ),
-    "hgnet_v2": Special(
-        DIM,
-        {
-            "stem_channels": [3, 16, 16],
-            "stage_in_channels": [16, 16, 32, 32],
-            "stage_mid_channels": [16] * 4,
-            "stage_out_channels": [16, 32, 32, 64],
-        },
-    ),
     "hunyuan_vl": Special(MROPE, {f"text_config.{SECTIONS}": [1, 1, 1, 1]}),
     "instructblipvideo": Special(NO_DEFAULT, {"video_token_index": 40, "video_token_id": 40}),
     "kimi_k25": Special(DIM, {"projection_hidden_size": 32}),
@@ -67,6 +50,32 @@ SPECIAL_CASES: dict[str, Special] = {
             "vision_config.projector_input_dim": 32,
         },
     ),
+    "t5gemma for text_features": Special("texts are only read", {"is_encoder_decoder": False}),
+    **{
+        f"{kind} for ctc": Special(NO_DEFAULT, {"vocab_size": 32})
+        for kind in ("wav2vec2-bert", "wav2vec2-conformer")
+    },
+    **{
+        kind: Special(NO_DEFAULT, {"prediction_length": 4, "context_length": 8})
+        for kind in ("autoformer", "informer", "time_series_transformer")
+    },
+    **{
+        kind: Special("groups of channels must fit", {f"{codec}.upsample_groups": 32})
+        for kind, codec in (
+            ("kyutai_speech_to_text", "codec_config"),
+            ("csm", "codec_config"),
+            ("moshi", "audio_encoder_config"),
+        )
+    },
+    "moonshine_streaming": Special(
+        NO_DEFAULT, {"num_key_value_heads": 4, "num_attention_heads": 4}
+    ),
+    "fastspeech2_conformer_with_hifigan": Special(DIM, {"vocoder_config.model_in_dim": 16}),
+    "fun_asr_nano": Special(DIM, {"adaptor_config.intermediate_size": 8}),
+    **{
+        kind: Special(DIM, {"flow_head_config.condition_dim": 32})
+        for kind in ("gradium_phonon_tts", "pocket_tts")
+    },
     "mistral4": Special(DIM, {"head_dim": 16}),
     "mllama": Special(DIM, {"vision_config.vision_output_dim": 64}),
     "muse_glimmer": Special(DIM, {"vision_config.out_hidden_size": 128}),

@@ -139,6 +139,7 @@ RULES: list[Rule] = [
     (r"pos_emb_height|pos_emb_width", to(8)),
     # sound
     (r"num_mel_bins|feature_size|n_mel_bins", to(16)),
+    (r"upsample_initial_channel", to(64)),
     (r"num_conv_pos_embeddings", to(8)),
     (r"num_conv_pos_embedding_groups", to(2)),
     (r"codebook_size|num_embeddings|codevector_dim|num_codevectors_per_group", to(32)),

@@ -16,7 +16,7 @@ GRID = 4
 
 def image_text_batch(model: Any, names: set[str], count: int) -> Batch:
     """Texts that begin with ``count`` tokens of an image, the image, and labels."""
-    config = model.config
+    config = getattr(model.config, "vlm_config", model.config)
     vocabulary = field(config, "vocab_size", default=128)
     token = field(config, *TOKEN)
     token = (
@@ -49,8 +49,8 @@ def image_text_batch(model: Any, names: set[str], count: int) -> Batch:
     if "bbox" in names:
         batch["bbox"] = torch.tensor([0.1, 0.1, 0.5, 0.6]).expand(*ids.shape, 4).contiguous()
     if "state" in names:
-        batch["state"] = _random(EXAMPLES, config.max_state_dim)
-        batch["actions"] = _random(EXAMPLES, config.chunk_size, config.max_action_dim)
+        batch["state"] = randn(EXAMPLES, model.config.max_state_dim)
+        batch["actions"] = randn(EXAMPLES, model.config.chunk_size, model.config.max_action_dim)
     return batch | images(model, names)
 
 
@@ -68,7 +68,7 @@ def text_batch(model: Any, names: set[str]) -> Batch:
 
 def images(model: Any, names: set[str]) -> Batch:
     """One for each example, in the shape that the forward takes, by the names of its arguments."""
-    config = model.config
+    config = getattr(model.config, "vlm_config", model.config)
     vision = getattr(config, "vision_config", None) or config
     kind = config.model_type
     channels = field(vision, "num_channels", "in_channels", default=3)
@@ -85,12 +85,12 @@ def images(model: Any, names: set[str]) -> Batch:
         shape: tuple[int, ...] = (GRID * GRID * EXAMPLES, size)
         if kind in UNFLATTENED:
             shape = (GRID * GRID * EXAMPLES, channels, patch, patch)
-        batch = {"pixel_values": _random(*shape), grids[0]: torch.tensor([grid] * EXAMPLES)}
+        batch = {"pixel_values": randn(*shape), grids[0]: torch.tensor([grid] * EXAMPLES)}
         if "image_merge_sizes" in names:
             batch["image_merge_sizes"] = torch.ones(EXAMPLES, dtype=torch.long)
         return batch
     if "spatial_shapes" in names or kind in PATCHES:
-        batch = {"pixel_values": _random(EXAMPLES, GRID * GRID, channels * patch * patch)}
+        batch = {"pixel_values": randn(EXAMPLES, GRID * GRID, channels * patch * patch)}
         if "spatial_shapes" in names:
             batch["spatial_shapes"] = torch.tensor([[GRID, GRID]] * EXAMPLES)
         if "pixel_attention_mask" in names:
@@ -100,20 +100,20 @@ def images(model: Any, names: set[str]) -> Batch:
     shape = (EXAMPLES, channels, height, width)
     if kind in SEVERAL_IMAGES:
         shape = (EXAMPLES, SEVERAL_IMAGES[kind], channels, height, width)
-    batch = {"pixel_values": _random(*shape)}
+    batch = {"pixel_values": randn(*shape)}
     if "image_sizes" in names and kind not in ("llava", "vipllava"):
         batch["image_sizes"] = torch.tensor([[height, width]] * EXAMPLES)
     if kind in SEVERAL_IMAGES and "pixel_attention_mask" in names:
         batch["pixel_attention_mask"] = torch.ones(EXAMPLES, 1, height, width, dtype=torch.bool)
     if "pixel_values_images" in names:
-        return {"pixel_values_images": _random(*shape)}
+        return {"pixel_values_images": randn(*shape)}
     if "aspect_ratio_ids" in names:
         tiles = vision.max_num_tiles
-        batch["pixel_values"] = _random(EXAMPLES, 1, tiles, channels, height, width)
+        batch["pixel_values"] = randn(EXAMPLES, 1, tiles, channels, height, width)
         batch["aspect_ratio_ids"] = torch.ones(EXAMPLES, 1, dtype=torch.long)
         batch["aspect_ratio_mask"] = torch.ones(EXAMPLES, 1, tiles, dtype=torch.long)
     if "high_res_pixel_values" in names:
-        batch["high_res_pixel_values"] = _random(
+        batch["high_res_pixel_values"] = randn(
             EXAMPLES, channels, *image_size(config.high_res_vision_config)
         )
     return batch
@@ -121,7 +121,7 @@ def images(model: Any, names: set[str]) -> Batch:
 
 UNFLATTENED = ("paddleocr_vl", "kimi_k25")
 """Kinds of models whose patches keep their shape."""
-PATCHES = ("fuyu", "molmo2")
+PATCHES = ("fuyu", "molmo2", "neomme")
 """Kinds of models that take an image as flat patches, without its shape."""
 SEVERAL_IMAGES = {
     "idefics": 1,
@@ -130,6 +130,7 @@ SEVERAL_IMAGES = {
     "smolvlm": 1,
     "granite_docling": 1,
     "instructblipvideo": 1,
+    "modernvbert": 1,
     "inkling_mm_model": 1,
     "llava_next": 2,
     "llava_next_video": 2,
@@ -143,13 +144,13 @@ def _side(size: Any) -> int:
     return size if isinstance(size, int) else int(size[0])
 
 
-def _random(*shape: int) -> Tensor:
+def randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator())
 
 
 def _numbered(patch: int, channels: int) -> Tensor:
     """Patches that begin with their row and column."""
-    patches = _random(EXAMPLES, GRID * GRID, 2 + channels * patch * patch)
+    patches = randn(EXAMPLES, GRID * GRID, 2 + channels * patch * patch)
     places = [[row + 1, column + 1] for row in range(GRID) for column in range(GRID)]
     patches[..., :2] = torch.tensor(places, dtype=torch.float32)
     return patches

@@ -6,7 +6,9 @@ import time
 import warnings
 from typing import Any
 
-from .building import NotBuilt, build
+import torch
+
+from .building import NotBuilt, build, own_loss
 from .checks import run_checks
 from .classes import Case
 
@@ -29,6 +31,8 @@ def examine(case: Case) -> dict[str, Any]:
         else:
             result["parameters"] = sum(p.numel() for p in model.parameters())
             result["inputs"] = sorted(key for key in batch if "label" not in key)
+            with torch.no_grad():
+                result["own_loss"] = own_loss(model(**batch)) is not None
             result |= run_checks(model, batch)
     result["seconds"] = round(time.perf_counter() - started, 2)
     return result

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .classes import TASKS
 from .reasons import reason
 from .records import CHECKS, Result, built, passed
+from .tasks import TASKS
 
-TITLES = {
-    "causal_lm": "causal language models",
-    "seq2seq_lm": "sequence to sequence",
-    "masked_lm": "masked language models",
-    "sequence_classification": "sequence classification",
-    "token_classification": "token classification",
-    "question_answering": "question answering",
-    "image_classification": "image classification",
-    "image_text_to_text": "images and text to text",
-    "audio_classification": "audio classification",
-}
 Classes = Mapping[str, Result]
 
 
@@ -32,7 +21,7 @@ def counts_table(classes: Classes) -> str:
             counts = [len(chosen), sum(map(built, chosen))]
             counts += [sum(check in r.get("passed", ()) for r in chosen) for check in CHECKS]
             counts.append(sum(map(passed, chosen)))
-            lines.append(_row([TITLES[task] if task else "**all**", *map(str, counts)]))
+            lines.append(_row([TASKS[task].title if task else "**all**", *map(str, counts)]))
     return "\n".join(lines)
 
 

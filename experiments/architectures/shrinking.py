@@ -32,6 +32,8 @@ def shrunk(config: Mapping[str, Any], tokens: dict[int, int] | None = None) -> d
         if isinstance(value, Mapping):
             labels = isinstance(key, str) and (key.endswith("2id") or key.startswith("id2"))
             small[key] = value if labels else shrunk(value, tokens)
+            if str(key).endswith("backbone_config"):
+                _keep_outputs(value, small[key])
         elif key in FOLLOWING:
             continue
         elif key in ("out_features", "out_indices"):
@@ -45,6 +47,17 @@ def shrunk(config: Mapping[str, Any], tokens: dict[int, int] | None = None) -> d
     if "num_hidden_layers" in small and isinstance(small["num_hidden_layers"], int):
         _cut_lists(config, small)
     return small
+
+
+def _keep_outputs(config: Mapping[str, Any], small: dict[str, Any]) -> None:
+    """A backbone gives as many maps of features as it did, of layers or stages that are there."""
+    names = config.get("out_features")
+    if not names or not isinstance(names, (list, tuple)):
+        return
+    if "num_hidden_layers" in small:
+        small["num_hidden_layers"] = max(2, len(names))
+        names = [f"stage{number}" for number in range(1, len(names) + 1)]
+    small["out_features"] = list(names)
 
 
 def _token(value: Any, tokens: dict[int, int]) -> Any:

@@ -1,8 +1,10 @@
 """A step on tiny models of transformers, in place, streamed, low-rank and beside LoRA."""
 
 import copy
+import datetime
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -15,14 +17,17 @@ from experiments.architectures.building import NotBuilt, build
 from experiments.architectures.checks import (
     CHECKS,
     Disagreement,
-    Step,
+    PeftAlone,
     agree,
+    check_lora,
     check_streamed,
     run_checks,
 )
-from experiments.architectures.classes import TASKS, all_cases
+from experiments.architectures.classes import all_cases
 from experiments.architectures.records import CHECKS as NAMES
 from experiments.architectures.records import Records, passed
+from experiments.architectures.step import Step
+from experiments.architectures.tasks import TASKS
 from experiments.architectures.worker import Worker
 from zofo_optim.perturbation.streaming import Streaming
 
@@ -34,8 +39,20 @@ ALWAYS = [
     "MixtralForCausalLM",
     "ResNetForImageClassification",
     "BertForSequenceClassification",
+    "CLIPModel",
+    "YolosForObjectDetection",
 ]
 CASES = all_cases()
+
+
+def nightly(names):
+    """Every class, where ZOFO_NIGHTLY is set; with a budget, from another one on every day."""
+    if not os.environ.get("ZOFO_NIGHTLY"):
+        return ["each class"]
+    if "ZOFO_NIGHTLY_MINUTES" not in os.environ:
+        return names
+    first = datetime.date.today().toordinal() * 397 % len(names)
+    return names[first:] + names[:first]
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +118,16 @@ def test_a_class_that_cannot_be_built_says_why(monkeypatch):
 
 def test_every_mapping_is_there():
     assert {case.task for case in CASES.values()} == set(TASKS)
-    assert len(CASES) > 500
+    assert len(CASES) > 1000
     assert tuple(CHECKS) == NAMES
+
+
+def test_a_model_that_peft_cannot_train_is_told_apart():
+    """SqueezeBERT's output depends on convolutions alone, and LoRA is on its pooler."""
+    model, batch = build(CASES["SqueezeBertModel"])
+    model.requires_grad_(False)
+    with pytest.raises(PeftAlone, match="does not require grad"):
+        check_lora(model, batch)
 
 
 def test_steps_are_made_of_copies():
@@ -156,7 +181,7 @@ def test_the_file_is_whole_after_each_class(tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", CASES if os.environ.get("ZOFO_NIGHTLY") else ["each class"])
+@pytest.mark.parametrize("name", nightly(list(CASES)))
 def test_all(name, examined):
     """Every class that passed when the results were made passes here."""
     known = Records(command.OUT, keep=True).classes.get(name)
@@ -169,6 +194,15 @@ def test_all(name, examined):
 
 @pytest.fixture(scope="module")
 def examined():
+    """Within ZOFO_NIGHTLY_MINUTES, where they are set; what is left then is skipped."""
     worker = Worker(float(os.environ.get("ZOFO_NIGHTLY_LIMIT", "150")))
-    yield worker.examine
+    minutes = float(os.environ.get("ZOFO_NIGHTLY_MINUTES", "inf"))
+    end = time.monotonic() + 60 * minutes
+
+    def examine(case):
+        if time.monotonic() > end:
+            pytest.skip(f"after the {minutes:g} minutes of ZOFO_NIGHTLY_MINUTES")
+        return worker.examine(case)
+
+    yield examine
     worker.close()

@@ -73,3 +73,18 @@ def test_special_tokens_keep_apart_below_those_of_texts():
 
 def test_indices_of_layers_are_there():
     assert shrunk({"vision_feature_layers": [-2, 6, 30]})["vision_feature_layers"] == [-2, 1]
+
+
+def test_a_backbone_keeps_as_many_outputs():
+    """Of stages, which stay; of layers, of which there are then as many."""
+    stages = {"depths": [3, 4, 6, 3], "out_features": ["stage2", "stage4"], "out_indices": [2, 4]}
+    layers = {"num_hidden_layers": 12, "out_features": ["stage3", "stage6", "stage9", "stage12"]}
+    small = shrunk({"backbone_config": stages})["backbone_config"]
+    assert small == {
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage2", "stage4"],
+        "out_indices": None,
+    }
+    small = shrunk({"backbone_config": layers})["backbone_config"]
+    assert small["num_hidden_layers"] == 4
+    assert small["out_features"] == ["stage1", "stage2", "stage3", "stage4"]
