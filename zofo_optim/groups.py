@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .buffers import ParamGroups
 from .parallel import check_wrappers
 from .plain import plain
-from .quantized import Scales, unit_of
+from .quantized import Scales, note_beside, unit_of
 from .zeroth_order import ZerothOrder, parameters_with_all_names
 
 
@@ -180,6 +180,7 @@ def param_groups(
         for mode, chosen, own in (*_by_unit(split), ("fo", split.fo, {}))
         if chosen
     ]
+    note_beside(model, {**split.zo, **split.fo})
     scales = Scales(model).among(split.zo.values()) if split.units else ()
     return ParamGroups(chosen_groups, model, scales)
 

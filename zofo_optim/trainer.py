@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .base_weights import FILE, load_base_weights, save_base_weights
+from .base_weights import load_base_weights, save_base_weights
 from .buffers import ParamGroups
 from .counts import Counts
 from .groups import hybrid_param_groups
@@ -28,6 +28,14 @@ from .optimizer import HybridZOFO
 from .partition import Partition
 from .partition.trainer import NO_RATE, Again, TrainerPartition
 from .quantized import Scales
+from .quantized.checkpoints import (
+    FILES,
+    check_side_options,
+    has_no_files_of_its_own,
+    load_trained,
+    remove_weights,
+    save_trained,
+)
 from .sharding import is_sharded
 from .smoothness.trainer import SmoothnessCallback
 
@@ -76,14 +84,17 @@ class HybridTrainerMixin(_Base):
     under accumulation), and ``skipped_steps``.
     Where peft saves the adapter alone, ``zo_weights.safetensors`` beside it holds the trained
     weights of the base model, for resuming, ``load_best_model_at_end`` and
-    :func:`load_base_weights`.
+    :func:`load_base_weights`. Of a model without an adapter whose weights torchao's ``quantize_``
+    or quanto has made, which transformers cannot write, checkpoints hold that file and
+    ``fo_weights.safetensors`` alone: resume with the model quantised as it was.
 
     Args:
         *args: as for the Trainer.
         zo: options of the zeroth-order group, ``lr`` among them; see
             :func:`hybrid_param_groups`.
         include, exclude: which frozen parameters train, likewise.
-        quantized: what becomes of quantised weights, likewise; not with a partition.
+        quantized: what becomes of quantised weights, likewise; not with a partition. "low_rank"
+            adds side updates of rank 16; for others call :func:`add_side_updates` before.
         hybrid: options of :class:`HybridZOFO`, such as ``dict(estimator="one_sided")``. Its seed
             is that of the arguments unless given.
         partition: which tensors train first-order: a :class:`~zofo_optim.partition.Partition`, or
@@ -97,7 +108,8 @@ class HybridTrainerMixin(_Base):
             and ``partition``.
 
     Raises:
-        TypeError: ``optimizers`` holds another optimizer; or the trainer takes another batch in
+        TypeError: ``optimizers`` holds another optimizer; ``rank`` is given with
+            quantized="low_rank"; or the trainer takes another batch in
             each evaluation of a step (GRPO).
         ValueError: both an optimizer and its options were given; the training is distributed in a
             way that is not supported; or the reference of a preference loss (DPO) is the model
@@ -132,6 +144,7 @@ class HybridTrainerMixin(_Base):
                     f"quantized must be left out where partition is given, got {quantized!r}"
                 )
             self._group_options["quantized"] = quantized
+            check_side_options(quantized, kwargs)
         self._partition = None if partition is None else TrainerPartition(partition)
         super().__init__(*args, **kwargs)
         self._check_supported()
@@ -475,6 +488,13 @@ class HybridTrainerMixin(_Base):
     # ---- the base model's weights, which peft does not save ---------------------------------
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if self.optimizer is not None and has_no_files_of_its_own(self._module()):
+            super()._save(output_dir, state_dict={})
+            if self.args.should_save:
+                place = output_dir or str(self.args.output_dir)
+                remove_weights(place)
+                save_trained(self.hybrid_optimizer, self._module(), place)
+            return
         super()._save(output_dir, *args, **kwargs)
         if self.args.should_save and self.optimizer is not None and self._saves_in_part():
             folder = output_dir or self.args.output_dir
@@ -486,6 +506,9 @@ class HybridTrainerMixin(_Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         if self._group_options.get("quantized") in ("scales", "low_rank"):
             self.create_optimizer()  # side updates must be there, and units are those of the start
+        if has_no_files_of_its_own(self._module()):
+            load_trained(self._module(), resume_from_checkpoint)
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         if self._saves_in_part():
             load_base_weights(self._module(), resume_from_checkpoint)
@@ -493,8 +516,11 @@ class HybridTrainerMixin(_Base):
             self._partition.load(self, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
         best = self.state.best_model_checkpoint
+        if best is not None and has_no_files_of_its_own(self._module()):
+            load_trained(self._module(), best)
+            return
+        super()._load_best_model()
         if self._saves_in_part() and best is not None and os.path.isdir(best):
             model: Any = self._module()
             active = getattr(model, "active_adapters", ())
@@ -505,10 +531,10 @@ class HybridTrainerMixin(_Base):
             load_base_weights(model, best)
 
     def _push_from_checkpoint(self, checkpoint_folder: str, *args: Any, **kwargs: Any) -> None:
-        ours = os.path.join(checkpoint_folder, FILE)
-        if os.path.isfile(ours):
-            assert self.args.output_dir is not None
-            shutil.copy(ours, os.path.join(self.args.output_dir, FILE))
+        for name in FILES:
+            if os.path.isfile(ours := os.path.join(checkpoint_folder, name)):
+                assert self.args.output_dir is not None
+                shutil.copy(ours, os.path.join(self.args.output_dir, name))
         super()._push_from_checkpoint(checkpoint_folder, *args, **kwargs)
 
     def _module(self) -> nn.Module:

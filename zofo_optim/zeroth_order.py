@@ -13,7 +13,15 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 from .names import matching, patterns_in
 from .ownership import without_examples
 from .quantized import Scale, Scales, prepare, scaled_weights
-from .quantized.refusals import by_choice, check_known, is_of_bitsandbytes, is_quantised
+from .quantized.bnb_4bit import keep_layout
+from .quantized.refusals import (
+    by_choice,
+    check_known,
+    is_of_bitsandbytes,
+    is_quantised,
+    packed_modules,
+    said_of_nothing,
+)
 from .quantized.side_module import NAME as SIDE
 from .quantized.side_updates import add_side_updates, side_updates
 from .settings import DIRECTIONS
@@ -42,7 +50,9 @@ class ZerothOrder:
 
     Raises:
         TypeError: ``include`` or ``exclude`` is no string or sequence of strings.
-        ValueError: ``directions`` or ``quantized`` has no such value, or the two do not fit.
+        ValueError: ``directions`` or ``quantized`` has no such value, or the two do not fit, or the
+            model has weights as other libraries pack them, of which nothing is said, or none that
+            is quantised for "scales".
     """
 
     def __init__(
@@ -85,6 +95,11 @@ class ZerothOrder:
         """Names of the weights that have such scales."""
         self._learning: set[str] = set()
         """Of those, the ones of which some learn, as far as was told."""
+        if quantized is None:
+            self._check_said(model)
+        else:
+            for module in model.modules():
+                keep_layout(module)
         if quantized == "scales":
             check_known(model)
             self.prepared = prepare(model, self._leaves)
@@ -167,6 +182,19 @@ class ZerothOrder:
         included, excluded = matching(self._wanted, names), matching(self._unwanted, names)
         self._used.update(included, excluded)
         return list(included), bool(excluded) or bool(self._wanted and not included)
+
+    def _check_said(self, model: nn.Module) -> None:
+        """
+        Raises:
+            ValueError: modules hold quantised weights in buffers, which are not excluded.
+        """
+        for name, module, part in packed_modules(model):
+            start = f"{name}." if name else ""
+            included, unwanted = self._asked([f"{start}{part}", f"{start}weight"])
+            if not unwanted:
+                raise ValueError(said_of_nothing(name, module, part))
+            for pattern in included:
+                self._taken[pattern].setdefault("excluded", f"{start}{part}")
 
     def _leaves(self, names: Sequence[str]) -> bool:
         """Whether patterns leave what has these names to learn."""

@@ -47,12 +47,52 @@ def test_other_libraries(module):
     assert group["param_names"] == ["0.weight", "0.bias"]
 
 
+@pytest.mark.parametrize("module", [OtherLinear, Hqq])
+def test_other_libraries_are_refused_unless_said_or_left_out(module):
+    model = nn.Sequential(nn.Linear(4, 4), module()).requires_grad_(False)
+    match = rf"quantized= says .* got a {module.__name__} .* in '1'.*'low_rank'.*'frozen'.*exclude="
+    with pytest.raises(ValueError, match=match):
+        groups_of(model, quantized=None)
+    with pytest.raises(ValueError, match=match):
+        hybrid_param_groups(model[1:2], zo=ZO, verbose=False)
+    for options in (dict(exclude=r"1\."), dict(include=r"^0\.")):
+        (group,) = hybrid_param_groups(model, zo=ZO, verbose=False, **options)
+        assert group["param_names"] == ["0.weight", "0.bias"]
+
+
+def test_codebooks_of_floats_alone_are_no_quantised_weight():
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    model[0].codebooks = nn.Parameter(torch.ones(4), requires_grad=False)
+    assert len(groups_of(model, quantized=None)[0]["params"]) == 3
+    model[0].register_buffer("codes", torch.zeros(4, dtype=torch.int8))
+    with pytest.raises(ValueError, match="holds 'codebooks' in '0'"):
+        groups_of(model, quantized=None)
+
+
+def test_a_model_without_quantised_weights_has_no_scales():
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got one without quantised weights: leave quantized out"):
+        groups_of(model)
+
+
+@pytest.mark.parametrize("quantized", ["scales", "low_rank", "frozen"])
+def test_weights_keep_their_layout_in_eval(quantized):
+    """Also those whose scales do not learn."""
+    model = network("nf4")
+    model.append(nn.Linear(32, 32)).requires_grad_(False)
+    for layer in layers(model)[:2]:
+        layer.support_avx512bf16_for_cpu = True
+    hybrid_param_groups(model, zo=ZO, quantized=quantized, exclude=r"^2\.", verbose=False)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers(model)[:2])
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "quanto", "fp8", "compressed-tensors"])
 def test_other_methods_of_transformers(method):
     model = network("nf4")
     model.config = nn.Module()
     model.config.quantization_config = {"quant_method": method}
-    with pytest.raises(ValueError, match=f"got one of quant_method='{method}': load it unquant"):
+    match = f"got one of quant_method='{method}': load it unquantised, .*quantized='low_rank'"
+    with pytest.raises(ValueError, match=match):
         groups_of(model)
 
 

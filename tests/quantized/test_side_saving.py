@@ -1,5 +1,7 @@
 """Side updates as a LoRA adapter of peft's, read by peft itself and by the library."""
 
+import warnings
+
 import pytest
 import torch
 from quantized_models import dequantised, layers, quantised
@@ -99,7 +101,8 @@ def test_they_are_of_the_base_model_within_peft(tmp_path):
     optimizer.step(lambda: model(x).square().mean())
     assert not torch.equal(model(x), before)
     assert all(side.left.any() for side in side_updates(model).values())
-    save_side_updates(model, tmp_path / "sides")
+    with pytest.warns(UserWarning, match=r"first\.base_layer\.bias"):
+        save_side_updates(model, tmp_path / "sides")
     model.save_pretrained(str(tmp_path / "lora"))
 
     base = load_side_updates(small(), tmp_path / "sides")
@@ -173,6 +176,51 @@ def test_exclude_by_the_weight_s_name():
     names = [name for group in groups for name in group["param_names"]]
     assert "first.side_update.left_seed_0" in names
     assert "second.side_update.left_seed_0" not in names
+
+
+def save_without_warnings(model, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_side_updates(model, folder)
+
+
+def test_what_else_learns_is_named(tmp_path):
+    """Biases here: the folder alone is another model."""
+    model = small("intx int8")
+    zo = dict(lr=1.0)
+    hybrid_param_groups(model, zo=zo, quantized="low_rank", verbose=False)
+    with pytest.warns(UserWarning, match=r"2 other tensors .* such as 'first\.bias'.*save_hybrid"):
+        save_side_updates(model, tmp_path)
+    hybrid_param_groups(model, zo=zo, quantized="low_rank", include="side_update", verbose=False)
+    save_without_warnings(model, tmp_path)
+
+
+def test_what_an_adapter_s_files_hold_is_not_named(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["first"], modules_to_save=["second"])
+    model = peft.get_peft_model(small("intx int8"), config)
+    groups = hybrid_param_groups(
+        model,
+        zo=dict(lr=1e-2),
+        fo=dict(lr=1e-2),
+        include="side_update",
+        quantized="low_rank",
+        verbose=False,
+    )
+    assert len(groups) == 2
+    save_without_warnings(model, tmp_path)
+
+
+def test_a_reloaded_model_is_not_packed_anew(tmp_path):
+    """As bitsandbytes does in eval() on CPUs with AVX512-BF16, where it rounds or fails."""
+    model = trained()
+    save_side_updates(model, tmp_path)
+    fresh = small()
+    for layer in layers(fresh):
+        layer.support_avx512bf16_for_cpu = True
+    load_side_updates(fresh, tmp_path)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers(fresh))
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(batch()), model(batch()))
 
 
 def test_weights_of_side_updates_ask_for_them(tmp_path):

@@ -12,7 +12,7 @@ from .scales import (
     scaled_weights,
     tensors_for,
 )
-from .side_updates import add_side_updates, remove_side_updates, side_updates
+from .side_updates import add_side_updates, note_beside, remove_side_updates, side_updates
 from .units import as_saved, unit_of
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "check_held",
     "check_perturbation",
     "named_tensors",
+    "note_beside",
     "prepare",
     "remove_side_updates",
     "scaled_weights",

@@ -19,6 +19,16 @@ _PACKS = "support_avx512bf16_for_cpu"
 """Of a module: whether evaluations without gradients repack weights, where the CPU has bf16."""
 
 
+def keep_layout(module: nn.Module) -> None:
+    """Of ``Linear4bit``: weights stay as training and state dicts have them; others pass.
+
+    On CPUs with AVX512-BF16 its first evaluation in ``eval()`` mode packs them anew, with scales
+    of 16 bits in a tensor of their own, and fails where 32 does not divide the rows.
+    """
+    if hasattr(module, _PACKS):
+        setattr(module, _PACKS, False)
+
+
 class Bnb4bit:
     title = "bitsandbytes 4-bit"
 
@@ -29,12 +39,9 @@ class Bnb4bit:
     def prepare(self, module: nn.Module, parameter: Any) -> str:
         """Scales to fp32, weights to the layout that training and state dicts use.
 
-        On CPUs with AVX512-BF16, ``Linear4bit`` packs weights anew in its first evaluation without
-        gradients, with scales of 16 bits in a tensor of their own: it must not, as what learns
-        would no longer be what it uses.
+        They keep it, as what learns would else no longer be what the module uses.
         """
-        if hasattr(module, _PACKS):
-            setattr(module, _PACKS, False)
+        keep_layout(module)
         state, said = parameter.quant_state, ""
         if getattr(state, "packing_format_for_cpu", False):
             _unpack(parameter, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ _METHODS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "torchao")
 """What transformers calls the libraries of these formats."""
 _PACKED = ("qweight", "W_q", "qzeros", "codebooks")
 """What modules of other libraries call their integers: GPTQ, AWQ, HQQ, AQLM."""
+_OTHERWISE = (
+    "load it unquantised, train updates of low rank beside it by quantized='low_rank', or keep it "
+    "as it is by quantized='frozen'"
+)
 
 
 def check_known(model: nn.Module) -> None:
@@ -33,16 +38,35 @@ def check_known(model: nn.Module) -> None:
         if method is not None and method not in _METHODS:
             raise ValueError(
                 f"model must be quantised by {KNOWN} where quantized='scales', got one of "
-                f"quant_method={method!r}: load it unquantised, or pass quantized='frozen'"
+                f"quant_method={method!r}: {_OTHERWISE}"
             )
+    for name, module, found in packed_modules(model):
+        raise ValueError(
+            f"model must be quantised by {KNOWN} where quantized='scales', got a "
+            f"{type(module).__name__} that holds {found!r} in {name!r}: {_OTHERWISE}"
+        )
+    if not any(map(is_quantised, model.parameters())):
+        raise ValueError(
+            f"model must be quantised by {KNOWN} where quantized='scales', got one without "
+            "quantised weights: leave quantized out, and all of it trains as it is"
+        )
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Modules that hold weights as another library packs them: name, module, and what tells."""
     for name, module in model.named_modules():
-        found = next((part for part in _PACKED if isinstance(_part(module, part), Tensor)), None)
-        if found is not None:
-            raise ValueError(
-                f"model must be quantised by {KNOWN} where quantized='scales', got a "
-                f"{type(module).__name__} that holds {found!r} in {name!r}: load it unquantised, "
-                "or pass quantized='frozen'"
-            )
+        held = [part for part in _PACKED if isinstance(_part(module, part), Tensor)]
+        if held and (held[0] != "codebooks" or isinstance(_part(module, "codes"), Tensor)):
+            yield name, module, held[0]
+
+
+def said_of_nothing(name: str, module: nn.Module, found: str) -> str:
+    """A message for one of :func:`packed_modules`, without a choice what becomes of it."""
+    return (
+        f"model must not have quantised weights unless quantized= says what becomes of them, got a "
+        f"{type(module).__name__} that holds {found!r} in {name!r}: {_OTHERWISE}, or leave it out "
+        "by exclude="
+    )
 
 
 def _part(module: nn.Module, name: str) -> object:

@@ -66,6 +66,9 @@ class SideUpdate(nn.Module):
         device: where both are.
     """
 
+    beside: tuple[str, ...] = ()
+    """Names of what else of the base model was last chosen to learn."""
+
     def __init__(
         self, features: Features, rank: int, seed: int, layer: str, device: torch.device
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,7 +25,10 @@ def save_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Any engine that loads peft's adapters beside the base model, quantised or not, computes with
     them; ``PeftModel.from_pretrained(base, folder).merge_and_unload()`` merges them into a base
     model in 16 or 32 bits. ``side_updates.json`` beside the adapter says how to go on, see
-    :func:`load_side_updates`. peft's own adapters in the model are not written.
+    :func:`load_side_updates`. peft's own adapters in the model are not written, nor is
+    anything else that learns: where :func:`hybrid_param_groups` has chosen other weights of the
+    base model too, such as embeddings and norms, a warning names one. ``include="side_update"``
+    leaves them frozen, and :func:`save_hybrid` or :func:`save_base_weights` writes all.
 
     Args:
         model: has side updates, in layers that peft can adapt.
@@ -53,10 +57,19 @@ def save_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         raise ImportError(
             "save_side_updates writes peft's format, which needs: pip install peft"
         ) from error
+    first = next(iter(found.values()))
     kinds = {(side.rank, side.seed) for side in found.values()}
     if len(kinds) > 1:
         raise ValueError(
             f"model must have side updates of one rank and seed to be saved, got {sorted(kinds)}"
+        )
+    if first.beside:
+        warnings.warn(
+            f"save_side_updates writes side updates alone, but {len(first.beside)} other tensors "
+            f"of the base model were to learn too, such as {first.beside[0]!r}: without these the "
+            "folder is another model. Train with include='side_update', or write all by "
+            "save_hybrid or save_base_weights",
+            stacklevel=2,
         )
     path = Path(folder)
     if (path / WEIGHTS).exists() and not (path / ABOUT).exists():
@@ -64,7 +77,6 @@ def save_side_updates(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     names = base_names(model, found)
     sides = {names[name]: side for name, side in found.items()}
-    first = next(iter(found.values()))
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     LoraConfig(
         r=first.rank,

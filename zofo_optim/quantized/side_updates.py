@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..adapters import adapter_parameters
 from ..names import matching, patterns_in, unwrapped, within_peft, without_layers
 from ..sharding import is_sharded
+from .bnb_4bit import keep_layout
 from .refusals import is_quantised
 from .side_module import NAME, SideUpdate, attach, detach, features_of
 
@@ -76,6 +77,7 @@ def add_beside(
         device = _device_of(name, module)
         sides[name] = SideUpdate(features, rank, seed, names[name], device)
     for name, side in sides.items():
+        keep_layout(layers[name])
         attach(layers[name], side)
     return sides
 
@@ -87,6 +89,22 @@ def side_updates(model: nn.Module) -> dict[str, SideUpdate]:
         for name, module in model.named_modules()
         if isinstance(side := getattr(module, NAME, None), SideUpdate)
     }
+
+
+def note_beside(model: nn.Module, learning: Mapping[str, Tensor]) -> None:
+    """Let side updates know what else learns, which their files do not hold; an adapter's does not
+    count.
+
+    Args:
+        model: with or without side updates.
+        learning: what its groups were made of, by name.
+    """
+    sides = side_updates(model).values()
+    if sides:
+        apart = {id(p) for p in (*adapter_parameters(model), *(side.left for side in sides))}
+        beside = tuple(name for name, p in learning.items() if id(p) not in apart)
+        for side in sides:
+            side.beside = beside
 
 
 def base_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
