@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zofo_kernels.memory import has_memory
 
-from .quantized import LearningScales, Scale, Scales
+from .quantized import LearningScales, Scale, Scales, check_perturbation, named_as_scales
 
 _ROOM = 1 << 28
 """Bytes that the first step copies at most; past that, the largest buffers go by their versions."""
@@ -39,6 +39,33 @@ class ParamGroups(list[dict[str, Any]]):
         super().__init__(groups)
         self.model = model
         self.scales = LearningScales(scales)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self.scales:  # pickles hold none
+            self.scales = _scales_of(self.model, self)
+
+
+class Modules:
+    """What an optimizer knows of its model's modules.
+
+    A copy that is made along with the model's, and after it, knows the copied ones; any other
+    knows none, so that it holds no second model. Pickles hold none, either.
+
+    Args:
+        model: that the parameters are of; None: unknown.
+        buffered: the module whose buffers are restored; None: none are.
+    """
+
+    def __init__(self, model: nn.Module | None = None, buffered: nn.Module | None = None) -> None:
+        self.model = model
+        self.buffered = buffered
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Modules:
+        return Modules(memo.get(id(self.model)), memo.get(id(self.buffered)))
+
+    def __reduce__(self) -> tuple[type[Modules], tuple[()]]:
+        return Modules, ()
 
 
 class _Content(NamedTuple):
@@ -83,22 +110,41 @@ def model_of(params: Any, restore_buffers: bool | nn.Module) -> nn.Module | None
 
 
 def scales_among(
-    params: Any, model: nn.Module | None, groups: Iterable[dict[str, Any]]
+    params: Any, model: nn.Module | None, groups: Sequence[dict[str, Any]], perturbation: str
 ) -> LearningScales:
     """The quantisation scales in an optimizer's zeroth-order groups.
 
     Args:
         params: what it was given.
-        model: see :func:`model_of`.
+        model: see :func:`model_of`; none are known where it is unknown.
         groups: what it made of that.
+        perturbation: the optimizer's.
+
+    Raises:
+        ValueError: there are some, as far as can be told, and they are not perturbed in place.
     """
-    found = LearningScales(params.scales if isinstance(params, ParamGroups) else ())
-    if model is not None and not isinstance(params, ParamGroups):
-        known = Scales(model)
-        for group in groups:
-            if group["mode"] == "zo":
-                found += known.among(group["params"], group.get("param_names"))
+    if isinstance(params, ParamGroups):
+        found = LearningScales(params.scales)
+    else:
+        found = LearningScales() if model is None else _scales_of(model, groups)
+    names = [scale.name for scale in found]
+    if model is None:
+        names = [name for group in _zeroth_order(groups) for name in named_as_scales(group)]
+    check_perturbation(names, perturbation)
     return found
+
+
+def _scales_of(model: nn.Module, groups: Sequence[dict[str, Any]]) -> LearningScales:
+    found = LearningScales()
+    if zeroth_order := _zeroth_order(groups):
+        known = Scales(model)
+        for group in zeroth_order:
+            found += known.among(group["params"], group.get("param_names"))
+    return found
+
+
+def _zeroth_order(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [group for group in groups if group["mode"] == "zo"]
 
 
 class Buffers:

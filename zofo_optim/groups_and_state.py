@@ -13,7 +13,7 @@ from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from . import advice, rule_states, state
 from .agreement import Agreement
-from .buffers import Buffers, scales_among
+from .buffers import Buffers, Modules, scales_among
 from .capture import StepCounters
 from .checks import check_active, check_group, check_offloaded, check_zo_parameters
 from .defaults import given as is_given
@@ -26,7 +26,7 @@ from .listeners import Listener, Listeners, Move
 from .monitor import Monitor
 from .perturbation import PERTURBATIONS
 from .plain import make_plain
-from .quantized import LearningScales, as_saved, check_perturbation
+from .quantized import LearningScales, as_saved
 from .replicas import LOST, Replicas, group_now, replicas_of
 from .settings import Settings
 from .zo_groups import ZOGroup
@@ -78,6 +78,11 @@ class GroupsAndState(Optimizer):
         self._perturbation = PERTURBATIONS[self._settings.perturbation](
             self._settings, self._listeners, self._advice
         )
+
+    def _know(self, modules: Modules) -> None:
+        self._modules = modules
+        self._perturbation.model = modules.model
+        self._evaluator.buffers = Buffers(modules.buffered)
 
     _constructing = False  # also in optimizers that were unpickled
     _process_group: Any = None
@@ -160,10 +165,15 @@ class GroupsAndState(Optimizer):
         try:
             has_rate = is_given(self._zo_shared["lr"])
             check_group(param_group, given, self._fo, has_rate=has_rate)
+            scales = LearningScales()
             if not self._constructing:
                 self._check_parameters()
-            scales = scales_among(param_group, self._perturbation.model, [param_group])
-            check_perturbation(scales, self._settings.perturbation)
+                scales = scales_among(
+                    param_group,
+                    self._modules.model,
+                    [param_group],
+                    self._settings.perturbation,
+                )
             if param_group["mode"] == "fo":
                 self._fo.add(param_group, self.state)
         except BaseException:
@@ -213,6 +223,9 @@ class GroupsAndState(Optimizer):
             arranged = as_saved(groups, state_dict.get("param_groups", ()))
             if arranged is not None:
                 self._listeners.places_changing()
+                for group in arranged:
+                    if group["mode"] == "zo":
+                        self._listeners.group_adding(group)
                 self.param_groups[:] = arranged
             for position, group in state.emptied(groups, state_dict.get("param_groups", ())):
                 if group.get("mode") == "zo":
@@ -231,7 +244,7 @@ class GroupsAndState(Optimizer):
         self._listeners.state_loaded()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_zo_shared", "_fo", "_accumulation", "_monitor", "_advice")
+        own = ("_settings", "_zo_shared", "_fo", "_accumulation", "_monitor", "_advice", "_modules")
         kept = {name: self.__dict__[name] for name in own}
         kept["_process_group"] = None if self._process_group is None else LOST
         kept["_moves"] = self._perturbation.moves
@@ -248,6 +261,7 @@ class GroupsAndState(Optimizer):
         state.fill_defaults(self.param_groups, self.defaults)
         if moves is not None:  # unpickled, not loaded
             self._start()
+            self._know(state_.get("_modules") or Modules())
             self._perturbation.moves = moves
             self._perturbation.scales = LearningScales(scales or ())
             self._accumulation = Accumulation(self._estimate)  # a shallow copy has its own

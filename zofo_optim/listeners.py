@@ -67,8 +67,9 @@ class Listener:
         """A state dict was loaded."""
 
     def group_adding(self, group: dict[str, Any]) -> None:
-        """A ZO group is about to be added; raise RuntimeError to refuse it.
+        """A ZO group is about to be added, or made anew; raise RuntimeError to refuse it.
 
+        State dicts whose groups hold the parameters otherwise make them anew.
         The optimizer may refuse it still, if the group is not sound.
         """
 

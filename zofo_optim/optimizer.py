@@ -16,7 +16,7 @@ from zofo_kernels import NOISE_VERSION
 from zofo_kernels._torch_compat import making_optimizer_state, uncompiled
 
 from .advice import NO_ESTIMATE
-from .buffers import Buffers, model_of, module_of, scales_among
+from .buffers import Modules, model_of, module_of, scales_among
 from .checks import check_kinds, check_zo_defaults
 from .defaults import default, value_of
 from .estimate import Estimate
@@ -28,7 +28,6 @@ from .in_backward import REFUSED
 from .modes import undisturbed
 from .perturbation import Perturbation
 from .plain import plain
-from .quantized import check_perturbation
 from .rule_states import keep
 from .rules import Rule
 from .settings import SETTINGS, Settings
@@ -92,7 +91,9 @@ class HybridZOFO(Evaluating):
         backend: "auto", "triton", "cpu" or "reference"; see ``zofo_kernels``.
         restore_buffers: buffers that a closure changes, such as batch-norm statistics, change
             once a step: those of the model that :func:`hybrid_param_groups` was given (True), of
-            the module given here, or none (False). Copied and unpickled optimizers restore none.
+            the module given here, or none (False). ``copy.deepcopy((model, optimizer))`` restores
+            those of the copied model; optimizers that are copied without it, or before it, and
+            unpickled ones restore none.
             A module given here is also taken for the model whose layers gather FSDP2's shards,
             where ``params`` are not of :func:`hybrid_param_groups`.
         capturable: keep the step counter on the device, so that replays of a CUDA graph take new
@@ -176,11 +177,11 @@ class HybridZOFO(Evaluating):
         zo_shared = {name: shared[name] for name in ("lr", "weight_decay", "maximize")}
         super().__init__(params, settings, first_order, zo_shared, zo_defaults)
         self._process_group = process_group
-        self._evaluator.buffers = Buffers(module_of(params, plain(restore_buffers)))
         model = model_of(params, plain(restore_buffers))
-        self._perturbation.model = model
-        self._perturbation.scales = scales_among(params, model, self.param_groups)
-        check_perturbation(self._perturbation.scales, settings.perturbation)
+        self._know(Modules(model, module_of(params, plain(restore_buffers))))
+        self._perturbation.scales = scales_among(
+            params, model, self.param_groups, settings.perturbation
+        )
 
     # ---- a step: read from here down ----------------------------------------------------------
 

@@ -102,7 +102,11 @@ class ZerothOrder:
                 keep_layout(module)
         if quantized == "scales":
             check_known(model)
-            self.prepared = prepare(model, self._leaves)
+            by_gradients = _by_gradients(model)
+            self.prepared = prepare(
+                model,
+                lambda names, of: not self._reason_against_scale(names, of, by_gradients),
+            )
             self.scales = Scales(model)
             self._scaled = scaled_weights(model)
 
@@ -165,16 +169,23 @@ class ZerothOrder:
             first_order: names of parameters that learn by gradients.
         """
         weights = [scale.weight for scale in scales]
-        included, unwanted = self._asked([*(scale.name for scale in scales), *weights])
+        reason = self._reason_against_scale([s.name for s in scales], weights, first_order)
+        if not reason:
+            self._learning.update(weights)
+        return reason
+
+    def _reason_against_scale(
+        self, names: Sequence[str], weights: Sequence[str], first_order: Collection[str]
+    ) -> str:
+        """By all names of the scale, and of its weight; patterns that match them have been used."""
+        included, unwanted = self._asked([*names, *weights])
         reason = "excluded" if unwanted else ""
         if self.is_unreached(weights):
             reason = "unused"
         elif any(name in first_order for name in weights):
             reason = "of weights that learn by gradients"
         for pattern in included:
-            self._taken[pattern].setdefault(reason, scales[0].name)
-        if not reason:
-            self._learning.update(weights)
+            self._taken[pattern].setdefault(reason, names[0])
         return reason
 
     def _asked(self, names: Sequence[str]) -> tuple[list[str], bool]:
@@ -195,12 +206,6 @@ class ZerothOrder:
                 raise ValueError(said_of_nothing(name, module, part))
             for pattern in included:
                 self._taken[pattern].setdefault("excluded", f"{start}{part}")
-
-    def _leaves(self, names: Sequence[str]) -> bool:
-        """Whether patterns leave what has these names to learn."""
-        excluded = matching(self._unwanted, names)
-        self._used.update(excluded)  # scales that stay as they are may be integers, and so unknown
-        return not excluded and (not self._wanted or bool(matching(self._wanted, names)))
 
     def check_first_order(self, name: str, parameter: Tensor) -> None:
         """
@@ -237,6 +242,11 @@ class ZerothOrder:
                     f"include must match names of {of} that can train, got {pattern!r}, "
                     f"which matches only {said}" + _WHY_UNUSED * ("unused" in reasons)
                 )
+
+
+def _by_gradients(model: nn.Module) -> set[str]:
+    every = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in every if parameter.requires_grad}
 
 
 def _with_weights(names: Sequence[str]) -> list[str]:

@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from served_llama import CopyEngine, displaced_to, llama, population, prompts
+from served_llama import CopyEngine, displaced_to, llama, of_groups, population, prompts
 
 from zofo_optim import Draw, HybridZOFO, hybrid_param_groups
 from zofo_optim.engines import lora_config, lora_tensors, vllm_options
 from zofo_optim.engines.base import noise_seeds
 from zofo_optim.engines.lora import targets_of
 from zofo_optim.engines.vllm_check import check_effect
+from zofo_optim.regroup import regroup
 
 ROWS = prompts(8)
 
@@ -209,3 +210,41 @@ def test_several_engines_share_a_population(model):
     for engine in engines:
         served = engine.served.state_dict()
         assert all(torch.equal(p, served[name]) for name, p in model.state_dict().items())
+
+
+def halves(model, swapped=False):
+    """A population's optimizer in two groups, whose first members are swapped or not."""
+    (group,) = population(model).param_groups
+    members = list(zip(group["param_names"], group["params"], strict=True))
+    first, second = members[:3], members[3:]
+    if swapped:
+        first[0], second[0] = second[0], first[0]
+    options = dict(mode="zo", lr=0.05, mu=0.05, unit=1.0)
+    return of_groups(
+        [
+            dict(params=[p for _, p in half], param_names=[n for n, _ in half], **options)
+            for half in (first, second)
+        ]
+    )
+
+
+def test_groups_are_not_rearranged_under_an_engine(model):
+    """By a state dict, or by a partition: the engine would serve other weights from then on."""
+    state = copy.deepcopy(halves(copy.deepcopy(model), swapped=True).state_dict())
+    optimizer = halves(model)
+    engine = CopyEngine().attach(optimizer, model)
+    before = [group["param_names"] for group in optimizer.param_groups]
+    members = [
+        list(zip(group["param_names"], group["params"], strict=True))
+        for group in reversed(optimizer.param_groups)
+    ]
+    for rearrange in (
+        lambda: optimizer.load_state_dict(state),
+        lambda: regroup(optimizer, members),
+    ):
+        with pytest.raises(RuntimeError, match=r"follows the groups .* detach\(\) it first"):
+            rearrange()
+        assert [group["param_names"] for group in optimizer.param_groups] == before
+    engine.detach()
+    optimizer.load_state_dict(state)
+    assert [group["param_names"] for group in optimizer.param_groups] != before

@@ -127,6 +127,23 @@ def test_it_can_be_turned_off_or_given_a_module():
         HybridZOFO([model.base], mode="zo", lr=1e-3, restore_buffers=[model])
 
 
+@pytest.mark.parametrize("given", [True, False, "module"])
+def test_a_copy_of_model_and_optimizer_restores_the_copied_models_buffers(given):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+    batch = torch.randn(8, 4)
+    groups = hybrid_param_groups(model, zo=dict(lr=0.1), verbose=False)
+    restored = model[1] if given == "module" else given
+    optimizer = HybridZOFO(groups, restore_buffers=restored)
+    other, again = copy.deepcopy((model, optimizer))
+    for one, its in ((model, optimizer), (other, again)):
+        for _ in range(2):
+            its.step(lambda one=one: one(batch).square().mean() + one[0].weight.sum())
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert (int(other[1].num_batches_tracked) == 2) == bool(given)
+
+
 def test_groups_are_a_list_and_a_copied_optimizer_works():
     model = Counting()
     optimizer = stepped(model, 1)

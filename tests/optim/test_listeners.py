@@ -38,6 +38,9 @@ class Recorder(Listener):
     def group_adding(self, group):
         self.heard.append(("group_adding", group))
 
+    def places_changing(self):
+        self.heard.append(("places_changing", None))
+
     def names(self):
         return [name for name, _ in self.heard]
 
@@ -152,6 +155,49 @@ def test_states_and_groups():
     optimizer.add_param_group(new)
     assert listener.names() == ["state_loaded", "group_adding"]
     assert listener.of("group_adding")[0] is new
+
+
+def in_groups(tensors, *members):
+    """An optimizer whose groups have a unit, by which state dicts arrange them."""
+    groups = [
+        dict(params=[tensors[name] for name in names], param_names=list(names), unit=1.0)
+        for names in members
+    ]
+    return HybridZOFO(groups, mode="zo", lr=1e-3)
+
+
+def test_groups_that_are_arranged_as_they_were_saved():
+    """Places change, and the groups are made anew: a listener may refuse either."""
+    tensors = {name: Parameter(torch.ones(2), False) for name in "abc"}
+    state = in_groups(tensors, "ac", "b").state_dict()
+    optimizer = in_groups(tensors, "ab", "c")
+    listener = optimizer.add_listener(Recorder())
+    optimizer.load_state_dict(state)
+    heard = ["places_changing", "group_adding", "group_adding", "state_loaded"]
+    assert listener.names() == heard
+    assert [g["param_names"] for g in listener.of("group_adding")] == [["a", "c"], ["b"]]
+    assert [g["param_names"] for g in optimizer.param_groups] == [["a", "c"], ["b"]]
+    optimizer.load_state_dict(state)  # nothing is to be arranged
+    assert listener.names() == [*heard, "state_loaded"]
+
+
+@pytest.mark.parametrize("event", ["places_changing", "group_adding"])
+def test_a_listener_may_refuse_an_arrangement(event):
+    tensors = {name: Parameter(torch.ones(2), False) for name in "abc"}
+    state = in_groups(tensors, "ac", "b").state_dict()
+    optimizer = in_groups(tensors, "ab", "c")
+
+    class Refuses(Listener):
+        pass
+
+    def refuse(self, *args):
+        raise RuntimeError("not now")
+
+    setattr(Refuses, event, refuse)
+    optimizer.add_listener(Refuses())
+    with pytest.raises(RuntimeError, match="not now"):
+        optimizer.load_state_dict(state)
+    assert [g["param_names"] for g in optimizer.param_groups] == [["a", "b"], ["c"]]
 
 
 def test_a_listener_may_refuse_a_group():

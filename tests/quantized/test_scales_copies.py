@@ -113,6 +113,26 @@ def test_a_pickle_of_the_optimizer_holds_no_module():
     assert size < len(pickle.dumps(optimizer)) < 2 * size  # the integers have eight times that
 
 
+STREAMED = r"perturbation must be 'in_place' where quantisation scales learn, got 'streamed'"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_groups_that_are_pickled_know_their_scales(kind, plain):
+    """Also as a plain list, by what it tells itself."""
+    model = network(kind)
+    groups = list(groups_of(model)) if plain else groups_of(model)
+    other, groups = pickle.loads(pickle.dumps((model, groups)))
+    with pytest.raises(ValueError, match=STREAMED):
+        HybridZOFO(groups, perturbation="streamed")
+    optimizer = HybridZOFO(groups)
+    assert run(other, optimizer) == run(model, HybridZOFO(groups_of(model)))
+    if not plain:
+        replaced(layers(other)[1], kind)
+        with pytest.raises(RuntimeError, match=rf"has replaced '2\.{NAMES[kind]}'"):
+            run(other, optimizer, 1)
+
+
 # ---- groups that are added ----------------------------------------------------------------------
 
 
@@ -160,6 +180,48 @@ def test_added_scales_move_in_place_only():
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
     run(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("copied", ["deep", "shallow", "optimizer first", "pickled"])
+def test_added_scales_move_in_place_only_in_copies(copied):
+    """Those that do not know the model go by what the group tells."""
+    model = network("nf4")
+    model.append(torch.nn.LayerNorm(32)).requires_grad_(False)
+    optimizer = HybridZOFO(groups_of(model, include=r"^3\."), perturbation="streamed")
+    if copied == "deep":
+        model, optimizer = copy.deepcopy((model, optimizer))
+    elif copied == "shallow":
+        optimizer = copy.copy(optimizer)
+    elif copied == "optimizer first":
+        optimizer, model = copy.deepcopy((optimizer, model))
+    else:
+        model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    (group,) = groups_of(model, include=r"^2\.")
+    with pytest.raises(ValueError, match=rf"{STREAMED}.*'2\.weight\.absmax'"):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    run(model, optimizer, 1)
+
+
+def test_ordinary_weights_with_a_unit_are_streamed():
+    """Nothing is known of the model, and nothing tells of scales."""
+    weights = {"a.scale": torch.nn.Parameter(torch.ones(3), False), "b": torch.ones(3)}
+    group = dict(params=list(weights.values()), param_names=list(weights), unit=0.5, lr=0.1)
+    optimizer = HybridZOFO([group], mode="zo", perturbation="streamed")
+    optimizer.step(lambda: sum((w * 2).sum() for w in weights.values()))
+    assert optimizer.projected_grads.item() != 0
+
+
+@KINDS
+def test_scales_added_to_a_copy_that_are_replaced(kind):
+    model, optimizer, _ = added(kind)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    (group,) = groups_of(model, include=r"^2\.")
+    optimizer.add_param_group(group)
+    run(model, optimizer, 1)
+    replaced(layers(model)[1], kind)
+    with pytest.raises(RuntimeError, match=rf"has replaced '2\.{NAMES[kind]}'"):
+        run(model, optimizer, 1)
 
 
 def test_a_plain_list_whose_scales_were_replaced():

@@ -91,6 +91,49 @@ def test_scales_that_are_excluded_stay_as_they_are(kind, capsys):
         assert dtypes == [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4 double"])
+@pytest.mark.parametrize("include", [r"^0\.weight\.absmax", r"^0\.weight$"])
+@pytest.mark.parametrize("exclude", [r"^0\.", r"^0\.weight", "absmax"])
+def test_included_scales_that_are_excluded(kind, include, exclude, capsys):
+    """The same is said and done whether they are floats already or are quantised themselves."""
+    model = network(kind).append(nn.LayerNorm(32)).requires_grad_(False)
+    groups = groups_of(model, include=[include, r"^[23]\."], exclude=exclude, verbose=True)
+    names = [name for group in groups for name in group["param_names"]]
+    assert names == ["3.weight", "3.bias"] + ["2.weight.absmax"] * (exclude != "absmax")
+    assert "left out (quantised, frozen): " in capsys.readouterr().out
+    if kind == "nf4 double":
+        assert layers(model)[0].weight.quant_state.nested
+
+
+class Replaced(nn.Module):
+    """As peft's module for ``modules_to_save``."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict({"default": nn.Linear(64, 64)})
+
+
+def test_scales_that_no_forward_pass_uses_stay_as_they_are():
+    model = network("nf4 double")
+    first = layers(model)[0]
+    model[0] = Replaced(first)
+    groups = groups_of(model)
+    assert [g["param_names"] for g in groups if g["mode"] == "zo"] == [["2.weight.absmax"]]
+    assert first.weight.quant_state.nested
+    with pytest.raises(ValueError, match=r"matches only unused ones such as '0\.original_module"):
+        groups_of(model, include=[r"absmax$", "original_module"], exclude="original_module")
+
+
+def test_scales_of_weights_that_learn_by_gradients_stay_as_they_are():
+    model = network("intx int4", torch.bfloat16)
+    first, second = layers(model)
+    first.weight.requires_grad_(True)
+    zo, fo = groups_of(model)
+    assert (zo["param_names"], fo["param_names"]) == (["2.weight.scale"], ["0.weight"])
+    assert (first.weight.scale.dtype, second.weight.scale.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_base_weights_leave_other_scales_as_they_are(tmp_path):
     model = network("nf4 double")
     optimizer = HybridZOFO(groups_of(model, include=r"^2\."))
@@ -165,6 +208,18 @@ def test_tied_scales_learn_once():
     assert names == ["0.weight", "2.weight", "0.weight.scale", "2.weight.scale"]
     assert [len(every) for every in Scales(model)] == [2]
     assert [g["param_names"] for g in groups_of(model, include=r"^2\.")] == [["0.weight.scale"]]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_tied_scales_of_which_one_is_replaced(which):
+    """The other still uses what learns; whoever was tied to it does not."""
+    model = network("intx int8", sizes=(64, 64, 64))
+    model[2].weight = model[0].weight
+    optimizer = HybridZOFO(groups_of(model))
+    layer = layers(model)[which]
+    layer.weight = nn.Parameter(copy.deepcopy(layer.weight), requires_grad=False)
+    with pytest.raises(RuntimeError, match=rf"has replaced '{2 * which}\.weight\.scale'"):
+        optimizer.step(lambda: model(X).square().mean())
 
 
 # ---- state --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ..update import Update
 from .lora import Target, targets_of
 
 AnyEngine = TypeVar("AnyEngine", bound="Engine")
+_OTHER_GROUPS = "an engine follows the groups it was attached with; detach() it first"
 
 
 class Recipe(NamedTuple):
@@ -245,7 +246,10 @@ class Engine(Listener, ABC):
         self._follow([Recipe.of(update) for update in updates])
 
     def group_adding(self, group: dict[str, Any]) -> None:
-        raise RuntimeError("an engine follows the groups it was attached with; detach() it first")
+        raise RuntimeError(_OTHER_GROUPS)
+
+    def places_changing(self) -> None:
+        raise RuntimeError(_OTHER_GROUPS)
 
     def adding(self, optimizer: HybridZOFO) -> None:
         if self._optimizer is not optimizer:

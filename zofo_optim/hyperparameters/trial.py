@@ -49,5 +49,4 @@ def trial_of(optimizer: HybridZOFO, mode: str) -> HybridZOFO:
         }
     )
     trial._evaluator.buffers = optimizer.buffers
-    trial._perturbation.model = optimizer._perturbation.model
     return trial

@@ -31,6 +31,7 @@ def keep_layout(module: nn.Module) -> None:
 
 class Bnb4bit:
     title = "bitsandbytes 4-bit"
+    keys: tuple[str, ...] = ("absmax",)
 
     def holds(self, module: nn.Module, parameter: Tensor) -> bool:
         """Also a plain parameter with the state, as in models that were pickled."""

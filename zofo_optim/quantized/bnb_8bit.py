@@ -18,6 +18,7 @@ from .formats import Read
 
 class Bnb8bit:
     title = "bitsandbytes 8-bit"
+    keys: tuple[str, ...] = ("SCB",)
 
     def holds(self, module: nn.Module, parameter: Tensor) -> bool:
         """Not with ``has_fp16_weights``, which is quantised anew in each evaluation.

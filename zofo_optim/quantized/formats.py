@@ -39,6 +39,8 @@ class Format(Protocol):
 
     title: str
     """For messages."""
+    keys: tuple[str, ...]
+    """Last parts of the scales' names."""
 
     def holds(self, module: nn.Module, parameter: Tensor) -> bool:
         """Whether a module's parameter is quantised so, and its scales can learn."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -47,16 +47,17 @@ def scaled_weights(model: nn.Module) -> set[str]:
 
 
 def prepare(
-    model: nn.Module, learns: Callable[[Sequence[str]], bool] = lambda names: True
+    model: nn.Module,
+    learns: Callable[[Sequence[str], Sequence[str]], bool] = lambda names, weights: True,
 ) -> dict[str, int]:
     """Make scales of a model's quantised weights floats that training can move in place.
 
-    What is quantised itself (double quantisation) or has 16 bits becomes fp32. Called again, it
-    finds nothing to do.
+    What is quantised itself (double quantisation) becomes fp32, and so does what has 16 bits where
+    the format takes fp32. Called again, it finds nothing to do.
 
     Args:
         model: whose scales.
-        learns: told all names of one of a weight's scales, then those of the weight. Weights of
+        learns: told all names of one of a weight's scales, and those of the weight. Weights of
             which none learns stay as they are.
 
     Returns:
@@ -69,7 +70,7 @@ def prepare(
     for places in weights.values():
         of_weight = [place.weight for place in places]
         of_scales = zip(*(place.scales() for place in places), strict=True)
-        learn = [learns([*(name for name, _ in one), *of_weight]) for one in of_scales]
+        learn = [learns([name for name, _ in one], of_weight) for one in of_scales]
         if any(learn):
             said = [place.format.prepare(place.module, place.parameter) for place in places]
             done.update(filter(None, said))
@@ -113,6 +114,9 @@ class Scales:
             tensors: which may be anything.
             names: of the tensors: one that has a scale's name was that scale, and has been
                 replaced in the model; it counts too, for :func:`check_held` to find.
+
+        Returns:
+            Tied ones by each of their names.
         """
         found = LearningScales()
         by_name = {one.name: one for every in self for one in every}
@@ -120,10 +124,10 @@ class Scales:
         for tensor, name in zip(tensors, names or [""] * len(tensors), strict=True):
             if isinstance(tensor, nn.Parameter) or not by_name:
                 continue
-            every = self._by_memory.get(memory_of(tensor))
-            scale = every[0] if every else by_name.get(name)
-            if scale is not None:
-                found.append(scale._replace(tensor=tensor))
+            every = [*self._by_memory.get(memory_of(tensor), ())]
+            if name in by_name and all(one.name != name for one in every):
+                every.append(by_name[name])
+            found += [scale._replace(tensor=tensor) for scale in every]
         return found
 
 
@@ -150,7 +154,7 @@ class LearningScales(list[Scale]):
         return LearningScales, ()
 
 
-def check_held(scales: Iterable[Scale], learning: Iterable[Tensor]) -> None:
+def check_held(scales: Sequence[Scale], learning: Iterable[Tensor]) -> None:
     """
     Args:
         scales: with the modules that should use them.
@@ -159,6 +163,8 @@ def check_held(scales: Iterable[Scale], learning: Iterable[Tensor]) -> None:
     Raises:
         RuntimeError: a module uses another tensor than the one that learns.
     """
+    if not scales:
+        return
     ours = {id(tensor) for tensor in learning}
     lost = [scale.name for scale in scales if id(scale.tensor) in ours and not _is_held(scale)]
     if lost:
@@ -177,15 +183,31 @@ def _is_held(scale: Scale) -> bool:
     return memory_of(now) == memory_of(scale.tensor)
 
 
-def check_perturbation(scales: Sequence[Scale], perturbation: str) -> None:
+def named_as_scales(group: Mapping[str, Any]) -> list[str]:
+    """Names in a group that are scales by all that the group tells, where no model does."""
+    keys = {key for format in formats() for key in format.keys}
+    pairs = zip(group.get("param_names", ()), group["params"], strict=False)
+    return [
+        name
+        for name, tensor in pairs
+        if "unit" in group and not isinstance(tensor, nn.Parameter)
+        if name.rpartition(".")[2] in keys
+    ]
+
+
+def check_perturbation(names: Sequence[str], perturbation: str) -> None:
     """
+    Args:
+        names: of the scales that learn.
+        perturbation: the optimizer's.
+
     Raises:
         ValueError: scales learn, and are not perturbed in place.
     """
-    if scales and perturbation != "in_place":
+    if names and perturbation != "in_place":
         raise ValueError(
             f"perturbation must be 'in_place' where quantisation scales learn, got "
-            f"{perturbation!r}, which sees the arguments of torch calls: {scales[0].name!r} is "
+            f"{perturbation!r}, which sees the arguments of torch calls: {names[0]!r} is "
             "read within its format's own"
         )
 
@@ -230,5 +252,5 @@ def tensors_for(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
         return parameters
     could = [name for place in _places(model) for name, _ in place.scales()]
     learnt = set(match_names(names, [*parameters, *could]).values())
-    prepare(model, lambda every: not learnt.isdisjoint(every))
+    prepare(model, lambda names, _: not learnt.isdisjoint(names))
     return dict(named_tensors(model, remove_duplicate=False))

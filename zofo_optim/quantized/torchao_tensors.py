@@ -20,7 +20,6 @@ from .formats import Read, is_of
 
 _KINDS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4OpaqueTensor")
 _SEPARATE = ("scale", "zero_point")
-_LEARN = (*_SEPARATE, "scale_and_zero")
 _OF_ACTIVATIONS = (
     "act_quant_kwargs",
     "act_pre_scale",
@@ -32,6 +31,7 @@ _OF_ACTIVATIONS = (
 
 class TorchaoTensors:
     title = "torchao weight-only integers"
+    keys: tuple[str, ...] = (*_SEPARATE, "scale_and_zero")
 
     def holds(self, module: nn.Module, parameter: Tensor) -> bool:
         known = is_of(parameter, "torchao", *_KINDS)
@@ -48,7 +48,7 @@ class TorchaoTensors:
         return "expanded from 16 bits to fp32" if found else ""
 
     def scales(self, module: nn.Module, attribute: str) -> Sequence[tuple[str, Read]]:
-        learn = [name for name in _LEARN if _is_float(_part(module, attribute, name))]
+        learn = [name for name in self.keys if _is_float(_part(module, attribute, name))]
         return [(f"{attribute}.{name}", partial(_part, module, attribute, name)) for name in learn]
 
 
