@@ -36,7 +36,9 @@ class StudyOptions(SearchOptions):
     """Of commands that do so for several models, by numbers of examples."""
 
     models: list[str] = option([], MODELS)
-    minutes: float | None = option(None, "no run begins after so many; default: all do")
+    minutes: float | None = option(
+        None, "nothing of the grid begins after so many; default: all does"
+    )
     train_size: int = option(Sizes.train, "training examples, at most")
     dev_size: int = option(Sizes.dev, DEV)
     test_size: int = option(Sizes.test, TEST)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from zofo_optim.whole import strict, whole
 
 from ..files import DataError
 from ..models import DEFAULT_MODEL_PACKAGE
@@ -70,14 +73,23 @@ def searches(
 
 
 def committed(files: Iterable[Path] = (OTHERS, COMMITTED)) -> list[Result]:
-    """All runs in the files that are there."""
+    """All runs in the files that are there; numbers that were not finite are NaN again."""
     return [
-        run
+        {name: value if name == "settings" else _as_numbers(value) for name, value in run.items()}
         for file in files
         if file.is_file()
         for part in json.loads(file.read_text(encoding="utf-8"))
         for run in part["runs"]
     ]
+
+
+def _as_numbers(value: Any) -> Any:
+    """NaN in place of None, which only settings have of their own."""
+    if isinstance(value, dict):
+        return {name: _as_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_as_numbers(one) for one in value]
+    return math.nan if value is None else value
 
 
 def restore(runs: Iterable[Result], out: Path) -> None:
@@ -116,11 +128,12 @@ def collect(out: Path, known: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def store(parts: Sequence[dict[str, Any]], file: Path) -> None:
-    """A line a run, so that a later run changes few lines."""
+    """A line a run, so that a later run changes few lines; numbers that are not finite are null."""
     blocks = []
     for part in parts:
-        lines = ",\n".join(json.dumps(run) for run in part["runs"])
+        lines = ",\n".join(json.dumps(strict(run), allow_nan=False) for run in part["runs"])
         head = json.dumps({"model": part["model"], "task": part["task"]})[:-1]
         blocks.append(f'{head}, "runs": [\n{lines}\n]}}')
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("[" + ",\n".join(blocks) + "]\n", encoding="utf-8")
+    with whole(file) as fresh:
+        fresh.write_text("[" + ",\n".join(blocks) + "]\n", encoding="utf-8")

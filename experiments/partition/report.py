@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zofo_optim.whole import write_json
+from zofo_optim.whole import strict, write_json
 
 from ..report import Result, markdown, mean
 from ..search import is_at_an_end
@@ -194,7 +194,7 @@ def render(out: Path, models: Sequence[Found]) -> None:
     """Write ``table.md``, ``runs.json`` and plots."""
     sections = [section(out, found) for found in models]
     (out / "table.md").write_text("\n".join([ABOUT, *sections]), encoding="utf-8")
-    write_json(out / "runs.json", [_kept(found) for found in models])
+    write_json(out / "runs.json", strict([_kept(found) for found in models]))
 
 
 def _kept(found: Found) -> dict[str, Any]:

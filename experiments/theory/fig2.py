@@ -14,12 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
+from zofo_optim.whole import strict
+
 from ..compare import CompareOptions, rates
 from ..finetune import Runs, model_name
 from ..options import EVERYTHING
 from ..plots import diverges, plot_rates
 from ..report import Result, markdown, mean
-from .numbers import strict
 from .options import TheoryOptions
 from .studies import chosen
 

@@ -148,6 +148,22 @@ def test_runs_are_taken_over_and_collected_once(tmp_path):
     assert kept == {k: v for k, v in new.items() if k not in runs.DROPPED}
 
 
+def test_runs_that_diverged_are_stored_as_json_that_every_reader_takes(tmp_path):
+    (known, *_) = runs.committed([runs.OTHERS])
+    curve = [{"step": 0, "loss": 2.5}, {"step": 40, "loss": math.nan}]
+    run = {**known, "curve": curve, "test": {"loss": math.inf}}
+    file = tmp_path / "runs.json"
+    runs.store([{"model": "m", "task": "t", "runs": [run]}], file)
+    (part,) = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert part["runs"][0]["curve"] == [{"step": 0, "loss": 2.5}, {"step": 40, "loss": None}]
+    (again,) = runs.committed([file])
+    assert again["settings"] == known["settings"]
+    assert None in again["settings"].values()  # a method without first order, or without zeroth
+    assert again["curve"][0] == curve[0]
+    assert math.isnan(again["curve"][1]["loss"])
+    assert math.isnan(again["test"]["loss"])
+
+
 def test_every_searched_rate_is_on_one_grid():
     for study in grid.STUDIES:
         own = grid.cells(study)

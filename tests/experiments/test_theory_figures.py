@@ -180,12 +180,6 @@ def test_runs_that_diverge_are_told(made):
         assert line.endswith("| diverges | diverges |")
 
 
-def test_numbers_that_are_not_finite_are_none_in_json():
-    found = {"curve": [{"loss": math.nan, "step": 1}], "worst": (math.inf, -math.inf, 2.0)}
-    wanted = {"curve": [{"loss": None, "step": 1}], "worst": [None, None, 2.0]}
-    assert numbers.strict(found) == wanted
-
-
 def test_displacements_of_medium_length_are_exact(made):
     result = contents(made, "displacement")["result"]
     (blocks,) = result["models"].values()
