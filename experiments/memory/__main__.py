@@ -112,11 +112,15 @@ class Command:
         tables.write(self._out)
 
     def sizes(self) -> None:
-        found = {
-            name: {weights: sizes.peaks(name, weights) for weights in sizes.WEIGHTS}
-            for name in sizes.SHAPES
-        }
-        self._write("sizes", dict(batch=sizes.BATCH, peaks=found))
+        """What is in the file already is not estimated again."""
+        path = self._out / "sizes.json"
+        before = json.loads(path.read_text(encoding="utf-8"))["peaks"] if path.exists() else {}
+        found: dict[str, dict[str, Any]] = {name: before.get(name, {}) for name in sizes.SHAPES}
+        for name, by_weights in found.items():
+            for weights in sizes.WEIGHTS:
+                if weights not in by_weights:
+                    by_weights[weights] = sizes.peaks(name, weights)
+                    self._write("sizes", dict(batch=sizes.BATCH, peaks=found))
 
     def _write(self, part: str, content: dict[str, Any]) -> None:
         self._out.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def summary(found: Mapping[str, Iterable[Row]]) -> list[str]:
 
 def _greatest(rows: Iterable[Row], which: str) -> str:
     found = max((error_of(row, which) for row in rows), key=abs, default=None)
-    return "" if found is None else f"{100 * found:+.1f} %"
+    return "" if found is None else f"{round(100 * found, 1) + 0.0:+.1f} %".replace("+0.0", "0.0")
 
 
 def _cases(rows: Iterable[Row]) -> list[str]:
