@@ -96,7 +96,7 @@ def check_lora(model: Any, batch: Batch) -> dict[str, Any]:
     """Hybrid: LoRA by gradients, which are those of backward alone, in place and streamed."""
     try:
         adapted = with_lora(model)
-        plain = plain_gradients(adapted, batch)
+        plain = plain_gradients(copy.deepcopy(adapted), batch)  # some keep states of a pass
     except Exception as error:
         raise PeftAlone(first_line(error)) from error
     with unverified():
@@ -121,7 +121,6 @@ def plain_gradients(adapted: Any, batch: Batch) -> list[Tensor]:
     seed_all()
     torch.autograd.backward(loss_of(adapted, batch))
     found = [p.grad for p in adapted.parameters() if p.grad is not None]
-    adapted.zero_grad(set_to_none=True)
     if not any(bool(gradient.any()) for gradient in found):
         raise ValueError("no adapter weight has a gradient")
     return found
