@@ -83,4 +83,4 @@ def savings(recipe: Recipe) -> Sequence[Saving]:
     """Ways of a step that change no result, beside the plain one."""
     if recipe.first == ALL:
         return (CHECKPOINTED, LEAST)
-    return (CHECKPOINTED,) if recipe.first in (LORA, PROMPT) and not recipe.kind else ()
+    return (CHECKPOINTED,) if recipe.first in (LORA, PROMPT) else ()
