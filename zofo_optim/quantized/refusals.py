@@ -70,7 +70,7 @@ def said_of_nothing(name: str, module: nn.Module, found: str) -> str:
 
 
 def _part(module: nn.Module, name: str) -> object:
-    return module._parameters.get(name, module._buffers.get(name))
+    return {**dict(module._buffers.items()), **dict(module._parameters.items())}.get(name)
 
 
 def _method_of(module: nn.Module) -> str | None:
