@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -107,6 +108,32 @@ class Ending:
             self._console.print(self._interrupted)
             self.code = 130
         return self.code == 130
+
+
+def run_study(
+    command: Callable[[Any, Console], object],
+    options: Any,
+    parser: argparse.ArgumentParser,
+    parts: Sequence[str],
+) -> int:
+    """Run the parts of a study that are asked for, one thread a process, and say where they are.
+
+    Args:
+        command: made of the options and a console; its methods are the parts.
+        options: with ``do`` and ``out``.
+        parser: that read them.
+        parts: all there are, in order.
+
+    Returns:
+        The exit status.
+    """
+    console = Console()
+    quiet_on_one_thread()
+
+    def run() -> None:
+        run_parts(command(options, console), parts, options.do)
+
+    return ended(parser, console, run, f"Runs and tables: {options.out}")
 
 
 def ended(

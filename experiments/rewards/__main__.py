@@ -32,7 +32,7 @@ from rich.console import Console
 
 from zofo_optim.whole import write_json
 
-from ..commands import check_runs, ended, quiet_on_one_thread, run_parts
+from ..commands import check_runs, run_study
 from ..files import DataError
 from ..kept import finished
 from ..options import COUNT, OUT, check_ranges, option, parse
@@ -142,13 +142,7 @@ def _default_model() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, parser = parse(RewardsOptions, "experiments.rewards", ABOUT, argv, epilog="")
-    console = Console()
-    quiet_on_one_thread()
-
-    def run() -> None:
-        run_parts(Command(options, console), PARTS, options.do)
-
-    return ended(parser, console, run, f"Runs and tables: {options.out}")
+    return run_study(Command, options, parser, PARTS)
 
 
 if __name__ == "__main__":

@@ -29,15 +29,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..commands import (
-    Deadline,
-    check_runs,
-    data_folder,
-    ended,
-    parts_first,
-    quiet_on_one_thread,
-    run_parts,
-)
+from ..commands import Deadline, check_runs, data_folder, parts_first, run_study
 from ..options import OUT, option, parse, some_of
 from ..partition.problems import default_models
 from ..study_options import DEV, TEST, StudyOptions
@@ -121,13 +113,7 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     given = parts_first(argv, PARTS)
     options, parser = parse(TransferOptions, "experiments.transfer", ABOUT, given, epilog="")
-    console = Console()
-    quiet_on_one_thread()
-
-    def run() -> None:
-        run_parts(Command(options, console), PARTS, options.do)
-
-    return ended(parser, console, run, f"Runs and tables: {options.out}")
+    return run_study(Command, options, parser, PARTS)
 
 
 if __name__ == "__main__":

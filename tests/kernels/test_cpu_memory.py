@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import same_bits, weights
-from torch.overrides import TorchFunctionMode
+from failing import FailAt
 
 from zofo_kernels import Direction, Pass, Program, Shift, perturb_, replay_, update_
 
@@ -11,22 +11,6 @@ cpu = pytest.importorskip("zofo_kernels.cpu")
 
 DIRECTION = Direction(1, 2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-
-
-class FailAt(TorchFunctionMode):
-    """In place of the n-th call that makes a tensor."""
-
-    def __init__(self, place):
-        super().__init__()
-        self.place = place
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.place -= isinstance(result, torch.Tensor)
-        if self.place == 0:
-            self.place = -1
-            raise torch.OutOfMemoryError("at this call")
-        return result
 
 
 def update(tensors):

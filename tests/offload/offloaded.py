@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 from conftest import same_bits
-from tiny_llama import TOKENS
-from torch.overrides import TorchFunctionMode
+from tiny_llama import DATA, TOKENS, arguments, lora
 
 from zofo_optim import HybridZOFO, example_losses_of, hybrid_param_groups
 from zofo_optim.offload import accelerate_hooks, in_turn, maps
+from zofo_optim.trainer import HybridTrainer
 
 ON_LINUX = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -75,17 +75,25 @@ def empty(config, dtype=torch.float32):
         return transformers.LlamaForCausalLM(config).to(dtype)
 
 
-class FailAt(TorchFunctionMode):
-    """After the n-th torch call that makes a tensor."""
+def trained_by_trainer(offload, folder, checkpointed):
+    """A model that ``offload`` has changed, trained by the Trainer; compared with one in memory."""
 
-    def __init__(self, place):
-        super().__init__()
-        self.place = place
+    def made():
+        model = lora()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        return model
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.place -= isinstance(result, torch.Tensor)
-        if self.place == 0:
-            self.place = -1
-            raise MemoryError("at this call")
-        return result
+    expected, model = made(), made()
+    offload(model)
+    for one in (expected, model):
+        HybridTrainer(
+            one,
+            arguments(folder, gradient_checkpointing=checkpointed),
+            train_dataset=DATA,
+            zo=dict(lr=1e-3, mu=1e-3),
+            hybrid=dict(perturbation="streamed"),
+        ).train()
+    assert_same(model, expected)
+    return model

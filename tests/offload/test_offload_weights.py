@@ -22,8 +22,9 @@ from offloaded import (  # noqa: E402, F401
     assert_same,
     closure_of,
     trained,
+    trained_by_trainer,
 )
-from tiny_llama import DATA, arguments, base_model, lora  # noqa: E402
+from tiny_llama import base_model, lora  # noqa: E402
 
 from zofo_optim import (  # noqa: E402
     HybridZOFO,
@@ -34,7 +35,6 @@ from zofo_optim import (  # noqa: E402
     save_base_weights,
 )
 from zofo_optim.offload import in_turn, maps, offload_weights, offloading  # noqa: E402
-from zofo_optim.trainer import HybridTrainer  # noqa: E402
 
 pytestmark = ON_LINUX
 
@@ -69,23 +69,7 @@ def test_sixteen_bits(tmp_path, monkeypatch):
 
 
 def test_the_trainer_and_checkpointed_layers(tmp_path):
-    def made():
-        model = lora()
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
-        return model
-
-    expected, model = made(), made()
-    offload_weights(model, folder=tmp_path)
-    for one in (expected, model):
-        HybridTrainer(
-            one,
-            arguments(tmp_path, gradient_checkpointing=True),
-            train_dataset=DATA,
-            zo=dict(lr=1e-3, mu=1e-3),
-            hybrid=dict(perturbation="streamed"),
-        ).train()
-    assert_same(model, expected)
+    trained_by_trainer(lambda model: offload_weights(model, folder=tmp_path), tmp_path, True)
 
 
 def test_a_module_whose_weight_another_one_reads(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zofo_kernels import check_weight
 from zofo_kernels.memory import first_shared, has_memory
 
+from ..quantized.refusals import is_of_bitsandbytes
 from .accelerate_hooks import offloading_hooks
 from .sources import Weight
 from .target import Target
@@ -94,7 +95,7 @@ def goes(weight: Weight, target: Target) -> bool:
     if not weight.is_parameter or tensor.requires_grad or tensor.numel() == 0:
         return False
     try:
-        if type(tensor).__name__ in ("Params4bit", "Int8Params"):
+        if is_of_bitsandbytes(tensor):
             raise TypeError(f"{name} is quantised by bitsandbytes")
         if not tensor.is_floating_point() and not tensor.is_complex():
             return False

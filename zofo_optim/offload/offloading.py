@@ -98,9 +98,14 @@ def offload_weights(
     with as_before_on_error(model):  # by tying, too
         _tie(model)
         weights = weights_of(model, None if checkpoint is None else Path(checkpoint))
-        frozen = [w for w in weights if goes(w, target) and not is_offloaded(w.tensor)]
+        going = [goes(w, target) for w in weights]
         there = [w for w in weights if is_offloaded(w.tensor)]
-        others = [w for w in weights if not (goes(w, target) or _is_there(w.tensor, target))]
+        frozen, others = [], []
+        for weight, goes_away in zip(weights, going, strict=True):
+            if goes_away and not is_offloaded(weight.tensor):
+                frozen.append(weight)
+            elif not (goes_away or _is_there(weight.tensor, target)):
+                others.append(weight)
         check_some(frozen, there, others, target)
         check_own_memory(frozen, weights)
         plan = Plan()

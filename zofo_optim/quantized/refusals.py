@@ -55,9 +55,11 @@ def check_known(model: nn.Module) -> None:
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Modules that hold weights as another library packs them: name, module, and what tells."""
     for name, module in model.named_modules():
-        held = [part for part in _PACKED if isinstance(_part(module, part), Tensor)]
-        if held and (held[0] != "codebooks" or isinstance(_part(module, "codes"), Tensor)):
-            yield name, module, held[0]
+        own = [*module._parameters.items(), *module._buffers.items()]
+        held = {part for part, tensor in own if isinstance(tensor, Tensor)}
+        found = next((part for part in _PACKED if part in held), None)
+        if found is not None and (found != "codebooks" or "codes" in held):
+            yield name, module, found
 
 
 def said_of_nothing(name: str, module: nn.Module, found: str) -> str:
@@ -67,10 +69,6 @@ def said_of_nothing(name: str, module: nn.Module, found: str) -> str:
         f"{type(module).__name__} that holds {found!r} in {name!r}: {_OTHERWISE}, or leave it out "
         "by exclude="
     )
-
-
-def _part(module: nn.Module, name: str) -> object:
-    return {**dict(module._buffers.items()), **dict(module._parameters.items())}.get(name)
 
 
 def _method_of(module: nn.Module) -> str | None:
