@@ -40,7 +40,7 @@ class EvidenceOptions:
     do: list[str] = option(["page"], f"some of {', '.join(PARTS)}", choices=PARTS, metavar="PART")
     tiers: list[int] = option([], "of the grid, see grid.py; default: all")
     tasks: list[str] = option([], "default: all")
-    minutes: float | None = option(None, "no run begins after so many; default: all do")
+    minutes: float | None = option(None, "no run begins after so many minutes; default: all do")
     out: Path = option(Path("runs/evidence"), OUT)
 
 

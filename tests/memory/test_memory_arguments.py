@@ -104,6 +104,15 @@ def test_which_fits():
     assert all(few.estimates[name].most == least for name in few.methods)
     assert str(few).splitlines()[0].endswith("GB")
     assert len(str(few).splitlines()) == len(few.estimates) + 1
+    for memory, said in ((least - 1, "no"), (least, "yes, with less than 10 % of room")):
+        assert said in {
+            line.split("  ")[-1].strip() for line in str(Fits(memory, fits.estimates)).splitlines()
+        }
+    assert str(fits).count("yes\n") == len(fits.estimates) - 1  # 1 GB is ample
+    assert fits.arguments.keys() == fits.estimates.keys()
+    for name in ("zo, low rank, per example", "hybrid, checkpointed"):
+        again = estimate_memory(config(), batch=BATCH, **fits.arguments[name])
+        assert again == fits.estimates[name]
     on_cpu = which_fits(config(), BATCH, "1GB", weights="bf16", device="cpu", adapter="lora")
     assert [n for n in on_cpu.estimates if n not in fits.estimates] == [
         n for n, e in on_cpu.estimates.items() if e.on_disk

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .asked import USED_BY, is_quantized
@@ -46,10 +46,12 @@ class Fits:
     """Bytes."""
     estimates: Mapping[str, MemoryEstimate]
     """By the method's name, in the order of :data:`COMMON`."""
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of :func:`estimate_memory` for each, but for the model and the batch."""
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Names of those that fit."""
+        """Names of those that fit; for some there may be little room."""
         return tuple(n for n, e in self.estimates.items() if e.most <= self.memory)
 
     def __str__(self) -> str:
@@ -60,7 +62,10 @@ class Fits:
 
 
 def _said(size: int, memory: int) -> str:
-    return "yes" if size <= memory else "no"
+    """What is not counted (the device's context, fragmentation) takes some 10 %."""
+    if size > memory:
+        return "no"
+    return "yes" if size <= 0.9 * memory else "yes, with less than 10 % of room"
 
 
 def which_fits(
@@ -89,13 +94,14 @@ def which_fits(
         )
     left_out = ("fo", "streamed") if is_quantized(weights) else ()
     on_cpu = options.get("device") == "cpu"
-    found = {}
+    found, arguments = {}, {}
     for name, (method, own_options) in COMMON.items():
         if {method, own_options.get("perturbation")}.intersection(left_out):
             continue
         if own_options.get("offloaded") and not on_cpu:
             continue
         given = {n: v for n, v in options.items() if method in USED_BY.get(n, (method,))}
-        settings = {**given, **own_options}
-        found[name] = estimate_memory(model, method, batch, weights=weights, **settings)
-    return Fits(room, found)
+        asked = dict(method=method, weights=weights, **{**given, **own_options})
+        arguments[name] = asked
+        found[name] = estimate_memory(model, batch=batch, **asked)
+    return Fits(room, found, arguments)
