@@ -27,6 +27,7 @@ WIDTHS = "widths of its parts are checked against each other, and no tiny set wa
 MODALITIES = "takes an array of pixels of its own shape, for which there is no batch here"
 RETRIEVED = "reads documents that a retriever finds, for which there is no batch here"
 CODES = "takes words and codes of sound at once, for which there is no batch here"
+NO_FORWARD = "has no forward of its own"
 LARGE = "parts for sound are large, and no tiny set of widths was found"
 SHARED = "needs a width of shared experts that has no default"
 TALKER = "speaks what another model thought, and takes that model's states"
@@ -42,7 +43,7 @@ WORDS: dict[str, str] = {
     "MoshiForConditionalGeneration": CODES,
     "VibeVoiceForConditionalGeneration": LARGE,
     "VibeVoiceAcousticTokenizerEncoderModel": LARGE,
-    "Qwen2_5OmniForConditionalGeneration": LARGE,
+    "Qwen2_5OmniForConditionalGeneration": NO_FORWARD,
     "Qwen3OmniMoeForConditionalGeneration": SHARED,
     "Qwen3OmniMoeTalkerForConditionalGeneration": SHARED,
     "Qwen2_5OmniTalkerForConditionalGeneration": TALKER,
@@ -65,7 +66,7 @@ WORDS: dict[str, str] = {
     "PerceiverForOpticalFlow": MODALITIES,
     "RagSequenceForGeneration": RETRIEVED,
     "RagTokenForGeneration": RETRIEVED,
-    "BarkModel": "has no forward of its own",
+    "BarkModel": NO_FORWARD,
     "Qwen4ExpForCausalLM": QSA,
     "Qwen4ExpForConditionalGeneration": QSA,
     "ReformerForMaskedLM": REVERSIBLE,
