@@ -56,10 +56,15 @@ def started(script, *arguments, cwd, env=os.environ):
     )
 
 
-def _serve(modules):
+def imported(modules):
+    """Import those that are there."""
     for module in modules:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+
+
+def _serve(modules):
+    imported(modules)
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

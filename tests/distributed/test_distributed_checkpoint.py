@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from launch import FOLDER, Results, case, run_cases, torchrun
+from launch import case, results_of, run_cases
 from sharded import Even, batch, close, fsdp, full, optimizer_of, over_tensor, same, toy
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -117,9 +117,8 @@ def folder(tmp_path_factory):
 
 
 def launch(ranks, folder, tmp_path_factory):
-    results = tmp_path_factory.mktemp("ranks")
-    env = {FOLDER: str(results), CHECKPOINTS: str(folder)}
-    return Results(ranks, results, torchrun(__file__, ranks, env=env, check=False))
+    env = {CHECKPOINTS: str(folder)}
+    return results_of(__file__, ranks, tmp_path_factory.mktemp("ranks"), env=env)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,19 @@ time.sleep(600)
 """
 
 
+LOST = """
+import os, time
+os._exit(3) if os.environ["RANK"] == "1" else time.sleep(600)
+"""
+
+
+def test_a_rank_that_is_lost_ends_the_others(tmp_path):
+    script = tmp_path / "lost.py"
+    script.write_text(LOST)
+    with pytest.raises(pytest.fail.Exception, match=r"rank 1 ended with 3\nrank 0 ended with -15"):
+        torchrun(script, 2, module=["forked_ranks", 2])
+
+
 def test_ranks_that_do_not_end_are_killed(tmp_path):
     script = tmp_path / "stubborn.py"
     script.write_text(STUBBORN)

@@ -39,6 +39,8 @@ PROMISES = {
     "own_csv.py": ["'The parcel never arrived.' is about 'delivery'"],
 }
 """What is printed beside the loss, if not instead of it."""
+FEWER = {"transfer.py": ["--passes", "2"]}
+"""Arguments of those that learn for longer than a test needs."""
 LOSS = r"loss (?P<first>\d+\.\d+) -> (?P<last>\d+\.\d+)"
 WITHOUT_LOSS = {
     "accuracy_objective.py",
@@ -75,7 +77,8 @@ def test_runs(name, tmp_path, run):
     for package in sorted((imported(tree) & set(NEEDS)) | NEEDS_ALSO.get(name, set())):
         pytest.importorskip(package, reason=f"{name} needs it")
     run = started if name in ALONE else run
-    done = run(FOLDER / name, env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, cwd=tmp_path)
+    fewer = FEWER.get(name, [])
+    done = run(FOLDER / name, *fewer, env={**ENVIRONMENT, "TMPDIR": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     if name not in WITHOUT_LOSS:
         told = re.search(LOSS, done.stdout)
