@@ -149,7 +149,7 @@ def results_of(script, ranks, folder, *, module=None, env=None):
     """:class:`Results` of one launch, which writes them to the folder.
 
     Args:
-        module: of :func:`torchrun`; None: ranks are forked, which is far quicker, where they can be.
+        module: of :func:`torchrun`; None: ranks are forked, which is quicker, where they can be.
         env: of :func:`torchrun`.
     """
     if module is None and hasattr(os, "fork"):
