@@ -6,12 +6,13 @@ from typing import Any
 
 import transformers
 
-from zofo_optim.memory import estimate_memory, which_fits
-from zofo_optim.memory.fitting import COMMON
+from zofo_optim.memory import estimate_memory
+from zofo_optim.memory.fitting import methods
 
 BATCH = 8, 512
-OFFLOADED = "bf16, offloaded"
-WEIGHTS = ("bf16", "int8", "int4", OFFLOADED)
+OFFLOADED = {"bf16, offloaded": "cpu", "bf16, visiting a GPU": "cuda"}
+"""What computes with offloaded weights."""
+WEIGHTS = ("bf16", "int8", "int4", *OFFLOADED)
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": dict(
         vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -40,20 +41,17 @@ def config(name: str) -> Any:
 
 
 def peaks(name: str, weights: str) -> dict[str, int]:
-    """By method, in bytes: on a GPU, but of offloaded weights, which are computed with on the CPU.
+    """By method, in bytes: on a GPU, but where the CPU computes with offloaded weights.
 
     Args:
         name: one of ``SHAPES``.
         weights: one of ``WEIGHTS``.
     """
-    if weights == OFFLOADED:
-        found = {
-            method: estimate_memory(
-                config(name), kind, BATCH, weights="bf16", device="cpu", **options
-            )
-            for method, (kind, options) in COMMON.items()
-            if options.get("offloaded")
-        }
-    else:
-        found = dict(which_fits(config(name), BATCH, "80GB", weights=weights).estimates)
+    device = OFFLOADED.get(weights, "cuda")
+    stored = "bf16" if weights in OFFLOADED else weights
+    found = {
+        method: estimate_memory(config(name), kind, BATCH, weights=stored, device=device, **options)
+        for method, (kind, options) in methods(stored).items()
+        if bool(options.get("offloaded")) == (weights in OFFLOADED)
+    }
     return {method: estimate.most for method, estimate in found.items()}

@@ -7,7 +7,11 @@ from test_numbers import rows
 
 from experiments.memory import tables
 from experiments.memory.resident import BATCH, config
+from experiments.memory.sizes import WEIGHTS
+from experiments.memory.sizes import config as llama
 from zofo_optim.memory import estimate_memory
+from zofo_optim.memory.device_visits import VisitingDevice
+from zofo_optim.memory.made import without_data
 
 RESULTS = ROOT / "experiments" / "results" / "memory"
 PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
@@ -16,7 +20,7 @@ TABLE = rows(PAGE)
 
 def test_peaks_of_large_models():
     peaks = json.loads((RESULTS / "sizes.json").read_text())["peaks"]
-    for weights in ("bf16", "int8", "int4", "bf16, offloaded"):
+    for weights in WEIGHTS:
         start = next(k for k, line in enumerate(TABLE) if line[0] == weights)
         assert TABLE[start][1:] == [name.removeprefix("Llama-") for name in peaks]
         methods = peaks["Llama-2-7B"][weights]
@@ -49,3 +53,12 @@ def test_estimates_are_near():
 def test_the_model_that_was_offloaded():
     size = estimate_memory(config(), "lora", BATCH, weights="fp32", offloaded=True, device="cpu")
     assert f"a Llama of {size.on_disk / 1e6:.0f} MB in fp32" in PAGE
+
+
+def test_what_the_host_has():
+    away = VisitingDevice(without_data(llama("Llama-2-70B")).bfloat16().requires_grad_(False))
+    peaks = json.loads((RESULTS / "sizes.json").read_text())["peaks"]["Llama-2-70B"]
+    on_device = peaks["bf16, visiting a GPU"]["zo, streamed, offloaded"] / 1e9
+    told = f"takes {on_device:.1f} GB there for 70 B in 16 bits, beside {away.nbytes / 1e9:.0f} GB"
+    away.remove()
+    assert told in PAGE

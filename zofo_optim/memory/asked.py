@@ -155,11 +155,6 @@ class Asked:
                 "perturbation must be 'streamed' where offloaded=True, got "
                 f"{self.perturbation!r}, which writes all weights to their file in each evaluation"
             )
-        if self.device != "cpu":
-            raise ValueError(
-                f"device must be 'cpu' where offloaded=True, got {self.device!r}: of weights that "
-                "visit a GPU no estimate is made"
-            )
 
     # ---- what follows from them -----------------------------------------------------------------
 

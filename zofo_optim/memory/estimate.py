@@ -14,10 +14,11 @@ from ..buffers import _ROOM
 from ..costs.trial import Trials
 from ..offload import in_turn
 from .asked import Asked
+from .device_visits import VisitingDevice
 from .estimated import MemoryEstimate
 from .evaluations import Answers, Closure
 from .made import inputs_of, made_for
-from .offloaded import Visiting
+from .offloaded import Offloaded, VisitingPages
 from .rehearsal import Backward, Rehearsal, checkpointed
 from .streamed import RehearsedCopies
 from .torchao_weights import plain_tensors
@@ -85,8 +86,9 @@ def estimate_memory(
         optimizer_in_backward: gradients are applied and freed as they come.
         coupling, perturbation, estimator, structure, rank, directions, examples_per_direction: of
             :class:`zofo_optim.HybridZOFO`.
-        offloaded: frozen weights are in a file, see :func:`zofo_optim.offload.offload_weights`,
-            and computed with on the CPU. Their pages count while they are resident.
+        offloaded: frozen weights are away, see :func:`zofo_optim.offload.offload_weights`: with
+            ``device="cpu"`` in a file, and their pages count while they are resident; with "cuda"
+            on the host, and their copies count while they visit the GPU.
         device: "cuda" or "cpu", what it is for: attention with dropout, an optimizer's
             temporaries, and rows of embeddings differ.
 
@@ -132,21 +134,29 @@ def estimate_memory(
     made = made_for(model, asked)
     if gradient_checkpointing:
         checkpointed(made)
-    return _rehearsed(made, inputs_of(made, batch), asked)
+    inputs = inputs_of(made, batch)
+    away = _offloaded(made, asked)
+    try:
+        return _rehearsed(made, inputs, away, asked)
+    finally:
+        if isinstance(away, VisitingDevice):
+            away.remove()
 
 
-def _rehearsed(made: nn.Module, inputs: dict[str, Any], asked: Asked) -> MemoryEstimate:
+def _rehearsed(
+    made: nn.Module, inputs: dict[str, Any], offloaded: Offloaded | None, asked: Asked
+) -> MemoryEstimate:
     """
     Args:
         made: on meta.
         inputs: of its forward.
+        offloaded: its weights that are; None: all are in memory.
         asked: the settings.
     """
     training = {n: p for n, p in made.named_parameters() if p.requires_grad}
     own = {id(p) for p in training.values()} if asked.method != "fo" else set()
     closure = Closure(made, inputs, asked)
-    visiting = Visiting(made) if asked.offloaded else None
-    rehearsal = Rehearsal(closure, training.values(), asked.device == "cuda", visiting)
+    rehearsal = Rehearsal(closure, training.values(), asked.device == "cuda", offloaded)
     options = {"lr": 1e-3, **(asked.fo or {})}
     together = asked.device == "cuda" and _all_at_once(asked.factory, options)
     trials = Trials(asked.factory, {**options, "foreach": True} if together else options)
@@ -154,6 +164,9 @@ def _rehearsed(made: nn.Module, inputs: dict[str, Any], asked: Asked) -> MemoryE
     sizes = {p: p.numel() * p.element_size() for p in training.values()}
     work = [m.workspace for m in memory.values()]
 
+    on_host = isinstance(offloaded, VisitingDevice)
+    if on_host:
+        rehearsal.evaluation()  # which shows the order of modules: the next ones come ahead
     passed = Backward(0, 0, 0)
     if asked.first:
         applied: dict[Tensor, int] = {p: memory[p].workspace for p in training.values()}
@@ -168,21 +181,22 @@ def _rehearsed(made: nn.Module, inputs: dict[str, Any], asked: Asked) -> MemoryE
         if asked.coupling:  # once more at displaced weights, beside the gradients that there are
             saved = RehearsedCopies()
             most = max(most, held + rehearsal.backward(None, answers.steady(saved), saved).most)
-        verifying = held + answers.verifying(rehearsal, asked.offloaded)
+        where = "memory" if offloaded is None else "host" if on_host else "map"
+        verifying = held + answers.verifying(rehearsal, where)
         # the first evaluation ever shows which buffers change: all are copied before
         first = min(_bytes(made.buffers()), _ROOM) + (passed.most if asked.first else streamed)
         verification = max(first, most, verifying)
     update = 0
     if asked.first and not asked.optimizer_in_backward:
         update = held + (sum(work) if together else max(work, default=0))
-    if visiting is not None and asked.zeroth:
-        update = max(update, held + min(in_turn._PIECE, visiting.largest))
+    if offloaded is not None and asked.zeroth and not on_host:
+        update = max(update, held + min(in_turn._PIECE, offloaded.largest))
     return MemoryEstimate(
         method=str(asked),
         weights=_bytes(
             t
             for t in (*made.parameters(), *made.buffers())
-            if id(t) not in own and not (visiting and visiting.holds(t))
+            if id(t) not in own and not (offloaded and offloaded.holds(t))
         ),
         adapter=sum(sizes[p] for p in training.values() if id(p) in own),
         optimizer_state=sum(m.state for m in memory.values()),
@@ -194,9 +208,17 @@ def _rehearsed(made: nn.Module, inputs: dict[str, Any], asked: Asked) -> MemoryE
         evaluation=held + streamed if asked.zeroth else 0,
         update=update,
         verification=verification,
-        visiting=visiting.most if visiting else 0,
-        on_disk=visiting.nbytes if visiting else 0,
+        visiting=offloaded.most if offloaded else 0,
+        on_disk=offloaded.nbytes if offloaded and not on_host else 0,
+        on_host=offloaded.nbytes if offloaded and on_host else 0,
     )
+
+
+def _offloaded(made: nn.Module, asked: Asked) -> Offloaded | None:
+    """None: all weights are in memory."""
+    if not asked.offloaded:
+        return None
+    return VisitingPages(made) if asked.device == "cpu" else VisitingDevice(made)
 
 
 def _all_at_once(factory: Any, options: Mapping[str, Any]) -> bool:

@@ -43,9 +43,12 @@ class MemoryEstimate:
     """A moment of the first step only: its passes, evaluations that verify the perturbation among
     them, and copies of the model's buffers. There is no optimizer state by then."""
     visiting: int = 0
-    """Of offloaded weights, the most that is resident at a time; in the moments above."""
+    """Of offloaded weights, the most that is resident, or on the GPU, at a time; in the moments
+    above."""
     on_disk: int = 0
     """Of the file that offloaded weights are in; not in memory."""
+    on_host: int = 0
+    """Of the host's memory that offloaded weights are in, where they visit a GPU."""
 
     @property
     def resident(self) -> int:
@@ -97,7 +100,7 @@ class MemoryEstimate:
             ("gradients", self.gradients),
             ("logits", self.logits),
             ("copies and factors", self.copies),
-            ("offloaded weights resident", self.visiting),
+            ("offloaded weights there", self.visiting),
         ]
         peaks = [("peak", self.peak), ("peak of the first step", self.most)]
         lines = [self.method]
@@ -106,6 +109,7 @@ class MemoryEstimate:
             ("the largest of", moments),
             ("parts of these", parts),
             ("on the disk", [("offloaded weights", self.on_disk)]),
+            ("on the host", [("offloaded weights", self.on_host)]),
         ):
             shown = [_line(f"  {name}", n) for name, n in rows if n]
             lines += [title, *shown] if shown else []

@@ -99,11 +99,14 @@ class Answers:
             forms = closed_forms(self._sources, low_rank, self._settings, self._examples)
         return self._streaming(forms=forms, saved=saved)
 
-    def verifying(self, rehearsal: Rehearsal, offloaded: bool) -> int:
+    def verifying(self, rehearsal: Rehearsal, where: str) -> int:
         """The most beside what is always there: copies, and the content of the largest weight.
 
-        Factors of low rank are there meanwhile. Offloaded weights that were displaced, or put
+        Factors of low rank are there meanwhile. Weights of a map that were displaced, or put
         back, are resident until their modules are evaluated.
+
+        Args:
+            where: weights are: in "memory", in a "map", or on the "host" of a device.
         """
         if not self._streams or not self._sources:
             return rehearsal.evaluation()
@@ -113,8 +116,9 @@ class Answers:
         parts = [[s.parameter for s in part] for part in _parts([*self._sources.values()])]
         sizes = [sum(map(_bytes, part)) for part in parts]
         last = max(range(len(parts)), key=lambda k: (sizes[k], k))
-        if not offloaded:
-            return max(sizes) + rehearsal.evaluation(self._streaming()) + factors
+        if where != "map":  # a host has the content of its weights
+            kept = max(sizes) if where == "memory" else 0
+            return kept + rehearsal.evaluation(self._streaming()) + factors
         resident = [*(parts[last - 1] if last else ()), *parts[last]]
         moved = max(map(_bytes, parts[last]))  # what it is displaced by is made first
         displacing = sizes[last] + moved + sum(map(_bytes, resident))

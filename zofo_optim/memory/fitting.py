@@ -68,6 +68,16 @@ def _said(size: int, memory: int) -> str:
     return "yes" if size <= 0.9 * memory else "yes, with less than 10 % of room"
 
 
+def methods(weights: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those of :data:`COMMON` that weights in this format can be trained by."""
+    left_out = ("fo", "streamed") if is_quantized(weights) else ()
+    return {
+        name: (method, options)
+        for name, (method, options) in COMMON.items()
+        if not {method, options.get("perturbation")}.intersection(left_out)
+    }
+
+
 def which_fits(
     model: Any, batch: Any, memory: int | str, *, weights: Any = None, **options: Any
 ) -> Fits:
@@ -75,8 +85,7 @@ def which_fits(
 
     Args:
         model, batch, weights: of :func:`estimate_memory`. Where weights are quantised, methods
-            that need others are left out; so are those of offloaded weights unless ``device`` is
-            "cpu".
+            that need others are left out.
         memory: bytes, or a string such as "24GB".
         options: further ones of :func:`estimate_memory`, such as ``device``, for the methods that
             have a use for them.
@@ -92,14 +101,8 @@ def which_fits(
             f"options must not be those that tell the methods apart, got {', '.join(told)}: call "
             "estimate_memory for a method of your own"
         )
-    left_out = ("fo", "streamed") if is_quantized(weights) else ()
-    on_cpu = options.get("device") == "cpu"
     found, arguments = {}, {}
-    for name, (method, own_options) in COMMON.items():
-        if {method, own_options.get("perturbation")}.intersection(left_out):
-            continue
-        if own_options.get("offloaded") and not on_cpu:
-            continue
+    for name, (method, own_options) in methods(weights).items():
         given = {n: v for n, v in options.items() if method in USED_BY.get(n, (method,))}
         asked = dict(method=method, weights=weights, **{**given, **own_options})
         arguments[name] = asked

@@ -6,6 +6,7 @@ module is done, or its gradient has moved on. Pages of embeddings come by rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
@@ -82,16 +83,53 @@ def _read_by_rows(func: Any, args: Any) -> int | None:
     return int(count * (width + _AROUND))
 
 
-class Visiting:
-    """The frozen weights of a model on meta, as if they were offloaded.
+class Offloaded(ABC):
+    """The weights of a model on meta that are offloaded.
+
+    Args:
+        weights: of them.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._sizes = {id(p.untyped_storage()): p.numel() * p.element_size() for p in weights}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file or the host memory that has them."""
+        return sum(self._sizes.values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest weight."""
+        return max(self._sizes.values(), default=0)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it is offloaded."""
+        return id(tensor.untyped_storage()) in self._sizes
+
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """Bytes of weights that were there to compute with at a time, in all passes so far."""
+
+    @abstractmethod
+    def watch(self, written: Collection[Tensor]) -> LiveBytes:
+        """For one pass.
+
+        Args:
+            written: weights that were written to just before it begins.
+        """
+
+
+class VisitingPages(Offloaded):
+    """The frozen weights of a model, as if they were in a map.
 
     Args:
         model: it is given hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.weights = [p for p in model.parameters() if _goes(p)]
-        self._sizes = {id(p.untyped_storage()): p.numel() * p.element_size() for p in self.weights}
+        super().__init__(p for p in model.parameters() if is_plain_and_frozen(p))
         self._watches: list[VisitedBytes] = []
         self._behind: list[int] = []  # of the module whose gradient came last
         for module in model.modules():
@@ -101,35 +139,15 @@ class Visiting:
                 module.register_forward_hook(partial(self._after_inside, inside))
 
     @property
-    def nbytes(self) -> int:
-        """Of the private file."""
-        return sum(self._sizes.values())
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest weight."""
-        return max(self._sizes.values(), default=0)
-
-    @property
     def most(self) -> int:
-        """Bytes of weights that were resident at a time, in all passes so far."""
         return max((watch.most_visiting for watch in self._watches), default=0)
 
     def watch(self, written: Collection[Tensor]) -> VisitedBytes:
-        """For one pass.
-
-        Args:
-            written: weights that are resident when it begins.
-        """
         self._watches.append(VisitedBytes(self._sizes))
         self._behind = []
         for weight in written:
             self._watches[-1].read(weight)
         return self._watches[-1]
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether it is offloaded."""
-        return id(tensor.untyped_storage()) in self._sizes
 
     def _of(self, parameters: Iterable[Tensor]) -> list[int]:
         keys = [id(p.untyped_storage()) for p in parameters]
@@ -150,6 +168,7 @@ class Visiting:
         self._behind = own
 
 
-def _goes(parameter: Tensor) -> bool:
+def is_plain_and_frozen(parameter: Tensor) -> bool:
+    """Whether ``offload_weights`` takes it away from a CPU."""
     plain = parameter.is_floating_point() or parameter.is_complex()
     return plain and not parameter.requires_grad and parameter.numel() > 0

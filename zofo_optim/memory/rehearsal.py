@@ -23,7 +23,7 @@ from ..costs.watched import attention
 from ..names import within_peft
 from ..saved_copies import SavedCopies
 from ..watch import Answer
-from .offloaded import Visiting
+from .offloaded import Offloaded
 
 
 class Backward(NamedTuple):
@@ -71,7 +71,7 @@ class Rehearsal:
         closure: evaluates the loss, of tensors on meta.
         training: parameters that get gradients.
         fused: whether attention with dropout is fused, as on a GPU.
-        visiting: the weights that are offloaded; None: all are in memory.
+        offloaded: the weights that are; None: all are in memory.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Rehearsal:
         closure: Callable[[], Tensor],
         training: Collection[Tensor],
         fused: bool,
-        visiting: Visiting | None = None,
+        offloaded: Offloaded | None = None,
     ) -> None:
         self._closure, self._training, self._fused = closure, training, fused
-        self._visiting = visiting
+        self._offloaded = offloaded
 
     def evaluation(self, answer: Answer | None = None, written: Collection[Tensor] = ()) -> int:
         """The most bytes alive in an evaluation without gradients.
@@ -131,7 +131,7 @@ class Rehearsal:
                 p.grad = None
 
     def _watched(self, written: Collection[Tensor] = ()) -> LiveBytes:
-        return LiveBytes() if self._visiting is None else self._visiting.watch(written)
+        return LiveBytes() if self._offloaded is None else self._offloaded.watch(written)
 
     @contextmanager
     def _run(self, answer: Answer | None) -> Generator[None, None, None]:

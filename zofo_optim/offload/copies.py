@@ -77,7 +77,7 @@ class Copier:
 
 def _streams_of(device: torch.device) -> Any:
     """The module that has the device's streams; None: it has none."""
-    return None if device.type == "cpu" else torch.get_device_module(device)
+    return None if device.type in ("cpu", "meta") else torch.get_device_module(device)
 
 
 def _copy(made: Sequence[Copy]) -> None:

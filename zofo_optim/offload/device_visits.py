@@ -78,7 +78,8 @@ class DeviceVisits:
     def _hook(self, module: nn.Module, blocks: Collection[str]) -> bool:
         """Whether offloaded weights are in it."""
         inside = [self._hook(child, blocks) for child in module.children()]
-        own = list(_offloaded(module, recurse=type(module).__name__ in blocks))
+        together = type(module).__name__ in blocks
+        own: list[Tensor] = [p for p in module.parameters(together) if self._goes(p)]
         if own:
             self._own[id(module)] = own
             self._ids |= {id(p) for p in own}
@@ -119,7 +120,7 @@ class DeviceVisits:
                 self.settle()
             alone = not (self._inside or keeping_out() or in_a_backward() or in_functorch())
             if recording and alone:
-                self._pass.enter_context(SavedCopies().unkept())
+                self._pass.enter_context(self._saved_copies().unkept())
             self._inside.append(here)
             if here in self._own:
                 with _plainly():
@@ -218,10 +219,20 @@ class DeviceVisits:
 
     # ---- copies -----------------------------------------------------------------------------
 
+    def _goes(self, parameter: Tensor) -> bool:
+        """Whether it is offloaded, and visits nothing yet."""
+        return memory_of(parameter) is not None and visits_of(parameter) is None
+
+    def _is_on_host(self, parameter: Tensor) -> bool:
+        return memory_of(parameter) is not None
+
+    def _saved_copies(self) -> SavedCopies:
+        return SavedCopies()
+
     def _fetched(self, here: int, known: Copies | None = None) -> Copies | None:
         """Copies of what is neither on the device nor known; None: there is nothing."""
         there = self._home.keys() | {id(c.parameter) for c in (() if known is None else known.of)}
-        hosts = [p for p in self._own[here] if id(p) not in there and memory_of(p) is not None]
+        hosts = [p for p in self._own[here] if id(p) not in there and self._is_on_host(p)]
         return self._copier.copies(hosts) if hosts else None
 
     def _again(self, parameter: Tensor, of: tuple[int, int]) -> Tensor:
@@ -263,12 +274,6 @@ def settle() -> None:
     """See :meth:`DeviceVisits.settle`: before something else reads or writes the weights."""
     for one in list(_every) if _every else ():
         one.settle()
-
-
-def _offloaded(module: nn.Module, *, recurse: bool) -> Iterator[Tensor]:
-    for parameter in module.parameters(recurse):
-        if memory_of(parameter) is not None and visits_of(parameter) is None:
-            yield parameter
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Target:
         """The hooks."""
         if not self.visited:
             return Visits(model)
-        return DeviceVisits(model, self.device, _blocks(model) if blocks is None else blocks)
+        return DeviceVisits(model, self.device, blocks_of(model) if blocks is None else blocks)
 
     def mark(self, model: nn.Module) -> None:
         """Where a device is visited, transformers' Trainer and accelerate leave the model there."""
@@ -66,7 +66,7 @@ def unmark(model: nn.Module) -> None:
     within_peft(model).__dict__.pop("hf_device_map", None)
 
 
-def _blocks(model: nn.Module) -> set[str]:
+def blocks_of(model: nn.Module) -> set[str]:
     """What transformers says must be on one device."""
     return {
         name
