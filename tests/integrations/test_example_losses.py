@@ -10,7 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from zofo_optim import example_losses, example_losses_of  # noqa: E402
+from zofo_optim import (  # noqa: E402
+    HybridZOFO,
+    example_losses,
+    example_losses_of,
+    hybrid_param_groups,
+)
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -427,3 +432,21 @@ def test_refused_models():
         example_losses_of(model, [])
     with pytest.raises(TypeError, match=r"outputs must be logits .*return_dict=False"):
         example_losses_of(model, {**batch, "return_dict": False})
+
+
+def test_what_displacement_changes_much_may_round_more():
+    """Here losses change by a tenth along the first direction that changes them at all."""
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(
+        vocab_size=8000, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).requires_grad_(False)
+    ids = torch.randint(3, 8000, (8, 64))
+    zo = dict(lr=1e-7, mu=3e-3)
+    groups = hybrid_param_groups(model, zo=zo, directions="per_example", verbose=False)
+    optimizer = HybridZOFO(
+        groups, perturbation="streamed", structure="low_rank", directions="per_example", seed=2
+    )
+    loss = optimizer.step(lambda: example_losses_of(model, dict(input_ids=ids, labels=ids)))
+    assert loss.isfinite().all()

@@ -225,8 +225,8 @@ class Verification:
             if not self._agree(not enough < room):  # NaN is far, too
                 found = _There(place, there, room)
                 continue
-            if torch.finfo(coarsest).bits == 16:
-                room = enough  # so far away, all is a little off
+            # so far away, all is a little off: the more, the farther
+            room = enough if torch.finfo(coarsest).bits == 16 else max(room, enough / 4)
             return _There(place, there, room)
         assert found is not None
         return found
