@@ -92,6 +92,10 @@ needs_transformers_5 = pytest.mark.skipif(
     _major("transformers") < 5,
     reason="transformers 5 saved the model's tokenizer, and earlier versions cannot read it",
 )
+needs_cpu_sharding = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason=f"FSDP2 of torch {torch.__version__} asks streams of the CPU for what they lack",
+)
 
 
 INTERPRETED_SHARE = 3

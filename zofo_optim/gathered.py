@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from zofo_kernels._torch_compat import forget_forward_order, is_in_forward
 
 from .sharding import check_model, fsdp_modules, is_fsdp, is_sharded, local_of, reshard
+from .zo_groups import is_same
 
 Named = Sequence[tuple[str, Tensor]]
 """Parameters, each with its name."""
@@ -28,12 +29,16 @@ class GatheredWeights:
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
+        self._known: list[Tensor] = []
         self._modules: dict[nn.Module, None] = {}
         self._readers: set[str] = set()
         self._complete = self._is_left_inside = False
 
     def begin(self, model: nn.Module | None, params: Named) -> None:
-        """Other weights move from now on.
+        """These weights move from now on; nothing is done where they are those of before.
+
+        Where their memory alone is another, as FSDP2 of older torch moves shards that it pads, that
+        may be so in some of the processes, and watching what they gather must be done in all.
 
         Args:
             model: that they are of; None where it is unknown.
@@ -44,6 +49,9 @@ class GatheredWeights:
                 for a while, not the shard.
         """
         tensors = [p for _, p in params]
+        if model is self._model and is_same(tensors, self._known):
+            return
+        self._known = []  # in case of an error
         check_model(model, tensors)
         self._model = model
         self._modules = dict.fromkeys(() if model is None else fsdp_modules(model))
@@ -53,6 +61,7 @@ class GatheredWeights:
             plain = _plain(params)
             for parameter in _freed_by_reshard(model, self._modules, plain):
                 raise ValueError(_GATHERED.format(plain[parameter]))
+        self._known = tensors
 
     def begin_step(self) -> None:
         """Before evaluations: shards may have been written since the last ones.

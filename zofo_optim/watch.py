@@ -29,7 +29,6 @@ _NEAR = 50
 """Operations between a loss and what it was computed from: divisions, sums, means."""
 Answer = Callable[[Any, "tuple[Any, ...]", "dict[str, Any]"], Any]
 """Makes a torch call's result, from the function and its arguments."""
-_BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 class Look(Protocol):
@@ -148,7 +147,8 @@ class _Answering(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in _BACKWARDS:
+        # named here: `show_backward_to_modes` may replace the function after this import
+        if func not in (Tensor.backward, torch.autograd.backward, torch.autograd.grad):
             return self._answer(func, args, kwargs or {})
         with answering(self._answer):  # a backward in a backward, perhaps in a thread of autograd's
             return self._answer(func, args, kwargs or {})

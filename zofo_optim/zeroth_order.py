@@ -13,7 +13,7 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 from .names import matching, patterns_in
 from .ownership import without_examples
 from .quantized import Scale, Scales, prepare, scaled_weights
-from .quantized.bnb_4bit import keep_layout
+from .quantized.bnb_4bit import settle
 from .quantized.refusals import (
     by_choice,
     check_known,
@@ -99,7 +99,7 @@ class ZerothOrder:
             self._check_said(model)
         else:
             for module in model.modules():
-                keep_layout(module)
+                settle(module)
         if quantized == "scales":
             check_known(model)
             by_gradients = _by_gradients(model)

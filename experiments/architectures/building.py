@@ -91,9 +91,9 @@ def config_for(case: Case) -> Any:
 
 
 def nested_configs(config: Any) -> list[Any]:
-    from transformers import PreTrainedConfig
+    from transformers import PretrainedConfig  # version 5 spells it PreTrainedConfig, too
 
-    return [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    return [part for part in vars(config).values() if isinstance(part, PretrainedConfig)]
 
 
 def _set_special(fields: dict[str, Any], model_type: str) -> None:

@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from transformers import Qwen2VLConfig
+
 from experiments.architectures import __main__ as command
 from experiments.architectures.building import NotBuilt, build
 from experiments.architectures.checks import (
@@ -31,9 +33,16 @@ from experiments.architectures.tasks import TASKS
 from experiments.architectures.worker import Worker
 from zofo_optim.perturbation.streaming import Streaming
 
+QWEN2_VL = pytest.param(
+    "Qwen2VLForConditionalGeneration",
+    marks=pytest.mark.skipif(
+        not hasattr(Qwen2VLConfig(), "vision_start_token_id"),
+        reason="transformers 4 makes no vision_start_token_id for it, which its model reads",
+    ),
+)
 ALWAYS = [
     "LlavaForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration",
+    QWEN2_VL,
     "T5ForConditionalGeneration",
     "MambaForCausalLM",
     "MixtralForCausalLM",
@@ -69,9 +78,7 @@ def test_a_step_in_every_way(name):
     assert result["slope"] != 0
 
 
-@pytest.mark.parametrize(
-    "name", ["LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration"]
-)
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", QWEN2_VL])
 def test_images_reach_the_loss(name):
     model, batch = build(CASES[name])
     with torch.no_grad():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import needs_cpu_sharding
 
 for package in ("rich", "matplotlib", "transformers", "peft"):
     pytest.importorskip(package, reason="the benchmarks need it")
@@ -272,6 +273,7 @@ def test_traffic(alone):
         dist.all_to_all_single(torch.zeros(2), torch.zeros(2))
 
 
+@needs_cpu_sharding
 def test_two_processes(tmp_path):
     """Bytes are those of the model; seconds are whatever they are."""
     script = runpy.run_path(str(ROOT / "benchmarks" / "distributed.py"))

@@ -6,7 +6,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from launch import case, results_of, run_cases
-from sharded import Even, batch, close, fsdp, full, optimizer_of, over_tensor, same, toy
+from sharded import (
+    Even,
+    batch,
+    close,
+    fsdp,
+    full,
+    needs_tensor_parallel,
+    optimizer_of,
+    over_tensor,
+    same,
+    toy,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -17,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from zofo_optim.rules import Clip
 
+pytestmark = needs_tensor_parallel
 CHECKPOINTS = "ZOFO_CHECKPOINTS"
 ZO, FO = dict(lr=1e-2, mu=1e-2, seed=9), dict(lr=1e-2)
 JOBS = {

@@ -17,6 +17,7 @@ from sharded import (
     evaluated,
     fsdp,
     full,
+    needs_reset,
     optimizer_of,
     same,
     toy,
@@ -307,10 +308,7 @@ def failures(rank, size):
     return before, restored, train(model, 2, optimizer=optimizer), full(model)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.distributed.fsdp.FSDPModule, "reset_iter_state"),
-    reason="this torch cannot leave a forward pass that raised",
-)
+@needs_reset
 def test_a_forward_pass_that_raises_leaves_all_as_it_was(results):
     model = toy()
     losses = train(model, 3)

@@ -4,6 +4,7 @@ Ranks are pretended, one after another in this process: no element has to travel
 """
 
 import contextlib
+import inspect
 import itertools
 import math
 import warnings
@@ -60,6 +61,19 @@ def check_pieces(parameter):
     return held
 
 
+def divided(tensor, mesh, placements):
+    """A DTensor of what each process has whole; torch 2.6 has one of them send it to the others."""
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    local = tensor
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            parts, own = local.chunk(mesh.size(axis), placement.dim), mesh.get_local_rank(axis)
+            local = parts[own] if own < len(parts) else local.narrow(placement.dim, 0, 0)
+    like = dict(shape=tensor.shape, stride=tensor.stride(), run_check=False)
+    return DTensor.from_local(local.clone().contiguous(), mesh, placements, **like)
+
+
 @st.composite
 def layouts(draw):
     """A shape, a mesh, and a placement for each of the mesh's dimensions."""
@@ -77,7 +91,7 @@ def test_pieces_are_where_they_say_for_every_placement(layout):
     for rank in range(RANKS):
         with as_rank(rank):
             mesh = init_device_mesh("cpu", sizes)
-            spread = distribute_tensor(numbered(shape), mesh, placements, src_data_rank=None)
+            spread = divided(numbered(shape), mesh, placements)
             for element in check_pieces(spread):
                 owners.setdefault(element, []).append(rank)
     copies = math.prod(
@@ -92,24 +106,20 @@ def test_shards_of_matrices_are_one_piece(placements):
     for rank in range(RANKS):
         with as_rank(rank):
             mesh = init_device_mesh("cpu", (4,) if len(placements) == 1 else (2, 2))
-            spread = distribute_tensor(numbered((9, 7)), mesh, placements, src_data_rank=None)
+            spread = divided(numbered((9, 7)), mesh, placements)
             assert len(pieces_of(spread)) == 1
 
 
 def test_a_block_of_four_dimensions_is_as_few_pieces_as_there_can_be():
     with as_rank(3):
         mesh = init_device_mesh("cpu", (2, 2))
-        spread = distribute_tensor(
-            numbered((4, 3, 4, 5)), mesh, [Shard(0), Shard(2)], src_data_rank=None
-        )
+        spread = divided(numbered((4, 3, 4, 5)), mesh, [Shard(0), Shard(2)])
         pieces = pieces_of(spread)
     # half of dimensions 0 and 2: rows of (2, 5) at a distance of 20, six in a row
     assert [(p.offset, p.rectangle, p.tensor.numel()) for p in pieces] == [(130, (10, 20), 60)]
     with as_rank(3):
         mesh = init_device_mesh("cpu", (2, 2))
-        spread = distribute_tensor(
-            numbered((3, 4, 4, 5)), mesh, [Shard(1), Shard(2)], src_data_rank=None
-        )
+        spread = divided(numbered((3, 4, 4, 5)), mesh, [Shard(1), Shard(2)])
         pieces = pieces_of(spread)
     # rows at one distance within each of dimension 0 only
     assert [(p.offset, p.rectangle) for p in pieces] == [(50 + 80 * k, (10, 20)) for k in range(3)]
@@ -118,7 +128,7 @@ def test_a_block_of_four_dimensions_is_as_few_pieces_as_there_can_be():
 def test_ranks_without_rows_hold_an_empty_piece():
     with as_rank(3):
         mesh = init_device_mesh("cpu", (4,))
-        spread = distribute_tensor(numbered((2, 5)), mesh, [Shard(0)], src_data_rank=None)
+        spread = divided(numbered((2, 5)), mesh, [Shard(0)])
         (piece,) = pieces_of(spread)
         assert piece.tensor.numel() == 0
         Placed([spread], [0]).weights.layout()  # the kernels skip it
@@ -142,8 +152,8 @@ def test_each_process_takes_its_part_of_a_whole(shape):
             warnings.simplefilter("error")
             placements = [Shard(0) if shape else Replicate()]
             mesh = init_device_mesh("cpu", (4,))
-            expected = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-            spread = distribute_tensor(0 * whole, mesh, placements, src_data_rank=None)
+            expected = divided(whole, mesh, placements)
+            spread = divided(0 * whole, mesh, placements)
             fill(spread, whole)
             assert torch.equal(local_of(spread), local_of(expected))
 
@@ -154,7 +164,7 @@ def test_the_model_is_needed_where_a_module_may_gather(monkeypatch):
     monkeypatch.setattr(torch.distributed.fsdp, "FSDPModule", kind)
     with as_rank(0):
         mesh = init_device_mesh("cpu", (4,))
-        spread = distribute_tensor(numbered((4,)), mesh, [Shard(0)], src_data_rank=None)
+        spread = divided(numbered((4,)), mesh, [Shard(0)])
         check_model(None, [spread])
         sharded = type("FSDPLinear", (kind,), {})
         check_model(sharded(), [spread])
@@ -187,7 +197,9 @@ def test_moves_wait_for_an_accelerator_that_reads_shards_from_the_host(monkeypat
         groups = [dict(params=[holder.p], mode="zo", lr=0.1)]
         optimizer = HybridZOFO(groups, restore_buffers=holder)
         optimizer.add_listener(Recorded(found))
-        monkeypatch.setattr(DeviceMesh, "device_type", kind)
+        # torch 2.6 has it in each mesh
+        holds = DeviceMesh if hasattr(DeviceMesh, "device_type") else holder.p.device_mesh
+        monkeypatch.setattr(holds, "device_type", kind)
         monkeypatch.setattr(torch, "get_device_module", modules.__getitem__)
         optimizer.step(lambda: float(local_of(holder.p).sum()))
     finally:
@@ -238,7 +250,7 @@ def test_passes_over_shards_are_those_over_the_whole(backend, rank, placements, 
         for process in range(RANKS):
             with as_rank(process):
                 mesh = init_device_mesh("cpu", (2, 2))
-                mine = distribute_tensor(full, mesh, placements, src_data_rank=None)
-                expected = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+                mine = divided(full, mesh, placements)
+                expected = divided(whole, mesh, placements)
                 passes(Placed([mine], [3]).weights, backend, rank, distribution)
             assert same_bits(local_of(mine), local_of(expected))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import case, launched, run_cases
+from sharded import needs_tensor_parallel, parallelized
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,11 +19,11 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     SequenceParallel,
-    parallelize_module,
 )
 
 from zofo_optim import HybridZOFO, hybrid_param_groups
 
+pytestmark = needs_tensor_parallel
 results = launched(__file__, 4)
 MESHES = ((1, 4), (2, 2))
 """Processes that share shards by FSDP2, and those that share products."""
@@ -71,7 +72,7 @@ def by_layers(model, mesh):
     """Products alone, as beside an adapter."""
     for block in model.blocks:
         plan = dict(up=ColwiseParallel(), down=RowwiseParallel())
-        parallelize_module(block, mesh, plan)
+        parallelized(block, mesh, plan)
 
 
 def by_sequence(model, mesh):
@@ -83,14 +84,13 @@ def by_sequence(model, mesh):
             up=ColwiseParallel(input_layouts=rows),
             down=RowwiseParallel(output_layouts=rows),
         )
-        parallelize_module(block, mesh, plan)
+        parallelized(block, mesh, plan)
     plan = dict(
         embedding=RowwiseParallel(input_layouts=whole, output_layouts=rows),
         norm=SequenceParallel(),
         head=ColwiseParallel(input_layouts=rows, output_layouts=whole),
     )
-    parallelize_module(model, mesh, plan)
-    model.requires_grad_(False)  # SequenceParallel makes new parameters
+    parallelized(model, mesh, plan)
 
 
 def parallel(model, way, shape):

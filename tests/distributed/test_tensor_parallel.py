@@ -4,6 +4,7 @@ import pytest
 import torch
 from launch import case, launched, run_cases
 from sharded import (
+    TORCH_26,
     VARIANTS,
     Even,
     batch,
@@ -13,8 +14,10 @@ from sharded import (
     fsdp,
     full,
     hybrid_mesh,
+    needs_tensor_parallel,
     optimizer_of,
     over_tensor,
+    parallelized,
     replayed,
     same,
     tensor_parallel,
@@ -26,7 +29,6 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
-    parallelize_module,
 )
 
 from zofo_optim.sharding import local_of, pieces_of
@@ -42,6 +44,10 @@ SPREAD = {
     "hsdp": lambda model: fsdp(model, mesh=hybrid_mesh()),
     "fsdp over tensor": over_tensor,
 }
+OF_TENSOR = {"tensor parallel", "fsdp over tensor"}
+STRATEGIES = [pytest.param(s, marks=[needs_tensor_parallel] * (s in OF_TENSOR)) for s in SPREAD]
+if TORCH_26:
+    SPREAD = {name: spread for name, spread in SPREAD.items() if name not in OF_TENSOR}
 PARTS = {"tensor parallel": 1, "fsdp over tensor": 2}
 """Into how many a batch is spread, where not over all ranks."""
 PAIRS = [
@@ -83,7 +89,7 @@ def places(rank, size):
     return found
 
 
-@pytest.mark.parametrize("strategy", SPREAD)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_pieces_are_where_they_say(results, strategy):
     every = results["places"]
     kinds = set()
@@ -103,7 +109,7 @@ def replays(rank, size):
     return {name: every_variant(spread, PAIRS, Even) for name, spread in SPREAD.items()}
 
 
-@pytest.mark.parametrize("strategy", SPREAD)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("variant", "dtype"), PAIRS)
 def test_given_coefficients_give_the_bits_of_one_process(results, variant, dtype, strategy):
     expected = replayed(toy(dtype, Even), **VARIANTS[variant])
@@ -138,7 +144,7 @@ def whole_runs(rank, size):
     return found
 
 
-@pytest.mark.parametrize("strategy", SPREAD)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_whole_runs_are_those_of_one_process(results, name, strategy):
     model = toy(torch.float64, Even)
@@ -158,7 +164,7 @@ def spread_losses(rank, size):
     mesh = init_device_mesh("cpu", (4,))
     plan = {"layers.*.up": ColwiseParallel(), "layers.*.down": RowwiseParallel()}
     plan["head"] = ColwiseParallel(output_layouts=Replicate(), use_local_output=False)
-    parallelize_module(model, mesh, plan)
+    parallelized(model, mesh, plan)
     tokens, labels = batch()
     labels = DTensor.from_local(labels, mesh, [Replicate()])
     kind = type(model(tokens, labels)).__name__

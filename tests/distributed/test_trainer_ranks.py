@@ -185,6 +185,8 @@ def checkpoints(rank, size):
 
 
 def test_a_checkpoint_goes_on_with_any_number_of_processes(results, tmp_path):
+    reason = "where processes work together, peft 0.19 reads adapters by transformers 5 alone"
+    pytest.importorskip("transformers", "5", reason=reason)
     for found in results["checkpoints"]:
         assert_alike(found["through"], found["again"], 0)
     saved = found["folder"] / "checkpoint-2"

@@ -134,7 +134,7 @@ def test_the_first_commands_are_there():
 
 
 def test_options_are_read_from_the_help():
-    test_command("python benchmarks/sass.py --check --arch 90")
+    test_command("python benchmarks/distributed.py --quick --ranks 2")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_options_are_read_from_the_help():
         "make no-such-target",
         'pip install -e ".[no-such-extra]"',
         "python examples/no_such_file.py",
-        "python benchmarks/sass.py --no-such-option",
+        "python benchmarks/distributed.py --no-such-option",
         "rm -r somewhere",
         "torchrun --nproc-per-node 2 examples/no_such_file.py",
         "torchrun --no-such-option 2 examples/ddp.py",

@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+from conftest import needs_cpu_sharding
 from doc_blocks import ROOT, sections
 from doc_names import ROWS, make_base, make_model
 from doc_run import fresh_names, run_section
@@ -31,7 +32,13 @@ def without_fractions(text):
     return re.sub(r"\d+\.\d{2,}", "#", text)
 
 
-@pytest.mark.parametrize(("command", "printed"), [*shown()], ids=lambda value: value.split()[-1])
+SHOWN = [
+    pytest.param(*pair, marks=needs_cpu_sharding) if "fsdp2" in pair[0] else pair
+    for pair in shown()
+]
+
+
+@pytest.mark.parametrize(("command", "printed"), SHOWN, ids=lambda value: value.split()[-1])
 def test_scripts_print_what_is_shown(command, printed, tmp_path):
     program, option, ranks, script = command.split()
     assert (program, option) == ("torchrun", "--nproc-per-node")
@@ -63,6 +70,7 @@ def test_memory_is_what_was_measured():
         assert f"| {ranks} | {' | '.join(numbers)} |" in PAGE.read_text()
 
 
+@needs_cpu_sharding
 def test_page_runs_in_two_processes(tmp_path):
     where = os.pathsep.join(map(str, [*PATH, ROOT / "tests" / "docs"]))
     done = torchrun(__file__, 2, tmp_path, env={"PYTHONPATH": where})

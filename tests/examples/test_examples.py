@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs_cpu_sharding
 from forked import scripts_after, started
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,10 @@ def run():
         yield run
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(s, marks=needs_cpu_sharding) if s == "fsdp2.py" else s for s in SCRIPTS],
+)
 def test_runs(name, tmp_path, run):
     tree = ast.parse((FOLDER / name).read_text(encoding="utf-8"))
     for package in sorted((imported(tree) & set(NEEDS)) | NEEDS_ALSO.get(name, set())):

@@ -111,6 +111,8 @@ def test_sentence_transformers(tmp_path):
     assert any("base_layer" in name for name in moved)
     assert all(math.isfinite(entry["loss"]) for entry in done.state.log_history if "loss" in entry)
 
+    reason = "by transformers 4 sentence-transformers cannot read a folder of an adapter"
+    pytest.importorskip("transformers", "5", reason=reason)
     fresh = sentence_model(tmp_path / "base")
     again = sentence_trainer(tmp_path, fresh, losses.SoftmaxLoss(fresh, 16, num_labels=2))
     again.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")

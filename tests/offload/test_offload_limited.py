@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("safetensors")
 
+from safetensors.torch import load_file, save_file
 from zofo_bench.memory_limit import KINDS, run_limited, unavailable_reason
+
+from experiments.measure import growth
 
 SCRIPT = Path(__file__).with_name("limited_steps.py")
 
@@ -24,10 +28,22 @@ def found(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def reads_twice(folder):
+    """Whether torch allocates a tensor's bytes twice where safetensors reads it.
+
+    So does torch 2.6: what it lets go at once, unused, malloc keeps as private memory.
+    """
+    tensor = torch.ones(1 << 16)
+    save_file({"weight": tensor}, folder / "weight.safetensors")
+    return growth(lambda: load_file(folder / "weight.safetensors")).most >= 2 * tensor.nbytes
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_less_memory_than_the_weights(kind, request):
+def test_less_memory_than_the_weights(kind, request, tmp_path):
     if reason := unavailable_reason(kind):
         pytest.skip(reason)
+    if kind == "data" and reads_twice(tmp_path):
+        pytest.skip(f"torch {torch.__version__} reads weights by way of as much private memory")
     found = request.getfixturevalue("found")
     in_memory, offloaded = found[kind]["in memory"], found[kind]["offloaded"]
     assert in_memory["result"] is None

@@ -22,6 +22,18 @@ def model():
     return transformers.LlamaForCausalLM(config).requires_grad_(False).eval()
 
 
+def packed(model, ids):
+    """Bytes that a product of two vectors takes while it runs, beyond a layer's own product.
+
+    oneDNN of torch 2.6 packs both factors of 16-bit ones into blocks; that of 2.13 takes less.
+    """
+    weight = model.model.layers[0].mlp.up_proj.weight.detach()
+    x = weight.new_ones(1, ids.numel(), weight.shape[1])
+    column, row = x[..., :1].clone(), weight.new_ones(1, 1, len(weight))
+    most = [growth(call).most for call in (lambda: torch.bmm(column, row), lambda: x @ weight.t())]
+    return max(0, most[0] - most[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, STREAMED, PER_EXAMPLE], ids=["full", "shared", "examples"])
 def test_a_step_takes_the_memory_of_a_forward_pass(model, options, dtype):
@@ -43,7 +55,8 @@ def test_a_step_takes_the_memory_of_a_forward_pass(model, options, dtype):
         forward = growth(losses).most
     assert forward > 0
     before = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert growth(lambda: optimizer.step(closure)).most <= forward + 0.02 * (before + forward)
+    most = growth(lambda: optimizer.step(closure)).most
+    assert most <= forward + packed(model, ids) + 0.02 * (before + forward)
 
 
 class Generation:

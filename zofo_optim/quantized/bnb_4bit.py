@@ -19,14 +19,20 @@ _PACKS = "support_avx512bf16_for_cpu"
 """Of a module: whether evaluations without gradients repack weights, where the CPU has bf16."""
 
 
-def keep_layout(module: nn.Module) -> None:
-    """Of ``Linear4bit``: weights stay as training and state dicts have them; others pass.
+def settle(module: nn.Module) -> None:
+    """Of ``Linear4bit``: what its first evaluation would change is so now, or never; others pass.
 
-    On CPUs with AVX512-BF16 its first evaluation in ``eval()`` mode packs them anew, with scales
-    of 16 bits in a tensor of their own, and fails where 32 does not divide the rows.
+    - Weights stay as training and state dicts have them. On CPUs with AVX512-BF16 an evaluation in
+      ``eval()`` mode packs them anew, with scales of 16 bits in a tensor of their own, and fails
+      where 32 does not divide the rows.
+    - A bias gets the dtype that the layer computes in, which is fp32 where neither
+      ``BitsAndBytesConfig`` nor the layer was told another.
     """
     if hasattr(module, _PACKS):
         setattr(module, _PACKS, False)
+    layer: Any = module
+    if getattr(layer, "compute_type_is_set", False) and layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(layer.compute_dtype)
 
 
 class Bnb4bit:
@@ -42,7 +48,7 @@ class Bnb4bit:
 
         They keep it, as what learns would else no longer be what the module uses.
         """
-        keep_layout(module)
+        settle(module)
         state, said = parameter.quant_state, ""
         if getattr(state, "packing_format_for_cpu", False):
             _unpack(parameter, state)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..names import match_names
+from .bnb_4bit import settle
 from .formats import Format, Read, Scale, formats, memory_of
 
 
@@ -243,10 +244,12 @@ class Names:
 def tensors_for(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
     """What of a model can learn, by every name, to be filled with tensors of these names.
 
-    Where parameters alone do not have all of the names, the scales that have one are prepared
-    first, as they were when they learnt.
+    Layers are settled first, and where parameters alone do not have all of the names, the scales
+    that have one are prepared, as they were when they learnt.
     """
     names = list(names)
+    for module in model.modules():
+        settle(module)
     parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     if len(match_names(names, parameters)) == len(set(names)):
         return parameters
