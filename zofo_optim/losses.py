@@ -160,7 +160,7 @@ def example_losses_of(
     compared = _compared.setdefault(model, set())
     compare = task not in compared
     if task == "seq2seq_lm":
-        _add_decoder_inputs(base, inputs, labels)
+        add_decoder_inputs(base, inputs, labels)
     outputs = model(**inputs, labels=labels) if compare else model(**inputs)
     logits = _logits_of(outputs)
     theirs = _own_loss(outputs, base) if compare else None
@@ -333,7 +333,7 @@ def _by_class(base: Any) -> str:
     )
 
 
-def _add_decoder_inputs(base: Any, inputs: dict[str, Any], labels: Tensor) -> None:
+def add_decoder_inputs(base: Any, inputs: dict[str, Any], labels: Tensor) -> None:
     """What models make of labels themselves, and would lack without them."""
     inputs.setdefault("use_cache", False)
     if "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -79,6 +80,9 @@ class ZerothOrder:
         self._taken: dict[str, dict[str, str]] = {pattern: {} for pattern in self._wanted}
         if directions not in DIRECTIONS:
             raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
+        done: Counter[str] = Counter()
+        if quantized is not None:
+            done.update(filter(None, map(settle, model.modules())))
         self._frozen = quantized in ("frozen", "low_rank")
         self._beside: set[str] = set()
         """Names of quantised weights beside which updates of low rank learn."""
@@ -87,8 +91,6 @@ class ZerothOrder:
             self._beside = {f"{layer}.weight" for layer in sides}
         self._shared = without_examples(model) if directions == "per_example" else set()
         self._unreached = _unreached(model)
-        self.prepared: dict[str, int] = {}
-        """How many tensors of scales were changed first, by what was done."""
         self.scales: Scales | None = None
         """Of quantised weights, of which :meth:`reason_against_scale` tells whether they learn."""
         self._scaled: set[str] = set()
@@ -97,18 +99,19 @@ class ZerothOrder:
         """Of those, the ones of which some learn, as far as was told."""
         if quantized is None:
             self._check_said(model)
-        else:
-            for module in model.modules():
-                settle(module)
         if quantized == "scales":
             check_known(model)
             by_gradients = _by_gradients(model)
-            self.prepared = prepare(
-                model,
-                lambda names, of: not self._reason_against_scale(names, of, by_gradients),
+            done.update(
+                prepare(
+                    model,
+                    lambda names, of: not self._reason_against_scale(names, of, by_gradients),
+                )
             )
             self.scales = Scales(model)
             self._scaled = scaled_weights(model)
+        self.prepared = dict(done)
+        """How many tensors of scales were changed first, by what was done."""
 
     def is_unreached(self, names: Sequence[str]) -> bool:
         """Whether no forward pass uses a parameter, or it is an adapter's that does not train."""

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from zofo_optim.memory import Fits, MemoryEstimate, estimate_memory, which_fits
+from zofo_optim.memory.fitting import COMMON
 from zofo_optim.memory.quantized import stored_bytes
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 BATCH = 2, 16
 
@@ -266,3 +267,33 @@ def test_memories_that_are_none(memory):
 def test_options_that_tell_methods_apart_are_refused(option):
     with pytest.raises(ValueError, match=f"tell the methods apart, got {option}"):
         which_fits(None, None, "1GB", **{option: "streamed"})
+
+
+def test_methods_that_a_model_does_not_admit_are_told():
+    """Of a mixture of experts, one direction an example; the others have estimates."""
+    experts = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, use_cache=False,
+        architectures=["MixtralForCausalLM"],
+    )  # fmt: skip
+    adapter = peft.LoraConfig(target_modules=["q_proj"])
+    fits = which_fits(experts, BATCH, "1GB", weights="bf16", adapter=adapter)
+    assert {"zo, in place", "hybrid", "full, AdamW, checkpointed"} <= set(fits.methods)
+    assert fits.impossible.keys() == {n for n in COMMON if "per example" in n}
+    assert fits.arguments.keys() == fits.estimates.keys() == COMMON.keys() - fits.impossible.keys()
+    assert "cannot have a direction for each example" in str(fits)
+    with pytest.raises(ValueError, match="weights must be one of"):
+        which_fits(experts, BATCH, "1GB", weights="int3")
+    with pytest.raises(ValueError, match="batch must be"):
+        which_fits(experts, (0, 8), "1GB", weights="bf16")
+
+
+def test_decoders_of_examples_get_their_inputs_from_labels():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, use_cache=False,
+        decoder_start_token_id=0, architectures=["T5ForConditionalGeneration"],
+    )  # fmt: skip
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    options = dict(perturbation="streamed", structure="low_rank", directions="per_example")
+    found = estimate_memory(config, "zo", dict(input_ids=ids, labels=ids), **options)
+    assert found.evaluation > 0

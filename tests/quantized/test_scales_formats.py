@@ -131,12 +131,7 @@ def test_weights_that_were_packed_for_the_cpu(kind):
     """Evaluations without gradients pack weights, with scales of their own, where the CPU can."""
     model = network(kind, train=False)
     exact = [dequantised(layer) for layer in layers(model)]
-    for layer in layers(model):  # as Linear4bit does where the CPU has AVX512-BF16
-        weight = layer.weight
-        weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
-            weight.data, weight.quant_state
-        )
-        assert weight.absmax.dtype == torch.bfloat16
+    pack(model)
     groups = groups_of(model)
     assert sorted(n for g in groups for n in g["param_names"]) == [
         f"{i}.weight.absmax" for i in "02"
@@ -144,6 +139,45 @@ def test_weights_that_were_packed_for_the_cpu(kind):
     for layer, weight in zip(layers(model), exact, strict=True):
         torch.testing.assert_close(dequantised(layer), weight, rtol=2**-8, atol=0.0)
     steps_move_what_is_evaluated(model, groups)
+
+
+def pack(model):
+    """As Linear4bit does where the CPU has AVX512-BF16."""
+    for layer in layers(model):
+        weight = layer.weight
+        weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+            weight.data, weight.quant_state
+        )
+        assert weight.absmax.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 double"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(quantized="frozen"),
+        dict(quantized="low_rank"),
+        dict(quantized="scales", include=r"^0\."),
+    ],
+    ids=str,
+)
+def test_packed_weights_that_do_not_learn_let_gradients_pass(kind, options, capsys):
+    """Products with packed ones have no derivatives."""
+    found = []
+    for packed in (False, True):
+        model = network(kind, train=False)
+        if packed:
+            pack(model)
+        model.adapter = nn.Parameter(torch.zeros(64))
+        capsys.readouterr()
+        zo = None if options["quantized"] == "frozen" else dict(lr=LR, mu=MU)
+        hybrid_param_groups(model, zo=zo, fo=dict(lr=LR), **options)
+        assert ("unpacked from the CPU layout" in capsys.readouterr().out) == packed
+        layer, _, last = list(model)[:3]
+        last(layer(X + model.adapter)).square().mean().backward()
+        found.append(model.adapter.grad)
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=2**-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 double"])

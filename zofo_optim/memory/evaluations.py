@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..groups import split_of
-from ..losses import example_losses, task_of
+from ..losses import add_decoder_inputs, example_losses, task_of
+from ..names import within_peft
 from ..perturbation.low_rank import Source
 from ..perturbation.verification import _parts
 from ..saved_copies import SavedCopies
@@ -46,6 +47,8 @@ class Closure:
         if self._per_example:
             self._labels = self._inputs.pop("labels")
             self._task = task_of(model, self._labels)
+            if self._task == "seq2seq_lm":
+                add_decoder_inputs(within_peft(model), self._inputs, self._labels)
 
     def __call__(self) -> Tensor:
         outputs = self._model(**self._inputs)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .asked import USED_BY, is_quantized
+from .asked import USED_BY, Asked, is_quantized
 from .estimate import estimate_memory
 from .estimated import MemoryEstimate, bytes_of
 
@@ -48,6 +48,8 @@ class Fits:
     """By the method's name, in the order of :data:`COMMON`."""
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Of :func:`estimate_memory` for each, but for the model and the batch."""
+    impossible: Mapping[str, str] = field(default_factory=dict)
+    """Why a method has no estimate, by its name: the error of :func:`estimate_memory`."""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -58,6 +60,8 @@ class Fits:
         lines = [f"{'method':44}{'peak':>10}  fits in {self.memory / 1e9:.3g} GB"]
         for name, found in self.estimates.items():
             lines.append(f"{name:44}{found.most / 1e9:7.2f} GB  {_said(found.most, self.memory)}")
+        for name, why in self.impossible.items():
+            lines.append(f"{name:44}{'':10}  {why.splitlines()[0]}")
         return "\n".join(lines)
 
 
@@ -90,9 +94,15 @@ def which_fits(
         options: further ones of :func:`estimate_memory`, such as ``device``, for the methods that
             have a use for them.
 
+    Returns:
+        The estimates; and why there is none, of methods that the model does not admit, such as a
+        direction an example where it mixes them, or an adapter that peft cannot place by itself
+        (``adapter=`` gives another).
+
     Raises:
         TypeError, ValueError: an argument that cannot be used, such as an option that tells the
             methods apart.
+        Exception: where no method has an estimate, what the first one raised.
     """
     room = bytes_of(memory)
     own = {name for _, options in COMMON.values() for name in options}
@@ -101,10 +111,17 @@ def which_fits(
             f"options must not be those that tell the methods apart, got {', '.join(told)}: call "
             "estimate_memory for a method of your own"
         )
-    found, arguments = {}, {}
+    found, arguments, errors = {}, {}, {}
     for name, (method, own_options) in methods(weights).items():
         given = {n: v for n, v in options.items() if method in USED_BY.get(n, (method,))}
         asked = dict(method=method, weights=weights, **{**given, **own_options})
-        arguments[name] = asked
-        found[name] = estimate_memory(model, batch=batch, **asked)
-    return Fits(room, found, arguments)
+        Asked(**asked)  # raises
+        try:
+            found[name] = estimate_memory(model, batch=batch, **asked)
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            errors[name] = error
+        else:
+            arguments[name] = asked
+    if not found:
+        raise next(iter(errors.values()))
+    return Fits(room, found, arguments, {name: str(error) for name, error in errors.items()})

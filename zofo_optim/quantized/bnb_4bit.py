@@ -19,20 +19,30 @@ _PACKS = "support_avx512bf16_for_cpu"
 """Of a module: whether evaluations without gradients repack weights, where the CPU has bf16."""
 
 
-def settle(module: nn.Module) -> None:
+def settle(module: nn.Module) -> str:
     """Of ``Linear4bit``: what its first evaluation would change is so now, or never; others pass.
 
-    - Weights stay as training and state dicts have them. On CPUs with AVX512-BF16 an evaluation in
-      ``eval()`` mode packs them anew, with scales of 16 bits in a tensor of their own, and fails
-      where 32 does not divide the rows.
+    - Weights are, and stay, as training and state dicts have them. On CPUs with AVX512-BF16 an
+      evaluation in ``eval()`` mode packs them anew, with scales of 16 bits in a tensor of their
+      own. Products with such weights have no derivatives: an adapter would get no gradients.
     - A bias gets the dtype that the layer computes in, which is fp32 where neither
       ``BitsAndBytesConfig`` nor the layer was told another.
+
+    Returns:
+        What was done to the weight's scales; "" for nothing.
     """
     if hasattr(module, _PACKS):
         setattr(module, _PACKS, False)
     layer: Any = module
     if getattr(layer, "compute_type_is_set", False) and layer.bias is not None:
         layer.bias.data = layer.bias.data.to(layer.compute_dtype)
+    said = ""
+    for parameter in module.parameters(recurse=False):
+        state = getattr(parameter, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            _unpack(parameter, state)
+            said = "unpacked from the CPU layout, where they were rounded to 16 bits"
+    return said
 
 
 class Bnb4bit:
@@ -48,12 +58,8 @@ class Bnb4bit:
 
         They keep it, as what learns would else no longer be what the module uses.
         """
-        settle(module)
-        state, said = parameter.quant_state, ""
-        if getattr(state, "packing_format_for_cpu", False):
-            _unpack(parameter, state)
-            said = "unpacked from the CPU layout, where they were rounded to 16 bits"
-        elif state.nested:
+        said, state = settle(module), parameter.quant_state
+        if state.nested:
             state.absmax = _expanded(state)
             _no_longer_nested(parameter, state)
             said = "expanded from 8 bits (double quantisation) to fp32"
