@@ -200,6 +200,8 @@ def _what_it_is(path: Path) -> str:
         load = "PeftModel.from_pretrained(base, folder), then load_base_weights(model, folder)"
     elif (path / "adapter_config.json").is_file():
         load = "PeftModel.from_pretrained(base, folder)"
+    elif (path / FILE).is_file():
+        load = "load_base_weights(model, folder)"
     if (path / "trainer_state.json").is_file():
         load += "; go on training with trainer.train(resume_from_checkpoint=folder)"
     elif not of_trainer:

@@ -159,6 +159,10 @@ def test_a_folder_of_a_trainer(tmp_path):
             load_hybrid(tmp_path, base_model())
         shutil.rmtree(tmp_path / "final")
         shutil.rmtree(tmp_path / "checkpoint-1")
+    for name in ("training_args.bin", "zo_weights.safetensors"):  # as of torchao's weights
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=r"Trainer, .*; load_base_weights\(model, folder\)"):
+        load_hybrid(tmp_path, base_model())
 
 
 def test_a_refused_save_leaves_the_one_before(tmp_path):
