@@ -2,7 +2,8 @@
 
 Starting them takes what their imports take: so one process makes the script's own, and forks for
 each rank. Like torchrun it ends all when one fails. Its store is that of the ranks, so that no two
-launches meet on a port.
+launches meet on a port. Their hashes and addresses are alike, as those of torchrun's are not: what
+would differ by the order of a set does not here.
 """
 
 import ast
@@ -40,12 +41,14 @@ def main(count, script):
     failed = False
     while ranks:
         pid, status = os.wait()
-        rank = ranks.pop(pid)
+        rank = ranks.pop(pid, None)  # None: another process, of an import
+        if rank is None:
+            continue
         if code := os.waitstatus_to_exitcode(status):
             print(f"rank {rank} ended with {code}", flush=True)
             for other in () if failed else ranks:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGTERM)
+                    os.kill(other, signal.SIGKILL)
             failed = True
     sys.exit(failed)
 

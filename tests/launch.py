@@ -84,7 +84,7 @@ def torchrun(script, ranks, *args, timeout=LONGEST, env=None, options=(), check=
         "HF_HUB_OFFLINE": "1",
         **(env or {}),
         TOKEN: token,
-        LIMIT: str(timeout),
+        LIMIT: str(timeout - 5),  # they say where they are before they are killed
     }
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
@@ -129,30 +129,33 @@ def kill(token):
 # ---- the tests' side ------------------------------------------------------------------------
 
 
-def launched(script, *ranks, module=None):
+def launched(script, *ranks, forked=True, module=None):
     """A fixture: :class:`Results` of the script's cases, from one launch a number of ranks.
 
     Args:
         script: a file that ends with :func:`run_cases`.
         *ranks: each test runs with each of these numbers.
-        module: of :func:`results_of`.
+        forked: see :func:`results_of`.
+        module: of :func:`torchrun`.
     """
+    forked = forked and module is None
 
     @pytest.fixture(scope="session", params=ranks, ids=[f"{count}-ranks" for count in ranks])
     def results(request, tmp_path_factory):
-        return results_of(script, request.param, tmp_path_factory.mktemp("ranks"), module=module)
+        folder = tmp_path_factory.mktemp("ranks")
+        return results_of(script, request.param, folder, forked=forked, module=module)
 
     return results
 
 
-def results_of(script, ranks, folder, *, module=None, env=None):
+def results_of(script, ranks, folder, *, forked=True, module=None, env=None):
     """:class:`Results` of one launch, which writes them to the folder.
 
     Args:
-        module: of :func:`torchrun`; None: ranks are forked, which is quicker, where they can be.
-        env: of :func:`torchrun`.
+        forked: ranks are, where they can be: it is quicker than torchrun, see `forked_ranks.py`.
+        module, env: of :func:`torchrun`.
     """
-    if module is None and hasattr(os, "fork"):
+    if forked and hasattr(os, "fork"):
         module = ["forked_ranks", ranks]
     env = {**(env or {}), FOLDER: str(folder)}
     return Results(ranks, folder, torchrun(script, ranks, module=module, env=env, check=False))

@@ -35,7 +35,7 @@ class GatheredWeights:
         self._complete = self._is_left_inside = False
 
     def begin(self, model: nn.Module | None, params: Named) -> None:
-        """These weights move from now on; nothing is done where they are those of before.
+        """These weights move from now on; nothing is watched anew where they are those of before.
 
         Where their memory alone is another, as FSDP2 of older torch moves shards that it pads, that
         may be so in some of the processes, and watching what they gather must be done in all.
@@ -49,13 +49,13 @@ class GatheredWeights:
                 for a while, not the shard.
         """
         tensors = [p for _, p in params]
+        self._readers = _readers(tensors)
         if model is self._model and is_same(tensors, self._known):
             return
         self._known = []  # in case of an error
         check_model(model, tensors)
         self._model = model
         self._modules = dict.fromkeys(() if model is None else fsdp_modules(model))
-        self._readers = _readers(tensors)
         self._complete = False
         if model is not None and self._modules:
             plain = _plain(params)

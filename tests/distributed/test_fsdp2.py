@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zofo_optim import HybridZOFO
 
-results = launched(__file__, 2)
+results = launched(__file__, 2, forked=False)
 
 
 # ---- bits -------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zofo_optim import HybridZOFO
 
-results = launched(__file__, 2, 4)
+results = launched(__file__, 2, 4, forked=False)
 
 
 DATA: dict[str, dict] = {

@@ -17,7 +17,9 @@ from zofo_optim import (
     save_base_weights,
 )
 
-bnb = pytest.importorskip("bitsandbytes", reason="4-bit weights need it")
+bnb = pytest.importorskip(
+    "bitsandbytes", "0.50", reason="earlier layers cast biases to the dtype of inputs"
+)
 
 
 def made(dtype, compute):

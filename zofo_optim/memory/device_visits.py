@@ -61,6 +61,9 @@ class _Visits(DeviceVisits):
         self.most = max(self.most, _bytes(there) + _bytes(coming))
         return result
 
+    def _moved(self, inputs: Any) -> Any:
+        """Nothing: no input is elsewhere, also where a forward makes one on the CPU."""
+
     def _goes(self, parameter: Tensor) -> bool:
         return id(parameter.untyped_storage()) in self._sizes
 

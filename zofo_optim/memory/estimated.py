@@ -43,12 +43,13 @@ class MemoryEstimate:
     """A moment of the first step only: its passes, evaluations that verify the perturbation among
     them, and copies of the model's buffers. There is no optimizer state by then."""
     visiting: int = 0
-    """Of offloaded weights, the most that is resident, or on the GPU, at a time; in the moments
-    above."""
+    """Of offloaded weights, the most that modules have resident, or on the GPU, at a time; in the
+    moments above."""
     on_disk: int = 0
     """Of the file that offloaded weights are in; not in memory."""
     on_host: int = 0
-    """Of the host's memory that offloaded weights are in, where they visit a GPU."""
+    """Of the host's memory that offloaded weights are in, where they visit a GPU. Verification has
+    the content of the largest one there, too."""
 
     @property
     def resident(self) -> int:

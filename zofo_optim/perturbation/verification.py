@@ -226,8 +226,8 @@ class Verification:
                 found = _There(place, there, room)
                 continue
             # so far away, all is a little off: the more, the farther
-            room = enough if torch.finfo(coarsest).bits == 16 else max(room, enough / 4)
-            return _There(place, there, room)
+            share = {16: 1.0, 32: 0.25, 64: 0.0}[torch.finfo(coarsest).bits]
+            return _There(place, there, max(room, share * enough))
         assert found is not None
         return found
 

@@ -6,6 +6,8 @@ A weight is absmax[block] * code[q]. The scales, ``absmax`` (blocks,), are in th
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,8 +27,8 @@ def settle(module: nn.Module) -> str:
     - Weights are, and stay, as training and state dicts have them. On CPUs with AVX512-BF16 an
       evaluation in ``eval()`` mode packs them anew, with scales of 16 bits in a tensor of their
       own. Products with such weights have no derivatives: an adapter would get no gradients.
-    - A bias gets the dtype that the layer computes in, which is fp32 where neither
-      ``BitsAndBytesConfig`` nor the layer was told another.
+    - A bias gets the dtype that the layer was told to compute in, as ``BitsAndBytesConfig`` tells
+      it: fp32, unless it has another. Earlier versions than 0.50 cast biases to that of inputs.
 
     Returns:
         What was done to the weight's scales; "" for nothing.
@@ -34,7 +36,8 @@ def settle(module: nn.Module) -> str:
     if hasattr(module, _PACKS):
         setattr(module, _PACKS, False)
     layer: Any = module
-    if getattr(layer, "compute_type_is_set", False) and layer.bias is not None:
+    told = getattr(layer, "compute_type_is_set", False) and layer.bias is not None
+    if told and _casts_biases():
         layer.bias.data = layer.bias.data.to(layer.compute_dtype)
     said = ""
     for parameter in module.parameters(recurse=False):
@@ -43,6 +46,13 @@ def settle(module: nn.Module) -> str:
             _unpack(parameter, state)
             said = "unpacked from the CPU layout, where they were rounded to 16 bits"
     return said
+
+
+@functools.cache
+def _casts_biases() -> bool:
+    """Whether a layer's first evaluation gives its bias the dtype that it computes in."""
+    major, minor = importlib.metadata.version("bitsandbytes").split(".")[:2]
+    return (int(major), int(minor)) >= (0, 50)
 
 
 class Bnb4bit:
