@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from .adapters import adapter_parameters
 from .names import match_names, unwrapped, within_peft, without_layers
 from .optimizer import HybridZOFO
-from .quantized import Names, tensors_for
+from .quantized import Names, codes, tensors_for
 from .sharding import fill, fsdp_modules, is_sharded, reshard, whole_of
 from .whole import whole
 
 FILE = "zo_weights.safetensors"
+_CODES = "codes"
 
 
 def save_base_weights(
@@ -52,10 +54,10 @@ def save_base_weights(
     check_arguments(model, optimizer, "save_base_weights(optimizer, model, folder)")
     path = Path(folder) / FILE
     if not any(is_sharded(p) for group in optimizer.zo_groups() for p in group.params):
-        return write_tensors(path, base_weights(optimizer, model))
+        return write_tensors(path, base_weights(optimizer, model), codes_beside(model))
     first = optimizer.replicas.rank == 0
     tensors = base_weights(optimizer, model, keep=first)
-    return write_once(path, tensors, None, first, optimizer.replicas.agree)
+    return write_once(path, tensors, codes_beside(model), first, optimizer.replicas.agree)
 
 
 def check_arguments(model: object, optimizer: object, call: str) -> None:
@@ -103,6 +105,12 @@ def base_weights(
     return tensors
 
 
+def codes_beside(model: nn.Module) -> dict[str, str]:
+    """For the metadata of a file of base weights: see :func:`zofo_optim.quantized.codes`."""
+    found = {without_layers(n): code for n, code in codes(within_peft(unwrapped(model))).items()}
+    return {_CODES: json.dumps(found)} if found else {}
+
+
 def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read what :func:`save_base_weights` wrote into a model, with or without an adapter.
 
@@ -119,8 +127,8 @@ def load_base_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: ``model`` is no module.
         FileNotFoundError: there is none.
-        ValueError: the model lacks one of the weights, has another shape, or a dtype that cannot
-            hold the weights; nothing is changed.
+        ValueError: the model lacks one of the weights, has another shape, a dtype that cannot
+            hold the weights, or scales of another code (NF4, FP4); nothing is changed.
         ImportError: safetensors is not installed.
     """
     if not isinstance(model, nn.Module):
@@ -188,9 +196,12 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: see :func:`load_base_weights`; nothing is changed.
     """
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     saved = load_file(path)
+    with safe_open(path, "pt") as file:
+        known = json.loads((file.metadata() or {}).get(_CODES, "{}"))
     reshard(fsdp_modules(model))
     parameters = tensors_for(saved, model)
     where = match_names(saved, parameters)
@@ -212,5 +223,17 @@ def load_tensors(model: nn.Module, path: Path) -> None:
                 f"model must have a dtype that holds the {tensor.dtype} weights in {path}, got "
                 f"{ours.dtype} for {name!r}"
             )
+    _check_codes({where[name]: code for name, code in known.items() if name in where}, model, path)
     for name, tensor in saved.items():
         fill(parameters[where[name]], tensor)
+
+
+def _check_codes(saved: Mapping[str, str], model: nn.Module, path: Path) -> None:
+    """Raise ValueError where scales of this model are of another code than those of the file."""
+    ours = codes(model) if saved else {}
+    for name, code in saved.items():
+        if ours.get(name, code) != code:
+            raise ValueError(
+                f"model must have the quantised weights that the scales in {path} were learnt "
+                f"for, got {ours[name]} for {name!r}, which are of {code}"
+            )

@@ -17,6 +17,7 @@ from .base_weights import (
     FILE,
     base_weights,
     check_arguments,
+    codes_beside,
     load_base_weights,
     load_tensors,
     write_tensors,
@@ -106,7 +107,7 @@ def save_hybrid(
     if journal is not None and not (optimizer.moves or of_adapters) and journal.start == 0:
         recorded = _place_of(journal, path, int(optimizer.zo_groups()[0].options["zo_step"]))
     elif of_base:
-        write_tensors(path / FILE, of_base)
+        write_tensors(path / FILE, of_base, codes_beside(model))
         written.append(FILE)
     with whole(path / OPTIMIZER) as fresh:
         torch.save(_plain(optimizer.state_dict()), fresh)

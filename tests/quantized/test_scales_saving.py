@@ -17,7 +17,7 @@ from quantized_llama import (
     transformers,
     with_lora,
 )
-from quantized_models import bnb, layers, scales
+from quantized_models import bnb, layers, network, scales
 from tiny_llama import TOKENS
 
 from zofo_optim import (
@@ -173,3 +173,25 @@ def test_a_dense_model_of_trained_scales(base):
     assert len(weights) == 7
     for weight, other in zip(weights, found, strict=True):
         torch.testing.assert_close(other.to(weight.dtype), weight, rtol=2**-8, atol=0.0)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_scales_of_another_code_are_refused(hybrid, tmp_path):
+    """NF4's and FP4's have the same names, shapes and dtypes."""
+    model = network("nf4")
+    optimizer = HybridZOFO(
+        hybrid_param_groups(model, zo=dict(lr=0.1), quantized="scales", verbose=False)
+    )
+    optimizer.step(lambda: model(torch.ones(2, 64)).square().mean())
+    if hybrid:
+        save_hybrid(model, optimizer, tmp_path)
+    else:
+        save_base_weights(optimizer, model, tmp_path)
+    other = network("fp4")
+    before = {name: scale.clone() for name, scale in scales(other).items()}
+    with pytest.raises(ValueError, match=r"got fp4 for '0.weight.absmax', which are of nf4"):
+        load_base_weights(other, tmp_path)
+    assert all(torch.equal(scale, before[name]) for name, scale in scales(other).items())
+    again = network("nf4")
+    load_base_weights(again, tmp_path)
+    assert all(torch.equal(scale, scales(model)[name]) for name, scale in scales(again).items())

@@ -78,6 +78,9 @@ class Bnb4bit:
             said = "expanded to fp32"
         return said
 
+    def code(self, parameter: Any) -> str:
+        return str(parameter.quant_state.quant_type)
+
     def scales(self, module: nn.Module, attribute: str) -> Sequence[tuple[str, Read]]:
         return [(f"{attribute}.absmax", partial(_absmax, module, attribute))]
 

@@ -31,6 +31,9 @@ class Bnb8bit:
     def prepare(self, module: nn.Module, parameter: Tensor) -> str:
         return ""
 
+    def code(self, parameter: Tensor) -> str:
+        return ""
+
     def scales(self, module: nn.Module, attribute: str) -> Sequence[tuple[str, Read]]:
         return [("SCB", partial(_scales, module, attribute))]
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from zofo_kernels._torch_compat import is_wrapper_subclass
 
 from ..adapters import adapter_parameters
-from ..base_weights import FILE, base_weights, load_base_weights, load_tensors, write_tensors
+from ..base_weights import (
+    FILE,
+    base_weights,
+    codes_beside,
+    load_base_weights,
+    load_tensors,
+    write_tensors,
+)
 from ..optimizer import HybridZOFO
 from ..saving import FIRST_ORDER
 from ..sharding import is_sharded
@@ -41,7 +48,7 @@ def save_trained(optimizer: HybridZOFO, model: nn.Module, folder: str | Path) ->
     tensors = base_weights(optimizer, model), _others(optimizer, model)
     for name, found in zip(FILES, tensors, strict=True):
         if found:
-            write_tensors(Path(folder) / name, found)
+            write_tensors(Path(folder) / name, found, codes_beside(model))
         else:
             (Path(folder) / name).unlink(missing_ok=True)
 

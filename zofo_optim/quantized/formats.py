@@ -51,6 +51,9 @@ class Format(Protocol):
         What the module computes stays the same to the bit where nothing is said.
         """
 
+    def code(self, parameter: Tensor) -> str:
+        """What its integers stand for, where neither names nor dtypes tell; else ""."""
+
     def scales(self, module: nn.Module, attribute: str) -> Sequence[tuple[str, Read]]:
         """Of the parameter that the module has by this name: keys within the module's own."""
 

@@ -47,6 +47,16 @@ def scaled_weights(model: nn.Module) -> set[str]:
     return {place.weight for place in _places(model)}
 
 
+def codes(model: nn.Module) -> dict[str, str]:
+    """What the integers beside scales stand for, by names of scales: of formats with several."""
+    return {
+        name: code
+        for place in _places(model)
+        if (code := place.format.code(place.parameter))
+        for name, _ in place.scales()
+    }
+
+
 def prepare(
     model: nn.Module,
     learns: Callable[[Sequence[str], Sequence[str]], bool] = lambda names, weights: True,

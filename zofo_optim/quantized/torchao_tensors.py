@@ -47,6 +47,9 @@ class TorchaoTensors:
             setattr(parameter, name, getattr(parameter, name).float())
         return "expanded from 16 bits to fp32" if found else ""
 
+    def code(self, parameter: Tensor) -> str:
+        return ""
+
     def scales(self, module: nn.Module, attribute: str) -> Sequence[tuple[str, Read]]:
         learn = [name for name in self.keys if _is_float(_part(module, attribute, name))]
         return [(f"{attribute}.{name}", partial(_part, module, attribute, name)) for name in learn]
