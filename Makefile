@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
-# In the order of the names: files of few tests are the longest, and would come last.
+# In the order of the names: files of few tests are the longest, and would come last. Each of the two
+# processes has a core to itself.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo docs test lint format bench gpu opt-1.3b sass vllm build clean
@@ -16,7 +17,7 @@ demo: $(DEMO_STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python examples/generated_text.py
 
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from zofo_kernels._torch_compat import is_wrapper_subclass
 from .names import matching, patterns_in
 from .ownership import without_examples
 from .quantized import Scale, Scales, prepare, scaled_weights
-from .quantized.bnb_4bit import settle
+from .quantized.bnb_4bit import settle_layer
 from .quantized.refusals import (
     by_choice,
     check_known,
@@ -82,7 +82,7 @@ class ZerothOrder:
             raise ValueError(f"directions must be one of {DIRECTIONS}, got {directions!r}")
         done: Counter[str] = Counter()
         if quantized is not None:
-            done.update(filter(None, map(settle, model.modules())))
+            done.update(filter(None, map(settle_layer, model.modules())))
         self._frozen = quantized in ("frozen", "low_rank")
         self._beside: set[str] = set()
         """Names of quantised weights beside which updates of low rank learn."""

@@ -10,8 +10,8 @@ from experiments.memory.resident import BATCH, config
 from experiments.memory.sizes import WEIGHTS
 from experiments.memory.sizes import config as llama
 from zofo_optim.memory import estimate_memory
-from zofo_optim.memory.device_visits import VisitingDevice
 from zofo_optim.memory.made import without_data
+from zofo_optim.memory.rehearsed_visits import VisitingDevice
 
 RESULTS = ROOT / "experiments" / "results" / "memory"
 PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from experiments.measure import peak_memory  # noqa: E402
 from experiments.memory import cases  # noqa: E402
 from experiments.memory.resident import METHODS  # noqa: E402
 from zofo_optim.memory import estimate, estimate_memory  # noqa: E402
-from zofo_optim.memory.device_visits import VisitingDevice  # noqa: E402
+from zofo_optim.memory.rehearsed_visits import VisitingDevice  # noqa: E402
 from zofo_optim.offload import offload_weights  # noqa: E402
 from zofo_optim.offload.device_visits import visits_of  # noqa: E402
 from zofo_optim.offload.in_turn import is_offloaded  # noqa: E402

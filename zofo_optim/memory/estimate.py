@@ -14,12 +14,12 @@ from ..buffers import _ROOM
 from ..costs.trial import Trials
 from ..offload import in_turn
 from .asked import Asked
-from .device_visits import VisitingDevice
 from .estimated import MemoryEstimate
 from .evaluations import Answers, Closure
 from .made import inputs_of, made_for
 from .offloaded import Offloaded, VisitingPages
 from .rehearsal import Backward, Rehearsal, checkpointed
+from .rehearsed_visits import VisitingDevice
 from .streamed import RehearsedCopies
 from .torchao_weights import plain_tensors
 
@@ -139,7 +139,7 @@ def estimate_memory(
     try:
         return _rehearsed(made, inputs, away, asked)
     finally:
-        if isinstance(away, VisitingDevice):
+        if away is not None:
             away.remove()
 
 
@@ -164,8 +164,8 @@ def _rehearsed(
     sizes = {p: p.numel() * p.element_size() for p in training.values()}
     work = [m.workspace for m in memory.values()]
 
-    on_host = isinstance(offloaded, VisitingDevice)
-    if on_host:
+    where = "memory" if offloaded is None else offloaded.where
+    if where == "host":
         rehearsal.evaluation()  # which shows the order of modules: the next ones come ahead
     passed = Backward(0, 0, 0)
     if asked.first:
@@ -181,7 +181,6 @@ def _rehearsed(
         if asked.coupling:  # once more at displaced weights, beside the gradients that there are
             saved = RehearsedCopies()
             most = max(most, held + rehearsal.backward(None, answers.steady(saved), saved).most)
-        where = "memory" if offloaded is None else "host" if on_host else "map"
         verifying = held + answers.verifying(rehearsal, where)
         # the first evaluation ever shows which buffers change: all are copied before
         first = min(_bytes(made.buffers()), _ROOM) + (passed.most if asked.first else streamed)
@@ -189,7 +188,7 @@ def _rehearsed(
     update = 0
     if asked.first and not asked.optimizer_in_backward:
         update = held + (sum(work) if together else max(work, default=0))
-    if offloaded is not None and asked.zeroth and not on_host:
+    if offloaded is not None and where == "map" and asked.zeroth:
         update = max(update, held + min(in_turn._PIECE, offloaded.largest))
     return MemoryEstimate(
         method=str(asked),
@@ -209,8 +208,8 @@ def _rehearsed(
         update=update,
         verification=verification,
         visiting=offloaded.most if offloaded else 0,
-        on_disk=offloaded.nbytes if offloaded and not on_host else 0,
-        on_host=offloaded.nbytes if offloaded and on_host else 0,
+        on_disk=offloaded.nbytes if offloaded and where == "map" else 0,
+        on_host=offloaded.nbytes if offloaded and where == "host" else 0,
     )
 
 

@@ -90,6 +90,9 @@ class Offloaded(ABC):
         weights: of them.
     """
 
+    where: str
+    """They are: in a "map", or on the "host" of a device."""
+
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self._sizes = {id(p.untyped_storage()): p.numel() * p.element_size() for p in weights}
 
@@ -120,6 +123,10 @@ class Offloaded(ABC):
             written: weights that were written to just before it begins.
         """
 
+    @abstractmethod
+    def remove(self) -> None:
+        """The model's hooks."""
+
 
 class VisitingPages(Offloaded):
     """The frozen weights of a model, as if they were in a map.
@@ -128,15 +135,21 @@ class VisitingPages(Offloaded):
         model: it is given hooks.
     """
 
+    where = "map"
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(p for p in model.parameters() if is_plain_and_frozen(p))
         self._watches: list[VisitedBytes] = []
         self._behind: list[int] = []  # of the module whose gradient came last
+        self._handles = []
         for module in model.modules():
             if own := self._of(module.parameters(recurse=False)):
-                module.register_forward_hook(partial(self._after, own))
+                after: Any = partial(self._after, own)
             elif inside := self._of(module.parameters()):
-                module.register_forward_hook(partial(self._after_inside, inside))
+                after = partial(self._after_inside, inside)
+            else:
+                continue
+            self._handles.append(module.register_forward_hook(after))
 
     @property
     def most(self) -> int:
@@ -148,6 +161,10 @@ class VisitingPages(Offloaded):
         for weight in written:
             self._watches[-1].read(weight)
         return self._watches[-1]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def _of(self, parameters: Iterable[Tensor]) -> list[int]:
         keys = [id(p.untyped_storage()) for p in parameters]

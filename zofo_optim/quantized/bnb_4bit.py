@@ -21,7 +21,7 @@ _PACKS = "support_avx512bf16_for_cpu"
 """Of a module: whether evaluations without gradients repack weights, where the CPU has bf16."""
 
 
-def settle(module: nn.Module) -> str:
+def settle_layer(module: nn.Module) -> str:
     """Of ``Linear4bit``: what its first evaluation would change is so now, or never; others pass.
 
     - Weights are, and stay, as training and state dicts have them. On CPUs with AVX512-BF16 an
@@ -68,7 +68,7 @@ class Bnb4bit:
 
         They keep it, as what learns would else no longer be what the module uses.
         """
-        said, state = settle(module), parameter.quant_state
+        said, state = settle_layer(module), parameter.quant_state
         if state.nested:
             state.absmax = _expanded(state)
             _no_longer_nested(parameter, state)

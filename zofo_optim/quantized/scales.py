@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..names import match_names
-from .bnb_4bit import settle
+from .bnb_4bit import settle_layer
 from .formats import Format, Read, Scale, formats, memory_of
 
 
@@ -259,7 +259,7 @@ def tensors_for(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
     """
     names = list(names)
     for module in model.modules():
-        settle(module)
+        settle_layer(module)
     parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     if len(match_names(names, parameters)) == len(set(names)):
         return parameters

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapters import adapter_parameters
 from ..names import matching, patterns_in, unwrapped, within_peft, without_layers
 from ..sharding import is_sharded
-from .bnb_4bit import settle
+from .bnb_4bit import settle_layer
 from .refusals import is_quantised
 from .side_module import NAME, SideUpdate, attach, detach, features_of
 
@@ -77,7 +77,7 @@ def add_beside(
         device = _device_of(name, module)
         sides[name] = SideUpdate(features, rank, seed, names[name], device)
     for name, side in sides.items():
-        settle(layers[name])
+        settle_layer(layers[name])
         attach(layers[name], side)
     return sides
 

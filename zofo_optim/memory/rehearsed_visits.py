@@ -25,6 +25,8 @@ class VisitingDevice(Offloaded):
         model: it is given the hooks that ``offload_weights(device=)`` gives.
     """
 
+    where = "host"
+
     def __init__(self, model: nn.Module) -> None:
         weights = [p for p in model.parameters() if is_plain_and_frozen(p)]
         super().__init__(p for p in weights if matrix_of(p.shape) is not None)
@@ -38,7 +40,6 @@ class VisitingDevice(Offloaded):
         return LiveBytes()
 
     def remove(self) -> None:
-        """The hooks."""
         self._visits.remove()
 
 
