@@ -142,6 +142,7 @@ def test_stores_no_gradients(in_backward, most):
         optimizer.step(lambda: net(x).square().mean())
 
     step()
+    optimizer.zero_grad()  # the profiler may know a wrong size of what it did not see allocated
     weight = 4 * 128**2
     held = growth(step).most / weight
     assert held < most + 1 if in_backward else held >= most
