@@ -138,7 +138,6 @@ def launched(script, *ranks, forked=True, module=None):
         forked: see :func:`results_of`.
         module: of :func:`torchrun`.
     """
-    forked = forked and module is None
 
     @pytest.fixture(scope="session", params=ranks, ids=[f"{count}-ranks" for count in ranks])
     def results(request, tmp_path_factory):
@@ -155,7 +154,7 @@ def results_of(script, ranks, folder, *, forked=True, module=None, env=None):
         forked: ranks are, where they can be: it is quicker than torchrun, see `forked_ranks.py`.
         module, env: of :func:`torchrun`.
     """
-    if forked and hasattr(os, "fork"):
+    if forked and module is None and hasattr(os, "fork"):
         module = ["forked_ranks", ranks]
     env = {**(env or {}), FOLDER: str(folder)}
     return Results(ranks, folder, torchrun(script, ranks, module=module, env=env, check=False))

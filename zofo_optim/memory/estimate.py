@@ -161,7 +161,7 @@ def _rehearsed(
     together = asked.device == "cuda" and _all_at_once(asked.factory, options)
     trials = Trials(asked.factory, {**options, "foreach": True} if together else options)
     memory = {p: trials.of(p) for p in training.values()}
-    sizes = {p: p.numel() * p.element_size() for p in training.values()}
+    sizes = {p: p.nbytes for p in training.values()}
     work = [m.workspace for m in memory.values()]
 
     where = "memory" if offloaded is None else offloaded.where

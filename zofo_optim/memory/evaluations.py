@@ -53,7 +53,7 @@ class Closure:
     def __call__(self) -> Tensor:
         outputs = self._model(**self._inputs)
         logits = getattr(outputs, "logits", None)
-        self.logits = 0 if logits is None else logits.numel() * logits.element_size()
+        self.logits = 0 if logits is None else logits.nbytes
         if not self._per_example:
             loss = getattr(outputs, "loss", None)
             if not isinstance(loss, Tensor):
@@ -117,21 +117,17 @@ class Answers:
         if self._low_rank:
             factors = factor_bytes(self._sources, self._settings, self._examples)
         parts = [[s.parameter for s in part] for part in _parts([*self._sources.values()])]
-        sizes = [sum(map(_bytes, part)) for part in parts]
+        sizes = [sum(p.nbytes for p in part) for part in parts]
         last = max(range(len(parts)), key=lambda k: (sizes[k], k))
         if where != "map":  # a host has the content of its weights
             kept = max(sizes) if where == "memory" else 0
             return kept + rehearsal.evaluation(self._streaming()) + factors
         resident = [*(parts[last - 1] if last else ()), *parts[last]]
-        moved = max(map(_bytes, parts[last]))  # what it is displaced by is made first
-        displacing = sizes[last] + moved + sum(map(_bytes, resident))
+        moved = max(p.nbytes for p in parts[last])  # what it is displaced by is made first
+        displacing: int = sizes[last] + moved + sum(p.nbytes for p in resident)
         copies = self._streaming(displaced=[id(p) for p in parts[last]])
         evaluated = sizes[last] + rehearsal.evaluation(copies, resident)
         return max(displacing, evaluated) + factors
 
     def _streaming(self, **more: Any) -> RehearsedStreaming:
         return RehearsedStreaming(self._sources, reads_rows=self._reads_rows, **more)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

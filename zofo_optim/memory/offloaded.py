@@ -94,7 +94,7 @@ class Offloaded(ABC):
     """They are: in a "map", or on the "host" of a device."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        self._sizes = {id(p.untyped_storage()): p.numel() * p.element_size() for p in weights}
+        self._sizes = {id(p.untyped_storage()): p.nbytes for p in weights}
 
     @property
     def nbytes(self) -> int:

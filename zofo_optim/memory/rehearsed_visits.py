@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -57,9 +57,9 @@ class _Visits(DeviceVisits):
 
     def enter(self, module: nn.Module, inputs: Any) -> Any:
         result = super().enter(module, inputs)
-        there = [home.parameter for home in self._home.values()]
-        coming = () if self._coming is None else (c.tensor for c in self._coming[1].of)
-        self.most = max(self.most, _bytes(there) + _bytes(coming))
+        coming = () if self._coming is None else self._coming[1].of
+        there = [*(h.parameter for h in self._home.values()), *(c.tensor for c in coming)]
+        self.most = max(self.most, sum(t.nbytes for t in there))
         return result
 
     def _moved(self, inputs: Any) -> Any:
@@ -73,7 +73,3 @@ class _Visits(DeviceVisits):
 
     def _saved_copies(self) -> SavedCopies:
         return RehearsedCopies()
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
